@@ -1,0 +1,42 @@
+# Everything here sets itself up: it needs Python >= 3.10, git and make. The environments are kept outside the tree (tools/env.py).
+
+PYTHON ?= python3
+# more arguments for the command of a target: make test ARGS="-k lora -x"
+ARGS ?=
+IN_ENV = @$(PYTHON) tools/env.py
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-a1111 test-forge test-all check format bench env
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+demo:  ## the whole story on the bundled model, no network
+	$(IN_ENV) newest -m lib_dpo demo $(ARGS)
+
+test:  ## all tests, on the newest versions
+	$(IN_ENV) newest -m pytest $(ARGS)
+
+test-a1111:  ## the tests on what AUTOMATIC1111's WebUI ships (needs Python 3.10)
+	$(IN_ENV) a1111 -m pytest -m "not gpu and not newest" $(ARGS)
+
+test-forge:  ## the tests on what Forge ships (needs Python 3.10)
+	$(IN_ENV) forge -m pytest -m "not gpu and not newest" $(ARGS)
+
+test-all: test test-a1111 test-forge  ## the tests on all three sets of versions
+
+check:  ## lint, format and types
+	$(IN_ENV) newest -m ruff check .
+	$(IN_ENV) newest -m ruff format --check .
+	$(IN_ENV) newest -m mypy
+
+format:  ## format the code and mend what ruff can mend
+	$(IN_ENV) newest -m ruff format .
+	$(IN_ENV) newest -m ruff check --fix .
+
+bench:  ## the benchmarks
+	$(IN_ENV) newest -m bench $(ARGS)
+
+env:  ## build the newest environment where needed; the last line is the path of its Python
+	$(IN_ENV) newest
