@@ -1,0 +1,17 @@
+"""What all tests share: two threads, no network, no display and the same random examples every time on CI."""
+
+from __future__ import annotations
+
+import os
+
+# before torch, matplotlib, huggingface_hub and gradio are imported, and inherited by the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["MPLBACKEND"] = "Agg"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+from hypothesis import settings
+
+settings.register_profile("local", deadline=None)  # a shared machine is slow at times
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
