@@ -18,8 +18,8 @@ FLOOR = {
     "arch": 1, "checkpoint": 1, "hashes": 1, "header": 1, "hub": 1, "lowrank": 1, "ranks": 1, "shapes": 1, "writer": 1,
     "keymap": 2, "model": 2,
     "offset": 3,
-    "analyse": 4, "bake": 4, "compat": 4, "decompose": 4, "dense": 4, "extract": 4, "figures": 4, "hosts": 4, "layers": 4,
-    "lora": 4,
+    "analyse": 4, "bake": 4, "compat": 4, "decompose": 4, "dense": 4, "extract": 4, "figures": 4, "hosts": 4,
+    "layers": 4, "lora": 4,
     "demo": 5, "grid": 5, "jobs": 5, "plots": 5, "session": 5,
     "api": 6, "cli": 6, "ui": 6,
     "__main__": 7,
@@ -116,7 +116,7 @@ def test_modules_import_without_a_webui_and_without_optional_libraries():
                 assert "matplotlib" not in sys.modules, "matplotlib is imported at import time"
             except BaseException:
                 failed = True
-                print(f"import {name}", traceback.format_exc(), sep="\\n")
+                print(f"import {name}", traceback.format_exc(limit=-2), sep="\\n")
         sys.exit(failed)
     """)
     header = f"OPTIONAL = {OPTIONAL!r}\nNAMES = {names!r}\n"
