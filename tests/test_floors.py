@@ -19,7 +19,7 @@ FLOOR = {
     "keymap": 2, "model": 2,
     "offset": 3,
     "analyse": 4, "bake": 4, "compat": 4, "decompose": 4, "dense": 4, "extract": 4, "figures": 4, "hosts": 4,
-    "layers": 4, "lora": 4,
+    "layers": 4, "lora": 4, "resize": 4, "verify": 4,
     "demo": 5, "grid": 5, "jobs": 5, "plots": 5, "session": 5,
     "api": 6, "cli": 6, "ui": 6,
     "__main__": 7,
