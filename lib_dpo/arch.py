@@ -1,0 +1,195 @@
+"""Architectures and layouts as table rows, and how a list of tensors is recognised as one of them.
+
+Recognition looks at key names and dimensions, never at the file's name and never at widths: a small model
+with the structure of SD 1.5 is an SD 1.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lib_dpo.errors import MismatchError
+
+Layout = Literal["ldm", "sgm", "diffusers"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder of an architecture and the names it goes by."""
+
+    prefix: str  # canonical, in the ldm/sgm layout
+    naming: Literal["hf", "open_clip"]  # how the canonical keys are spelled
+    layers: int
+    folder: str  # sub-folder of a diffusers model
+    kohya: str  # prefix of LoRA module names
+    block: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One model family. `attention` lists the resolution levels that carry transformer blocks."""
+
+    name: str
+    title: str
+    layout: Layout
+    levels: int
+    attention: tuple[int, ...]
+    text_encoders: tuple[TextEncoder, ...]
+    kohya_unet: Literal["diffusers", "sgm"]  # which spelling kohya's scripts use for this family
+    ss_base_model_version: str
+    modelspec: str
+
+
+_CLIP_L = "text_model."
+ARCHITECTURES: dict[str, Architecture] = {
+    row.name: row
+    for row in (
+        Architecture(
+            name="sd1",
+            title="SD 1.x",
+            layout="ldm",
+            levels=4,
+            attention=(0, 1, 2),
+            text_encoders=(TextEncoder("cond_stage_model.transformer." + _CLIP_L, "hf", 12, "text_encoder", "lora_te", "TE1"),),
+            kohya_unet="diffusers",
+            ss_base_model_version="sd_v1",
+            modelspec="stable-diffusion-v1",
+        ),
+        Architecture(
+            name="sd2",
+            title="SD 2.x",
+            layout="ldm",
+            levels=4,
+            attention=(0, 1, 2),
+            text_encoders=(TextEncoder("cond_stage_model.model.", "open_clip", 24, "text_encoder", "lora_te", "TE1"),),
+            kohya_unet="diffusers",
+            ss_base_model_version="sd_v2",
+            modelspec="stable-diffusion-v2-512",
+        ),
+        Architecture(
+            name="sdxl",
+            title="SDXL",
+            layout="sgm",
+            levels=3,
+            attention=(1, 2),
+            text_encoders=(
+                TextEncoder("conditioner.embedders.0.transformer." + _CLIP_L, "hf", 12, "text_encoder", "lora_te1", "TE1"),
+                TextEncoder("conditioner.embedders.1.model.", "open_clip", 32, "text_encoder_2", "lora_te2", "TE2"),
+            ),
+            kohya_unet="sgm",
+            ss_base_model_version="sdxl_base_v1-0",
+            modelspec="stable-diffusion-xl-v1-base",
+        ),
+        Architecture(
+            name="sdxl-refiner",
+            title="SDXL refiner",
+            layout="sgm",
+            levels=4,
+            attention=(1, 2),
+            text_encoders=(TextEncoder("conditioner.embedders.0.model.", "open_clip", 32, "text_encoder_2", "lora_te", "TE1"),),
+            kohya_unet="sgm",
+            ss_base_model_version="sdxl_refiner_v1-0",
+            modelspec="stable-diffusion-xl-v1-refiner",
+        ),
+    )
+}
+
+# What a checkpoint of a family that we do not support gives itself away by: a part of one of its keys.
+_REFUSED: tuple[tuple[str, str], ...] = (
+    ("joint_blocks.", "Stable Diffusion 3"),
+    ("double_blocks.", "Flux"),
+    ("double_stream_blocks.", "a Flux-like model"),
+    ("single_transformer_blocks.", "Flux (diffusers)"),
+    ("time_stack.", "Stable Video Diffusion"),
+    ("temporal_transformer_blocks.", "a video model"),
+    ("control_model.", "a ControlNet"),
+    ("controlnet_cond_embedding.", "a ControlNet (diffusers)"),
+    ("clip_txt_mapper.", "Stable Cascade"),
+    ("transformer_blocks.0.adaln_single", "PixArt"),
+    (".scale_weight", "a scaled fp8 checkpoint"),
+    (".quant_state.", "a 4-bit quantised checkpoint"),
+)
+SUPPORTED = ", ".join(row.title for row in ARCHITECTURES.values())
+
+_UNET_PREFIXES: tuple[tuple[Layout, str], ...] = (
+    ("ldm", "model.diffusion_model."),
+    ("ldm", "diffusion_model."),
+    ("ldm", ""),
+    ("diffusers", "unet."),
+    ("diffusers", ""),
+)
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a list of tensors is: architecture, layout and the prefix that its UNet keys carry."""
+
+    architecture: Architecture
+    layout: Layout
+    unet_prefix: str
+    in_channels: int
+    notes: tuple[str, ...] = ()
+
+
+def recognise(shapes: Mapping[str, Shape], *, name: str) -> Recognised:
+    """Recognise a checkpoint, UNet file or dense offset file from its tensors' names and dimensions.
+
+    Args:
+        shapes: key -> shape, as in the file.
+        name: the file, for messages.
+
+    Raises:
+        MismatchError: another family of models, named where we know it, or nothing that holds a UNet.
+    """
+    for mark, family in _REFUSED:
+        if any(mark in key for key in shapes):
+            raise MismatchError(f"{name}: this is {family}, which is not supported yet; expected one of {SUPPORTED}")
+    layout, prefix = _find_unet(shapes, name)
+    conv_in = shapes[prefix + ("input_blocks.0.0.weight" if layout == "ldm" else "conv_in.weight")]
+    architecture = _architecture(shapes, layout, prefix, name)
+    if layout == "ldm" and architecture.layout == "sgm":
+        layout = "sgm"
+    return Recognised(architecture, layout, prefix, conv_in[1], _notes(shapes, conv_in[1]))
+
+
+def _find_unet(shapes: Mapping[str, Shape], name: str) -> tuple[Layout, str]:
+    for layout, prefix in _UNET_PREFIXES:
+        mark = "input_blocks.0.0.weight" if layout == "ldm" else "conv_in.weight"
+        second = "time_embed.0.weight" if layout == "ldm" else "time_embedding.linear_1.weight"
+        shape = shapes.get(prefix + mark)
+        if shape is not None and len(shape) == 4 and prefix + second in shapes:
+            return layout, prefix
+    raise MismatchError(
+        f"{name}: no UNet found among its {len(shapes)} tensors; expected a Stable Diffusion checkpoint "
+        "(model.diffusion_model.*), a diffusers UNet (down_blocks.*) or a diffusers folder"
+    )
+
+
+def _architecture(shapes: Mapping[str, Shape], layout: Layout, prefix: str, name: str) -> Architecture:
+    ldm = layout == "ldm"
+    if prefix + ("label_emb.0.0.weight" if ldm else "add_embedding.linear_1.weight") in shapes:
+        if any(key.startswith(prefix + ("input_blocks.1.1." if ldm else "down_blocks.0.attentions.")) for key in shapes):
+            raise MismatchError(f"{name}: this is SD 2.1 unCLIP, which is not supported yet; expected {SUPPORTED}")
+        four_levels = prefix + ("input_blocks.10.0.in_layers.0.weight" if ldm else "down_blocks.3.resnets.0.norm1.weight")
+        return ARCHITECTURES["sdxl-refiner" if four_levels in shapes else "sdxl"]
+    proj_in = shapes.get(prefix + ("input_blocks.1.1.proj_in.weight" if ldm else "down_blocks.0.attentions.0.proj_in.weight"))
+    if proj_in is None:
+        raise MismatchError(
+            f"{name}: its UNet has neither a label embedding nor attention at the first level, so it is none of {SUPPORTED}"
+        )
+    return ARCHITECTURES["sd1" if len(proj_in) == 4 else "sd2"]
+
+
+def _notes(keys: Collection[str], in_channels: int) -> tuple[str, ...]:
+    notes = []
+    if in_channels != 4:
+        what = {9: "an inpainting model", 8: "an instruct-pix2pix model"}.get(in_channels, "an unusual model")
+        notes.append(f"{what}: its first convolution has {in_channels} input channels")
+    if any(key.startswith("model_ema.") for key in keys):
+        notes.append("an EMA copy of the UNet lies beside the weights; it is left as it is and never used")
+    if any(key.endswith(("v_pred", "ztsnr")) for key in keys):
+        notes.append("marked as a v-prediction model")
+    return tuple(notes)

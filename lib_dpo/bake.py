@@ -1,0 +1,247 @@
+"""Target + strength x offset, as a new checkpoint file: streamed tensor by tensor, everything else copied byte for byte."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_dpo import __version__
+from lib_dpo.errors import BadTensorError, MismatchError
+from lib_dpo.header import dtype_name, torch_dtype
+from lib_dpo.keymap import EVERYWHERE, BlockWeights, block_of, component_of
+from lib_dpo.model import Model
+from lib_dpo.offset import Offset
+from lib_dpo.precision import PRECISION
+from lib_dpo.progress import Progress, Steps
+from lib_dpo.writer import SafetensorsWriter
+
+# Metadata entries that describe the bytes of the file they were copied from.
+_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+
+
+@dataclass(frozen=True)
+class BakeReport:
+    """What was changed, and how much of the change survived the rounding to the stored dtype."""
+
+    path: Path
+    architecture: str
+    strength: float
+    blocks: str
+    changed: int
+    kept: int
+    not_applied: tuple[str, ...]
+    rounding_loss: float  # ||stored - exact||^2 / ||strength * offset||^2
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures that the command prints."""
+        return {
+            "output": str(self.path),
+            "architecture": self.architecture,
+            "strength": self.strength,
+            "blocks": self.blocks,
+            "tensors_changed": self.changed,
+            "tensors_kept": self.kept,
+            "not_applied": list(self.not_applied),
+            "rounding_loss": self.rounding_loss,
+        }
+
+
+def bake(
+    target: Model,
+    offset: Offset,
+    output: Path,
+    *,
+    strength: float = 1.0,
+    blocks: BlockWeights = EVERYWHERE,
+    precision: str = "keep",
+    overwrite: bool = False,
+    hashes: Callable[[], tuple[str, str]] | None = None,
+    on_progress: Progress | None = None,
+) -> BakeReport:
+    """Write `target + strength * offset`. Sums in float64, rounded once to the stored dtype.
+
+    Args:
+        precision: `keep` leaves every dtype as it is; fp16, bf16, fp32 convert UNet, text encoders and VAE.
+        hashes: called last; SHA-256 of the target's and the offset's file, for the merge recipe.
+
+    Raises:
+        MismatchError: other architectures, a target that lacks tensors or has other shapes.
+        BadTensorError: NaN or Inf in the offset or in the result.
+        OutputError: the output exists or cannot be written.
+    """
+    plan, not_applied = _plan(target, offset)
+    run = _Run(target, offset, strength, blocks, precision)
+    infos = target.checkpoint.infos
+    output_dtypes = {key: run.output_dtype(key, plan.get(key)) for key in infos}
+    order = list(infos)
+    if precision != "keep":  # widest numbers first, so that every tensor stays aligned
+        order.sort(key=lambda key: -_item_bytes(output_dtypes[key]))
+    expected = sum(_item_bytes(output_dtypes[key]) * max(1, _numel(infos[key].shape)) for key in infos)
+    steps = Steps(expected, on_progress)
+    with SafetensorsWriter(output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(infos)) as writer:
+        for key in order:
+            canonical = plan.get(key)
+            if canonical is None and output_dtypes[key] == infos[key].dtype:
+                writer.add_raw(key, infos[key].dtype, infos[key].shape, target.checkpoint.raw(key))
+            else:
+                writer.add(key, run.tensor(key, canonical, output_dtypes[key]))
+            steps.advance(infos[key].nbytes, key)
+        writer.finish(_metadata(target, offset, output, strength, blocks, precision, hashes))
+    _copy_config(target.path, output)
+    return BakeReport(
+        path=output,
+        architecture=target.architecture.name,
+        strength=strength,
+        blocks=str(blocks),
+        changed=run.changed,
+        kept=len(infos) - run.changed,
+        not_applied=not_applied,
+        rounding_loss=run.lost / run.wanted if run.wanted else 0.0,
+    )
+
+
+def _plan(target: Model, offset: Offset) -> tuple[dict[str, str], tuple[str, ...]]:
+    """File key -> canonical key for what changes, and the offset's keys that the target has no place for."""
+    name = target.path.name
+    if target.checkpoint.format == "folder":
+        raise MismatchError(f"{name} is a folder; bake writes one file: give a checkpoint file, or the .safetensors in unet/")
+    if target.architecture is not offset.architecture:
+        raise MismatchError(
+            f"{offset.name} is an offset for {offset.architecture.title} but {name} is {target.architecture.title}; "
+            "they must be of one architecture"
+        )
+    plan: dict[str, str] = {}
+    not_applied = []
+    for key, shape in offset.shapes.items():
+        source = target.sources.get(key)
+        if source is None and component_of(target.architecture, key) == "unet":
+            raise MismatchError(f"{name} lacks the UNet tensor {key}, which {offset.name} changes; expected a complete UNet")
+        if source is None or len(source.keys) > 1 or source.transpose:
+            not_applied.append(key)
+            continue
+        _fitted(torch.empty(shape, device="meta"), target.shape(key), key, offset.name, name)
+        plan[source.keys[0]] = key
+    return plan, tuple(not_applied)
+
+
+def _fitted(delta: Tensor, shape: tuple[int, ...], key: str, offset_name: str, target_name: str) -> Tensor:
+    """The delta in the target's shape. A first convolution with more input channels (inpainting) gets zeros for them."""
+    if tuple(delta.shape) == shape:
+        return delta
+    if delta.numel() == _numel(shape) and delta.shape[0] == shape[0]:
+        return delta.reshape(shape)
+    if key.endswith("input_blocks.0.0.weight") and delta.shape[1] < shape[1] and delta.shape[2:] == shape[2:]:
+        extra = delta.new_zeros((shape[0], shape[1] - delta.shape[1], *shape[2:]))
+        return torch.cat((delta, extra), dim=1)
+    raise MismatchError(
+        f"{key} is {'x'.join(map(str, delta.shape))} in {offset_name} but {'x'.join(map(str, shape))} in {target_name}; "
+        "the offset was made for another model"
+    )
+
+
+class _Run:
+    """The arithmetic of one bake and what it counts."""
+
+    def __init__(self, target: Model, offset: Offset, strength: float, blocks: BlockWeights, precision: str) -> None:
+        self.target, self.offset, self.strength, self.blocks = target, offset, strength, blocks
+        self.precision = precision
+        self.canonical = {name: key for key, source in target.sources.items() for name in source.keys}
+        self.changed = 0
+        self.wanted = self.lost = 0.0
+
+    def output_dtype(self, key: str, canonical: str | None) -> str:
+        """dtype of a tensor in the output, in safetensors' spelling."""
+        stored = self.target.checkpoint.infos[key].dtype
+        if self.precision == "keep" or stored[0] not in "FB" or stored == "BOOL":
+            return stored
+        component = component_of(self.target.architecture, self.canonical.get(key, ""))
+        return dtype_name(PRECISION[self.precision]) if component else stored
+
+    def tensor(self, key: str, canonical: str | None, dtype: str) -> Tensor:
+        """The tensor to write: changed by the offset, or converted only."""
+        stored = self.target.checkpoint.read(key)
+        to = torch_dtype(dtype)
+        assert to is not None, "only dtypes that were read are written"
+        if canonical is None:
+            return stored.to(to)
+        weight = self.strength * self.blocks.of(block_of(self.target.architecture, canonical))
+        if weight == 0:
+            return stored.to(to)
+        delta = self.offset.read(canonical, torch.float64)
+        change = weight * _fitted(delta, tuple(stored.shape), canonical, self.offset.name, self.target.path.name)
+        exact = stored.double() + change
+        result = exact.to(to)
+        if not bool(torch.isfinite(result).all()):
+            raise BadTensorError(
+                f"{self.target.path.name}: {key} would hold NaN or Inf as {dtype} after adding {weight:g} x {self.offset.name}; use "
+                " a smaller strength, or check the file with `inspect`"
+            )
+        self.changed += 1
+        self.wanted += float(change.square().sum())
+        self.lost += float((result.double() - exact).square().sum())
+        return result
+
+
+def _metadata(
+    target: Model,
+    offset: Offset,
+    output: Path,
+    strength: float,
+    blocks: BlockWeights,
+    precision: str,
+    hashes: Callable[[], tuple[str, str]] | None,
+) -> dict[str, str]:
+    """The target's metadata with a merge recipe in the form of the WebUI's own merger (modules/extras.py there)."""
+    metadata = {"format": "pt"} | {key: text for key, text in target.checkpoint.metadata.items() if key not in _STALE}
+    target_hash, offset_hash = hashes() if hashes else ("", "")
+    recipe = {
+        "type": "dpo-offset",
+        "primary_model_hash": target_hash,
+        "secondary_model_hash": offset_hash,
+        "tertiary_model_hash": None,
+        "interp_method": "DPO offset",
+        "multiplier": strength,
+        "save_as_half": precision == "fp16",
+        "custom_name": output.stem,
+        "blocks": str(blocks),
+        "offset": offset.name,
+        "tool_version": __version__,
+    }
+    models = _models(metadata)
+    earlier = metadata.get("sd_merge_recipe")
+    for sha256, name, own in ((target_hash, target.name, earlier), (offset_hash, offset.name, None)):
+        if sha256:
+            models.setdefault(sha256, {"name": name, "legacy_hash": None, "sd_merge_recipe": own})
+    return metadata | {"sd_merge_recipe": json.dumps(recipe), "sd_merge_models": json.dumps(models)}
+
+
+def _models(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The merge history of the target; an unreadable one is left out rather than carried on."""
+    try:
+        models = json.loads(metadata.get("sd_merge_models", "{}"))
+    except json.JSONDecodeError:
+        return {}
+    return models if isinstance(models, dict) else {}
+
+
+def _copy_config(target: Path, output: Path) -> None:
+    """The sidecar .yaml of the target, where it has one: hosts read the prediction type from it."""
+    config = target.with_suffix(".yaml")
+    if config.is_file() and config != output.with_suffix(".yaml"):
+        shutil.copyfile(config, output.with_suffix(".yaml"))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _item_bytes(dtype: str) -> int:
+    known = torch_dtype(dtype)
+    return torch.empty(0, dtype=known).element_size() if known is not None else 1

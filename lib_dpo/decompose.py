@@ -1,0 +1,104 @@
+"""Deltas of layers as matrices on a device, and their factors, with what to do when the device cannot."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lib_dpo.devices import is_out_of_memory, release
+from lib_dpo.errors import BadTensorError
+from lib_dpo.figures import Row, measure
+from lib_dpo.layers import Layer
+from lib_dpo.lowrank import Factors, choose_method, factorise, seed_for, singular_values
+from lib_dpo.offset import Pair
+from lib_dpo.settings import Method
+
+logger = logging.getLogger(__name__)
+
+
+class Decomposer:
+    """Loads and factorises layers of a pair on one device. Counts the methods used and the fallbacks taken."""
+
+    def __init__(self, pair: Pair, device: torch.device, *, method: Method, seed: int) -> None:
+        self._pair, self._device, self._method, self._seed = pair, device, method, seed
+        self.methods: Counter[str] = Counter()
+        self.fallbacks: Counter[str] = Counter()
+
+    def load(self, layer: Layer) -> tuple[Tensor, Row]:
+        """The layer's delta as a float32 matrix (out, in * kh * kw), and its figures. Out of memory: on the CPU."""
+        key, part = layer.module.key, layer.module.part
+        try:
+            base, delta = self._pair.read(key, self._device)
+        except RuntimeError as error:
+            self._fall_back(error, key)
+            base, delta = self._pair.read(key)
+        stored = (self._pair.base.read(key), self._pair.tuned.read(key))
+        if part is not None:
+            base, delta = base.chunk(3)[part], delta.chunk(3)[part]
+            stored = (stored[0].chunk(3)[part], stored[1].chunk(3)[part])
+        row = measure(base, delta, stored)
+        return delta.reshape(layer.matrix), row
+
+    def factorise(self, deltas: Sequence[Tensor], rank: int, names: Sequence[str]) -> list[Factors]:
+        """Factors of equal-sized deltas as one batch; what fails is done alone, then on the CPU, then in float64.
+
+        Args:
+            names: one per delta; seeds follow from them.
+
+        Raises:
+            BadTensorError: no way worked.
+        """
+        seeds = [seed_for(self._seed, name) for name in names]
+        method = self._method
+        if method == "auto":
+            method = choose_method(min(deltas[0].shape), max(deltas[0].shape), rank)
+        self.methods[method] += len(deltas)
+        if len(deltas) > 1:
+            try:
+                batch = factorise(torch.stack(list(deltas)), rank, method=method, seeds=seeds)
+                return [Factors(*parts) for parts in zip(*batch, strict=True)]
+            except (RuntimeError, NotImplementedError) as error:
+                self._fall_back(error, names[0])
+        rows = zip(deltas, names, seeds, strict=True)
+        return [self._one(delta, name, seed, rank, method) for delta, name, seed in rows]
+
+    def _one(self, delta: Tensor, name: str, seed: int, rank: int, method: Method) -> Factors:
+        attempts: list[tuple[torch.device, torch.dtype, Method]] = [(delta.device, torch.float32, method)]
+        if delta.device.type != "cpu":
+            attempts.append((torch.device("cpu"), torch.float32, method))
+        attempts.append((torch.device("cpu"), torch.float64, "exact"))
+        for device, dtype, how in attempts:
+            try:
+                factors = factorise(delta.to(device, dtype), rank, method=how, seeds=(seed,))
+            except (RuntimeError, NotImplementedError) as error:
+                self._fall_back(error, name)
+            else:
+                return Factors(*(part.float() for part in factors))
+        raise BadTensorError(
+            f"{self._pair.tuned.path.name}: the offset of {name} could not be decomposed, not even on the CPU in float64; "
+            "check both files with `inspect`, and get them again if they are damaged"
+        )
+
+    def singular_values(self, delta: Tensor, name: str) -> Tensor:
+        """The exact spectrum, float64 on the CPU; computed there in float64 where the device fails."""
+        try:
+            return singular_values(delta).cpu()
+        except (RuntimeError, NotImplementedError) as error:
+            self._fall_back(error, name)
+            return singular_values(delta.cpu().double())
+
+    def _fall_back(self, error: BaseException, name: str) -> None:
+        """Count an error that another way may avoid; raise any other. LinAlgError and OutOfMemoryError are RuntimeErrors."""
+        if is_out_of_memory(error):
+            reason = "out of memory"
+        elif isinstance(error, (torch.linalg.LinAlgError, NotImplementedError)):  # type: ignore[attr-defined]  # not in its stubs
+            reason = "decomposition failed"
+        else:
+            raise error
+        logger.info("%s at %s (%s); trying another way", reason, name, error)
+        self.fallbacks[reason] += 1
+        release(self._device)

@@ -1,0 +1,111 @@
+"""The dense offset file: tuned minus base of every UNet tensor, in diffusers naming as the published ones are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib_dpo import __version__
+from lib_dpo.errors import NothingToDoError
+from lib_dpo.figures import Tally, Verdict, measure, right_base
+from lib_dpo.keymap import component_of, unet_to_diffusers
+from lib_dpo.lowrank import energy, full_precision
+from lib_dpo.offset import Pair
+from lib_dpo.precision import PRECISION
+from lib_dpo.progress import Progress, Steps
+from lib_dpo.writer import SafetensorsWriter
+
+
+@dataclass(frozen=True)
+class OffsetReport:
+    """What was written."""
+
+    path: Path
+    architecture: str
+    tensors: int
+    file_bytes: int
+    tally: Tally
+    verdict: Verdict
+    text_encoder_left_out: bool
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures that the command prints."""
+        return {
+            "output": str(self.path),
+            "architecture": self.architecture,
+            "tensors": self.tensors,
+            "file_bytes": self.file_bytes,
+            "energy_kept": self.tally.components["unet"].energy_kept,
+            "noise_floor": self.tally.components["unet"].noise_floor,
+            "relative_change": self.tally.components["unet"].relative_change,
+            "verdict": self.verdict.as_json(),
+            "text_encoder_left_out": self.text_encoder_left_out,
+        }
+
+
+def write_offset(
+    pair: Pair,
+    output: Path,
+    *,
+    precision: str = "fp32",
+    overwrite: bool = False,
+    source: Callable[[], Mapping[str, str]] = dict,
+    on_progress: Progress | None = None,
+) -> OffsetReport:
+    """Write the UNet's offset. In fp32 a bake at strength 1 restores the tuned weights; fp16 halves the file.
+
+    Raises:
+        NothingToDoError: base and tuned are equal.
+        BadTensorError: NaN or Inf, by key.
+        OutputError: the output exists or cannot be written.
+    """
+    dtype = PRECISION[precision]
+    numel = {key: math.prod(pair.base.shape(key)) for key in pair.keys}
+    unet = [key for key in pair.keys if component_of(pair.architecture, key) == "unet"]
+    steps = Steps(sum(numel.values()), on_progress)
+    tally = Tally(pair.architecture)
+    expected = sum(numel[key] for key in unet) * torch.finfo(dtype).bits // 8
+    with (
+        full_precision(),
+        SafetensorsWriter(output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(unet)) as writer,
+    ):
+        for key in pair.keys:
+            base, delta = pair.read(key)
+            row = measure(base, delta, (pair.base.read(key), pair.tuned.read(key)))
+            name = unet_to_diffusers(pair.architecture, key)
+            if name is not None:
+                stored = delta.to(dtype)
+                row.residual = energy(delta - stored.float())
+                writer.add(name, stored)
+            tally.add(key, row)
+            steps.advance(numel[key], key)
+        if not tally.components["unet"].offset:
+            raise NothingToDoError(
+                f"{pair.base.path.name} and {pair.tuned.path.name} hold the same UNet: there is no offset to write"
+            )
+        verdict = right_base(pair, tally)
+        metadata = {
+            "format": "pt",
+            "dpo.kind": "offset",
+            "dpo.base": pair.base.name,
+            "dpo.tuned": pair.tuned.name,
+            "dpo.architecture": pair.architecture.name,
+            "dpo.noise_floor": repr(tally.components["unet"].noise_floor),
+            "dpo.verdict": verdict.text,
+            "dpo.version": __version__,
+        }
+        writer.finish(metadata | dict(source()))
+    return OffsetReport(
+        path=output,
+        architecture=pair.architecture.name,
+        tensors=len(unet),
+        file_bytes=output.stat().st_size,
+        tally=tally,
+        verdict=verdict,
+        text_encoder_left_out=any(row.offset for name, row in tally.components.items() if name != "unet"),
+    )

@@ -1,0 +1,53 @@
+"""Where the maths runs: choosing a device, telling "out of memory" apart, and the size of a batch."""
+
+from __future__ import annotations
+
+import torch
+
+from lib_dpo.errors import SettingError
+
+_GPU_BATCH_BYTES = 1 << 29  # float32 bytes of deltas in one batch on a GPU; work space is about three times that
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda`, `cuda:1` (ROCm too), `mps` -> a device that is there.
+
+    Raises:
+        SettingError: unknown, or not on this machine.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise SettingError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:1 or mps") from None
+    present = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not present.get(device.type, False):
+        raise SettingError(f"device {name!r} is not on this machine; choose auto or cpu")
+    return device
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is a device that ran out of memory (CUDA and ROCm by class, MPS by its message)."""
+    return isinstance(error, torch.cuda.OutOfMemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error))
+
+
+def release(device: torch.device) -> None:
+    """Give cached memory back to the device after it ran out."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def batch_size(device: torch.device, numel: int) -> int:
+    """How many matrices of `numel` float32 values to work on at once: one on the CPU, where a batch gains nothing."""
+    if device.type == "cpu":
+        return 1
+    return max(1, _GPU_BATCH_BYTES // (4 * numel))

@@ -1,0 +1,60 @@
+"""What can go wrong, as a tree. Every message names the file or key, what was found, what was expected, what to do.
+
+DpoError
+├── BadFileError            a file that cannot be read as what it claims to be
+│   └── BadTensorError      one tensor in it: wrong shape, NaN or Inf, an unexpected dtype
+├── UnsafeFileError         a pickle that would run code, or that this torch cannot read safely
+├── MismatchError           files that do not belong together: architectures, shapes, missing UNet tensors
+├── NothingToDoError        base and tuned are the same
+├── SettingError            a rank, strength, block name or other setting that makes no sense
+├── OutputError             the output exists, cannot be written, or the disk is full
+├── MissingExtraError       an optional library is not installed
+├── NotAllowedError         a download that nobody agreed to
+└── Cancelled               stopped by the user; nothing was left behind
+"""
+
+from __future__ import annotations
+
+
+class DpoError(Exception):
+    """Base of all errors that are shown to people in one line, without a traceback."""
+
+
+class BadFileError(DpoError):
+    """A file that cannot be read as what it claims to be."""
+
+
+class BadTensorError(BadFileError):
+    """One tensor of a file is unusable; the message names its key."""
+
+
+class UnsafeFileError(DpoError):
+    """A pickle that would run code, or that this torch cannot read safely."""
+
+
+class MismatchError(DpoError):
+    """Files that do not belong together."""
+
+
+class NothingToDoError(DpoError):
+    """Base and tuned are the same: there is no offset."""
+
+
+class SettingError(DpoError):
+    """A setting that makes no sense."""
+
+
+class OutputError(DpoError):
+    """The output exists already, cannot be written, or the disk is full."""
+
+
+class MissingExtraError(DpoError):
+    """An optional library is not installed; the message names the extra."""
+
+
+class NotAllowedError(DpoError):
+    """Something that needs the user's consent and did not get it."""
+
+
+class Cancelled(DpoError):  # noqa: N818  a decision of the user, not a fault
+    """Stopped by the user; nothing was left behind."""

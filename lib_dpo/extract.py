@@ -1,0 +1,367 @@
+"""From a pair of checkpoints to a LoRA file: ranks, factors layer by layer, and how good the written numbers are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_dpo.checkpoint import open_checkpoint, tensor_bytes
+from lib_dpo.decompose import Decomposer
+from lib_dpo.devices import batch_size, resolve_device
+from lib_dpo.errors import NothingToDoError, OutputError, SettingError
+from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders, measure, right_base
+from lib_dpo.keymap import component_of
+from lib_dpo.layers import Layer, plan_layers
+from lib_dpo.lora import kohya_metadata
+from lib_dpo.lowrank import Factors, energy, full_precision, residual_energy_
+from lib_dpo.offset import Pair
+from lib_dpo.precision import PRECISION
+from lib_dpo.progress import Progress, Steps
+from lib_dpo.ranks import Spectrum, allocate, break_even_rank
+from lib_dpo.settings import ExtractSettings
+from lib_dpo.writer import SafetensorsWriter
+
+# What one layer costs in the file beside its numbers: three header entries (measured: 85 to 105 bytes each without
+# the name) and alpha; and what the metadata takes. Both rounded up, so that a size in MB is kept.
+_ENTRY_BYTES, _METADATA_BYTES = 110, 1 << 14
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written and how good it is."""
+
+    path: Path
+    architecture: str
+    policy: str
+    components: tuple[str, ...]
+    ranks: Mapping[str, int]  # by LoRA module name; 0 for those left out
+    layers: int
+    file_bytes: int
+    tally: Tally
+    verdict: Verdict
+    methods: Mapping[str, int]
+    fallbacks: Mapping[str, int]
+    energy_wanted: float | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures that the command prints."""
+        used = [rank for rank in self.ranks.values() if rank]
+        return {
+            "output": str(self.path),
+            "architecture": self.architecture,
+            "layers": self.layers,
+            "file_bytes": self.file_bytes,
+            "rank_policy": self.policy,
+            "ranks": {"min": min(used, default=0), "max": max(used, default=0)},
+            "components": list(self.components),
+            **self.tally.energy_kept(),
+            "energy_wanted": self.energy_wanted,
+            "noise_floor": self.tally.total.noise_floor,
+            "relative_change": self.tally.total.relative_change,
+            "verdict": self.verdict.as_json(),
+            "methods": dict(self.methods),
+            "fallbacks": dict(self.fallbacks),
+        }
+
+
+def extract(
+    pair: Pair,
+    output: Path,
+    settings: ExtractSettings,
+    *,
+    overwrite: bool = False,
+    source: Callable[[], Mapping[str, str]] = dict,
+    on_progress: Progress | None = None,
+) -> Report:
+    """Write the LoRA of a pair; energy kept is measured on the numbers as they are written, and the file is read again.
+
+    Args:
+        source: called once, last; entries for the metadata, such as names and hashes of the two files.
+        on_progress: called after each layer; raising in it cancels and leaves nothing behind.
+
+    Raises:
+        NothingToDoError: base and tuned are equal.
+        SettingError: a rank beyond every layer, or a size too small for any.
+        BadTensorError: NaN or Inf, by key.
+        OutputError: the output exists, cannot be written, or differs when read again.
+    """
+    device = resolve_device(settings.device)
+    with full_precision():
+        encoders = _measure_text_encoders(pair)
+        components = ("unet", *changed_text_encoders(encoders))
+        layers = plan_layers(pair, settings.profile, components)
+        decomposer = Decomposer(pair, device, method=settings.method, seed=settings.seed)
+        fixed = settings.policy.fixed
+        steps = Steps(sum(layer.numel for layer in layers) * (1 if fixed else 2), on_progress)
+        if fixed:
+            ranks = _fixed_ranks(layers, fixed, settings.policy.conv_rank)
+        else:
+            ranks = _planned_ranks(pair, layers, components, settings, decomposer, steps)
+        run = _Run(pair, Path(output), settings, components, layers, ranks, decomposer, steps)
+        return run.write(encoders, overwrite=overwrite, source=source, device=device)
+
+
+def _measure_text_encoders(pair: Pair) -> Tally:
+    """Text encoders before anything else: whether they changed decides what is extracted."""
+    tally = Tally(pair.architecture)
+    for key in pair.keys:
+        if component_of(pair.architecture, key) != "unet":
+            tally.add(key, _measure_key(pair, key))
+    return tally
+
+
+def _measure_key(pair: Pair, key: str) -> Row:
+    return measure(*pair.read(key), (pair.base.read(key), pair.tuned.read(key)))
+
+
+# ---- ranks ----
+
+
+def _fixed_ranks(layers: Sequence[Layer], rank: int, conv_rank: int | None) -> dict[str, int]:
+    pairs = [layer for layer in layers if layer.kind == "pair"]
+    largest = max((min(layer.matrix) for layer in pairs), default=rank)
+    for name, value in (("rank", rank), ("conv_rank", conv_rank or rank)):
+        if value > largest:
+            raise SettingError(f"{name} {value} is larger than every layer; expected at most {largest} for this model")
+    wanted = {layer: conv_rank if conv_rank and layer.is_wide_convolution else rank for layer in pairs}
+    return {layer.module.name: min(value, *layer.matrix) for layer, value in wanted.items()}
+
+
+def _planned_ranks(
+    pair: Pair,
+    layers: Sequence[Layer],
+    components: Sequence[str],
+    settings: ExtractSettings,
+    decomposer: Decomposer,
+    steps: Steps,
+) -> dict[str, int]:
+    """Ranks from the exact spectra of all layers, for the energy and the size policies."""
+    item = torch.finfo(PRECISION[settings.precision]).bits // 8
+    spectra: dict[str, Spectrum] = {}
+    pair_energy = 0.0
+    for layer in layers:
+        if layer.kind == "pair":
+            delta, row = decomposer.load(layer)
+            pair_energy += row.offset
+            values = decomposer.singular_values(delta, layer.module.name).square().numpy()
+            per_rank = item * sum(layer.matrix)
+            spectra[layer.module.name] = Spectrum(values, per_rank, _entry_bytes(layer), break_even_rank(*layer.matrix))
+        steps.advance(layer.numel, layer.module.key)
+    whole = [layer for layer in layers if layer.kind != "pair"]
+    if settings.policy.energy is not None:
+        written_whole = sum(_measure_key(pair, key).offset for layer in whole for key in layer.keys)
+        rest = sum(_measure_key(pair, key).offset for key in _left_out(pair, layers, components))
+        total = pair_energy + written_whole + rest
+        return allocate(spectra, energy=settings.policy.energy * total - written_whole)
+    size = settings.policy.size_mb or 0.0
+    overhead = _METADATA_BYTES + sum(item * (layer.numel + layer.shape[0]) + _entry_bytes(layer) for layer in whole)
+    ranks = allocate(spectra, budget=int(size * 1e6) - overhead)
+    if not any(ranks.values()):
+        least = overhead + min(row.bytes_per_rank + row.fixed_bytes for row in spectra.values())
+        raise SettingError(f"size {size:g} MB holds no layer of this model; expected at least {least / 1e6:.2g} MB")
+    return ranks
+
+
+def _entry_bytes(layer: Layer) -> int:
+    return 3 * (_ENTRY_BYTES + len(layer.module.name))
+
+
+def _left_out(pair: Pair, layers: Sequence[Layer], components: Sequence[str]) -> Iterator[str]:
+    """Tensors of the offset that no layer carries: biases, text encoder norms and embeddings, by profile."""
+    carried = {key for layer in layers for key in layer.keys}
+    return (key for key in pair.keys if key not in carried and component_of(pair.architecture, key) in components)
+
+
+# ---- the writing pass ----
+
+
+@dataclass
+class _Run:
+    """One writing pass: the plan, the open file, and what was measured on the way."""
+
+    pair: Pair
+    output: Path
+    settings: ExtractSettings
+    components: tuple[str, ...]
+    layers: Sequence[Layer]
+    ranks: Mapping[str, int]
+    decomposer: Decomposer
+    steps: Steps
+
+    def write(
+        self, encoders: Tally, *, overwrite: bool, source: Callable[[], Mapping[str, str]], device: torch.device
+    ) -> Report:
+        self.tally = Tally(self.pair.architecture)
+        self.digest = hashlib.sha256()
+        self.written = 0
+        self.dtype = PRECISION[self.settings.precision]
+        with SafetensorsWriter(
+            self.output, overwrite=overwrite, expected_bytes=self._expected_bytes(), max_tensors=3 * len(self.layers)
+        ) as self.writer:
+            for batch in _batches(self.layers, self.ranks, device):
+                self._write_batch(batch)
+            for key in _left_out(self.pair, self.layers, self.components):
+                row = _measure_key(self.pair, key)
+                row.residual = row.offset
+                self.tally.add(key, row)
+            if not self.tally.total.offset:
+                raise NothingToDoError(
+                    f"{self.pair.base.path.name} and {self.pair.tuned.path.name} hold the same UNet: nothing to extract"
+                )
+            verdict = self._verdict(encoders)
+            self.writer.finish({**self._metadata(verdict), **source()})
+        self._check_written()
+        return Report(
+            path=self.output,
+            architecture=self.pair.architecture.name,
+            policy=str(self.settings.policy),
+            components=self.components,
+            ranks=self.ranks,
+            layers=self.written,
+            file_bytes=self.output.stat().st_size,
+            tally=self.tally,
+            verdict=verdict,
+            methods=self.decomposer.methods,
+            fallbacks=self.decomposer.fallbacks,
+            energy_wanted=self.settings.policy.energy,
+        )
+
+    def _expected_bytes(self) -> int:
+        item = torch.finfo(self.dtype).bits // 8
+        ranks = self.ranks
+        return _METADATA_BYTES + sum(
+            _entry_bytes(layer) + item * (ranks[layer.module.name] * sum(layer.matrix) if layer.kind == "pair" else layer.numel)
+            for layer in self.layers
+        )
+
+    def _write_batch(self, batch: Sequence[Layer]) -> None:
+        loaded = [(layer, *self.decomposer.load(layer)) for layer in batch]
+        kind, rank = batch[0].kind, self._rank(batch[0])
+        work = [(layer, delta, row) for layer, delta, row in loaded if row.offset and kind == "pair" and rank]
+        names = [layer.module.name for layer, _, _ in work]
+        factors = iter(self.decomposer.factorise([delta for _, delta, _ in work], rank, names) if work else ())
+        for layer, delta, row in loaded:
+            if kind != "pair":
+                self._write_whole(layer)
+                continue
+            if rank and row.offset:
+                row.residual = self._write_pair(layer, delta, next(factors))
+            else:
+                row.residual = row.offset
+                if layer.required:
+                    out, in_ = layer.matrix
+                    zero = Factors(torch.zeros(out, 1), torch.zeros(1, in_), torch.zeros(1))
+                    self._write_pair(layer, delta, zero)
+            self.tally.add(layer.module.key, row)
+        for layer in batch:
+            self.steps.advance(layer.numel, layer.module.key)
+
+    def _rank(self, layer: Layer) -> int:
+        """The layer's rank; a required one gets at least one component."""
+        return max(self.ranks.get(layer.module.name, 0), int(layer.required))
+
+    def _write_pair(self, layer: Layer, delta: Tensor, factors: Factors) -> float:
+        """Write alpha and both factors; the energy of what the written numbers miss. Overwrites `delta`."""
+        up, down = factors.up.to(self.dtype), factors.down.to(self.dtype)
+        residual = residual_energy_(delta, up, down)
+        if not residual < float("inf"):
+            raise SettingError(f"{layer.module.name} does not fit into {self.settings.precision}; choose --precision fp32")
+        rank, (out, in_) = up.shape[1], layer.matrix
+        kernel = layer.shape[2:]
+        # 2-byte alphas keep the file's tensors aligned, and fp16 holds every whole number up to 2048 exactly
+        alpha = torch.tensor(rank, dtype=torch.float32 if self.dtype == torch.float32 else torch.float16)
+        self._add(layer, "alpha", alpha)
+        self._add(layer, "lora_down.weight", down.reshape(rank, in_ // _numel(kernel), *kernel))
+        self._add(layer, "lora_up.weight", up.reshape(out, rank, *(1 for _ in kernel)))
+        self.written += 1
+        return residual
+
+    def _write_whole(self, layer: Layer) -> None:
+        """Write a norm or a dense layer: the rounded deltas of its weight and its bias, where either changed."""
+        names = ("w_norm", "b_norm") if layer.kind == "norm" else ("diff", "diff_b")
+        rows, tensors = [], []
+        for key in layer.keys:
+            row, delta = _measure_key(self.pair, key), self.pair.read(key)[1]
+            rounded = delta.to(self.dtype)
+            row.residual = energy(delta - rounded.float())
+            rows.append(row)
+            tensors.append(rounded)
+            self.tally.add(key, row)
+        if any(row.offset for row in rows):
+            for name, tensor in zip(names, tensors, strict=True):
+                self._add(layer, name, tensor)
+            self.written += 1
+
+    def _add(self, layer: Layer, part: str, tensor: Tensor) -> None:
+        tensor = tensor.cpu().contiguous()
+        self.digest.update(tensor_bytes(tensor))
+        self.writer.add(f"{layer.module.name}.{part}", tensor)
+
+    def _verdict(self, encoders: Tally) -> Verdict:
+        everything = Tally(self.pair.architecture)
+        everything.components = {**encoders.components, **self.tally.components}
+        return right_base(self.pair, everything)
+
+    def _metadata(self, verdict: Verdict) -> dict[str, str]:
+        policy, figures = self.settings.policy, self.tally.energy_kept()
+        dim = str(policy.fixed or "Dynamic")
+        conv_dim = str(policy.conv_rank or policy.fixed or "Dynamic")
+        kohya = kohya_metadata(self.pair.architecture, dim=dim, alpha=dim, conv_dim=conv_dim, title=self.output.stem)
+        return kohya | {
+            "sshs_model_hash": self.digest.hexdigest(),
+            "dpo.kind": "lora",
+            "dpo.base": self.pair.base.name,
+            "dpo.tuned": self.pair.tuned.name,
+            "dpo.architecture": self.pair.architecture.name,
+            "dpo.method": self.settings.method,
+            "dpo.seed": str(self.settings.seed),
+            "dpo.rank_policy": str(policy),
+            "dpo.profile": self.settings.profile,
+            "dpo.energy_kept": repr(figures["energy_kept"]),
+            "dpo.energy_kept_by_block": json.dumps(figures["energy_kept_by_block"]),
+            "dpo.noise_floor": repr(self.tally.total.noise_floor),
+            "dpo.verdict": verdict.text,
+            "dpo.licence": _licence(self.pair),
+        }
+
+    def _check_written(self) -> None:
+        """Read the file again: its data must be, byte for byte, what energy kept was measured on."""
+        digest = hashlib.sha256()
+        with open_checkpoint(self.output) as written:
+            for key in written.infos:
+                digest.update(written.raw(key))
+        if digest.digest() != self.digest.digest():
+            raise OutputError(f"{self.output} reads back differently from what was written; check the disk and try again")
+
+
+def _licence(pair: Pair) -> str:
+    """The licence entries of the two files, or a reminder that both count."""
+    for model in (pair.tuned, pair.base):
+        for name in ("modelspec.license", "license"):
+            if model.checkpoint.metadata.get(name):
+                return model.checkpoint.metadata[name]
+    return "that of the base and the tuned model (the published DPO models: CreativeML Open RAIL++-M)"
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _batches(layers: Sequence[Layer], ranks: Mapping[str, int], device: torch.device) -> Iterator[list[Layer]]:
+    """Layers of equal matrix and rank together, as many as the device takes at once; in file order on the CPU."""
+    groups: dict[tuple[object, ...], list[Layer]] = {}
+    for layer in layers:
+        size = batch_size(device, layer.numel) if layer.kind == "pair" else 1
+        group = groups.setdefault((layer.matrix, ranks.get(layer.module.name, 0), layer.required, layer.kind), [])
+        group.append(layer)
+        if len(group) >= size:
+            yield list(group)
+            group.clear()
+    yield from (group for group in groups.values() if group)

@@ -1,0 +1,163 @@
+"""What a file is: checkpoint, UNet, offset or LoRA; architecture, layout, dtypes, metadata, hashes, peculiarities."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib_dpo.checkpoint import Checkpoint, open_checkpoint
+from lib_dpo.errors import MismatchError
+from lib_dpo.lora import is_lora, read_lora
+from lib_dpo.model import Model
+from lib_dpo.offset import is_offset_file
+
+_TITLES = {
+    "checkpoint": "a whole checkpoint",
+    "unet": "a UNet alone",
+    "offset": "a dense offset file",
+    "lora": "a LoRA",
+    "unknown": "unknown",
+}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The answer to "what is this file?"."""
+
+    path: Path
+    kind: str
+    architecture: str | None
+    layout: str
+    tensors: int
+    parameters: int
+    file_bytes: int
+    dtypes: dict[str, int]
+    components: tuple[str, ...]
+    ranks: tuple[int, int] | None
+    unmatched: tuple[str, ...]
+    notes: tuple[str, ...]
+    metadata: dict[str, str]
+    sha256: str
+    data_sha256: str | None  # of a LoRA's data alone: what WebUIs write into infotexts
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures that the command prints."""
+        return {
+            "path": str(self.path),
+            "kind": self.kind,
+            "architecture": self.architecture,
+            "layout": self.layout,
+            "tensors": self.tensors,
+            "parameters": self.parameters,
+            "file_bytes": self.file_bytes,
+            "dtypes": self.dtypes,
+            "components": list(self.components),
+            "ranks": {"min": self.ranks[0], "max": self.ranks[1]} if self.ranks else None,
+            "unmatched": list(self.unmatched),
+            "notes": list(self.notes),
+            "metadata": self.metadata,
+            "sha256": self.sha256,
+            "autov2": self.sha256[:10].upper(),
+            "data_sha256": self.data_sha256,
+        }
+
+    @property
+    def title(self) -> str:
+        """The kind in words."""
+        return _TITLES[self.kind]
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Look at a file. A readable file of an unknown model is described as far as it goes, not refused.
+
+    Raises:
+        BadFileError, UnsafeFileError: it cannot be read.
+    """
+    with open_checkpoint(path) as checkpoint:
+        if is_lora(checkpoint.infos):
+            return _inspect_lora(checkpoint)
+        try:
+            return _inspect_model(checkpoint)
+        except MismatchError as error:
+            return _describe(checkpoint, kind="unknown", architecture=None, layout="unknown", notes=(str(error),))
+
+
+def _inspect_lora(checkpoint: Checkpoint) -> Inspection:
+    data = hashlib.sha256()
+    for key in checkpoint.infos:
+        data.update(checkpoint.raw(key))
+    try:
+        lora = read_lora(checkpoint)
+    except MismatchError as error:
+        return _describe(checkpoint, kind="lora", architecture=None, layout=_lora_layout(checkpoint), notes=(str(error),))
+    infos = checkpoint.infos
+    ranks = [infos[layer.parts["down"]].shape[0] for layer in lora.layers if "down" in layer.parts]
+    biases = sum("diff_b" in layer.parts for layer in lora.layers)
+    return _describe(
+        checkpoint,
+        kind="lora",
+        architecture=lora.architecture.name,
+        layout=_lora_layout(checkpoint),
+        components=tuple(sorted({"te" if "_te" in layer.module.name else "unet" for layer in lora.layers})),
+        ranks=(min(ranks), max(ranks)) if ranks else None,
+        unmatched=lora.unmatched,
+        notes=(f"{biases} layers carry biases (diff_b or b_norm): not every loader takes them",) if biases else (),
+        data_sha256=data.hexdigest(),
+    )
+
+
+def _lora_layout(checkpoint: Checkpoint) -> str:
+    return "kohya" if any(key.startswith("lora_") for key in checkpoint.infos) else "peft"
+
+
+def _inspect_model(checkpoint: Checkpoint) -> Inspection:
+    model = Model(checkpoint)
+    components = model.components()
+    kind = "offset" if is_offset_file(model) else "unet" if components == ("unet",) else "checkpoint"
+    mapped = {name for source in model.sources.values() for name in source.keys}
+    own = tuple(key for key in checkpoint.infos if key not in mapped and key.startswith("model.diffusion_model."))
+    return _describe(
+        checkpoint,
+        kind=kind,
+        architecture=model.architecture.name,
+        layout=model.recognised.layout,
+        components=components,
+        unmatched=own,
+        notes=model.recognised.notes,
+    )
+
+
+def _describe(
+    checkpoint: Checkpoint,
+    *,
+    kind: str,
+    architecture: str | None,
+    layout: str,
+    components: tuple[str, ...] = (),
+    ranks: tuple[int, int] | None = None,
+    unmatched: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
+    data_sha256: str | None = None,
+) -> Inspection:
+    infos = checkpoint.infos.values()
+    return Inspection(
+        path=checkpoint.path,
+        kind=kind,
+        architecture=architecture,
+        layout=layout,
+        tensors=len(checkpoint.infos),
+        parameters=sum(math.prod(info.shape) for info in infos),
+        file_bytes=sum(file.stat().st_size for file in checkpoint.files),
+        dtypes=dict(Counter(info.dtype for info in infos)),
+        components=components,
+        ranks=ranks,
+        unmatched=unmatched,
+        notes=notes,
+        metadata=dict(checkpoint.metadata),
+        sha256=checkpoint.sha256(),
+        data_sha256=data_sha256,
+    )

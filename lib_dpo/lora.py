@@ -1,0 +1,259 @@
+"""LoRA files: which module is which weight, reading one as an offset, and the metadata we write.
+
+Understood: kohya names in both UNet spellings, PEFT and diffusers names; LoRA pairs for linear and convolution layers
+(with a `mid` factor too), `.diff` + `.diff_b`, `.w_norm` + `.b_norm`. Other decompositions are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lib_dpo import __version__
+from lib_dpo.arch import ARCHITECTURES, Architecture, Shape
+from lib_dpo.checkpoint import Checkpoint, open_checkpoint
+from lib_dpo.errors import BadTensorError, MismatchError
+from lib_dpo.keymap import LoraModule, lora_aliases, lora_modules
+from lib_dpo.model import Model
+from lib_dpo.offset import Offset, dense_offset
+from lib_dpo.shapes import checkpoint_shapes
+
+# suffix of a key -> our name for the part
+_SUFFIXES: Mapping[str, str] = {
+    "lora_up.weight": "up",
+    "lora_down.weight": "down",
+    "lora_mid.weight": "mid",
+    "lora_B.weight": "up",
+    "lora_A.weight": "down",
+    "lora_B.default.weight": "up",
+    "lora_A.default.weight": "down",
+    "lora.up.weight": "up",
+    "lora.down.weight": "down",
+    "alpha": "alpha",
+    "diff": "diff",
+    "diff_b": "diff_b",
+    "w_norm": "diff",
+    "b_norm": "diff_b",
+}
+_REFUSED = re.compile(
+    r"\.(hada_w\d_[ab]|hada_t\d|lokr_w\d(_[ab])?|lokr_t2|oft_blocks|oft_diag|dora_scale|a1\.weight|on_input)$"
+)
+_LORA_MARK = re.compile(r"\.(lora_(up|down|mid|A|B)\.|lora\.(up|down)\.|w_norm$|b_norm$|diff$|diff_b$)")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One module of a LoRA file: file keys by part (`up`, `down`, `mid`, `alpha`, `diff`, `diff_b`)."""
+
+    module: LoraModule
+    parts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """An open LoRA file with every module matched to a canonical weight."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    layers: tuple[Layer, ...]
+    unmatched: tuple[str, ...]
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether key names are those of a LoRA file."""
+    return any(_LORA_MARK.search(key) or _REFUSED.search(key) for key in keys)
+
+
+def read_factors(checkpoint: Checkpoint, parts: Mapping[str, str], name: str) -> tuple[Tensor, Tensor, float]:
+    """One module's up (out, rank), down (rank, in, kh, kw) or (rank, in), and its scale alpha / rank; stored dtype.
+
+    A `mid` factor (CP decomposition) is multiplied into `down`, in float32.
+
+    Args:
+        parts: file keys by part, as `group_keys` gives them.
+        name: the module, for messages.
+
+    Raises:
+        BadTensorError: the two factors have different ranks.
+    """
+    up = checkpoint.read(parts["up"]).flatten(1)
+    down = checkpoint.read(parts["down"])
+    if "mid" in parts:
+        mid = checkpoint.read(parts["mid"]).float()  # (rank, rank, kh, kw)
+        down = torch.einsum("abhw,bi->aihw", mid, down.float().flatten(1))
+    if up.shape[1] != down.shape[0]:
+        raise BadTensorError(
+            f"{checkpoint.path.name}: {name} has {up.shape[1]} columns up but {down.shape[0]} rows down; both must equal "
+            "its rank: the file is damaged"
+        )
+    alpha = float(checkpoint.read(parts["alpha"])) if "alpha" in parts else float(down.shape[0])
+    return up, down, alpha / down.shape[0]
+
+
+def read_lora(checkpoint: Checkpoint) -> LoraFile:
+    """Match the modules of a LoRA file to an architecture.
+
+    Raises:
+        MismatchError: a decomposition other than LoRA, an unknown architecture, or pairs with one half missing.
+    """
+    name = checkpoint.path.name
+    refused = next((key for key in checkpoint.infos if _REFUSED.search(key)), None)
+    if refused:
+        raise MismatchError(
+            f"{name}: {refused} belongs to LoHa, LoKr, OFT, DoRA or IA3, which are not supported; expected LoRA"
+        )
+    grouped, unknown = group_keys(checkpoint.infos)
+    architecture = _recognise(grouped, checkpoint)
+    index = _alias_index(architecture.name)
+    layers = []
+    for module_name, parts in grouped.items():
+        module = index.get(module_name)
+        if module is None:
+            unknown.extend(parts.values())
+            continue
+        if ("up" in parts) != ("down" in parts):
+            there = "up" if "up" in parts else "down"
+            raise MismatchError(f"{name}: {module_name} has only its {there} factor; the file is incomplete, get it again")
+        if parts.keys() != {"alpha"}:
+            layers.append(Layer(module, parts))
+    return LoraFile(checkpoint, architecture, tuple(layers), tuple(unknown))
+
+
+def lora_offset(lora: LoraFile) -> Offset:
+    """A LoRA as an offset: deltas are made when they are read, up @ down * alpha / rank."""
+    by_key: dict[str, list[Layer]] = {}
+    biases: dict[str, str] = {}
+    for layer in lora.layers:
+        if "up" in layer.parts or "diff" in layer.parts:
+            by_key.setdefault(layer.module.key, []).append(layer)
+        if "diff_b" in layer.parts:
+            biases[layer.module.bias] = layer.parts["diff_b"]
+    shapes: dict[str, Shape] = {key: _delta_shape(lora, layers) for key, layers in by_key.items()}
+    shapes |= {key: lora.checkpoint.infos[name].shape for key, name in biases.items()}
+
+    def read_delta(key: str, dtype: torch.dtype) -> Tensor:
+        if key in biases:
+            return lora.checkpoint.read(biases[key]).to(dtype)
+        delta = torch.zeros(shapes[key], dtype=dtype)
+        for layer in by_key[key]:
+            part = layer.module.part
+            rows = delta if part is None else delta.chunk(3)[part]
+            if "diff" in layer.parts:
+                rows.add_(lora.checkpoint.read(layer.parts["diff"]).to(dtype).reshape(rows.shape))
+            if "up" in layer.parts:
+                up, down, scale = read_factors(lora.checkpoint, layer.parts, layer.module.name)
+                rows.add_((up.to(dtype) @ down.to(dtype).flatten(1)).reshape(rows.shape), alpha=scale)
+        return delta
+
+    return Offset(
+        architecture=lora.architecture,
+        name=lora.checkpoint.name,
+        kind="lora",
+        shapes=shapes,
+        read_delta=read_delta,
+        metadata=lora.checkpoint.metadata,
+        unmatched=lora.unmatched,
+    )
+
+
+def open_offset(path: str | Path) -> tuple[Checkpoint, Offset]:
+    """Open a LoRA or a dense offset file as an offset; the caller closes the checkpoint.
+
+    Raises:
+        MismatchError: the file is neither.
+    """
+    checkpoint = open_checkpoint(path)
+    try:
+        if is_lora(checkpoint.infos):
+            return checkpoint, lora_offset(read_lora(checkpoint))
+        return checkpoint, dense_offset(Model(checkpoint))
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+@cache
+def _alias_index(arch_name: str) -> Mapping[str, LoraModule]:
+    """Every spelling of every module of an architecture -> the module."""
+    arch = ARCHITECTURES[arch_name]
+    index: dict[str, LoraModule] = {}
+    for key in checkpoint_shapes(arch_name):
+        for module in lora_modules(arch, key):
+            for alias in lora_aliases(arch, module):
+                index.setdefault(alias, module)
+    return index
+
+
+def group_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """File keys by module and part (`up`, `down`, `mid`, `alpha`, `diff`, `diff_b`), and keys with no known suffix."""
+    grouped: dict[str, dict[str, str]] = {}
+    unknown = []
+    for key in keys:
+        for suffix, part in _SUFFIXES.items():
+            if key.endswith("." + suffix):
+                grouped.setdefault(key[: -len(suffix) - 1], {})[part] = key
+                break
+        else:
+            unknown.append(key)
+    return grouped, unknown
+
+
+def _recognise(grouped: Mapping[str, Mapping[str, str]], checkpoint: Checkpoint) -> Architecture:
+    """The architecture whose module names match most; SD 1 and 2 share theirs and differ in proj_in (4-D or 2-D)."""
+    matches = {name: len(grouped.keys() & _alias_index(name).keys()) for name in ARCHITECTURES}
+    best = max(matches, key=lambda name: matches[name])
+    if not matches[best]:
+        raise MismatchError(
+            f"{checkpoint.path.name}: none of its {len(grouped)} modules belongs to a supported architecture "
+            f"({', '.join(row.title for row in ARCHITECTURES.values())})"
+        )
+    if best in ("sd1", "sd2"):
+        return ARCHITECTURES["sd2" if _is_sd2(grouped, checkpoint) else "sd1"]
+    if best in ("sdxl", "sdxl-refiner") and matches["sdxl"] == matches["sdxl-refiner"]:
+        best = "sdxl"
+    return ARCHITECTURES[best]
+
+
+def _is_sd2(grouped: Mapping[str, Mapping[str, str]], checkpoint: Checkpoint) -> bool:
+    for module, parts in grouped.items():
+        if module.endswith("proj_in") and "down" in parts:
+            return len(checkpoint.infos[parts["down"]].shape) == 2
+    metadata = checkpoint.metadata
+    return metadata.get("ss_v2") == "True" or metadata.get("ss_base_model_version", "").startswith("sd_v2")
+
+
+def _delta_shape(lora: LoraFile, layers: list[Layer]) -> Shape:
+    layer = layers[0]
+    infos = lora.checkpoint.infos
+    if "up" in layer.parts:
+        out = infos[layer.parts["up"]].shape[0]
+        kernel = infos[layer.parts["mid" if "mid" in layer.parts else "down"]].shape[2:]
+        shape: Shape = (out, infos[layer.parts["down"]].shape[1], *kernel)
+    else:
+        shape = infos[layer.parts["diff"]].shape
+    return (3 * shape[0], *shape[1:]) if layer.module.part is not None else shape
+
+
+def kohya_metadata(arch: Architecture, *, dim: str, alpha: str, conv_dim: str | None, title: str) -> dict[str, str]:
+    """The entries that WebUIs read to show and to filter a LoRA: kohya's `ss_*` and Stability's `modelspec.*`."""
+    arguments = {"conv_dim": conv_dim, "conv_alpha": conv_dim} if conv_dim else {}
+    return {
+        "ss_base_model_version": arch.ss_base_model_version,
+        "ss_v2": str(arch.name == "sd2"),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": dim,
+        "ss_network_alpha": alpha,
+        "ss_network_args": json.dumps(arguments),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{arch.modelspec}/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "dpo.version": __version__,
+    }

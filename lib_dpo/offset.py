@@ -1,0 +1,179 @@
+"""The offset: tuned minus base, weight by weight in float32. One type for a pair of checkpoints, a dense file, a LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lib_dpo.arch import Architecture, Shape
+from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
+from lib_dpo.keymap import UNET, block_of
+from lib_dpo.model import Model
+
+Kind = Literal["pair", "dense", "lora"]
+# A GroupNorm's weight lies near 1 in a model and near 0 in an offset; the smallest mean of SD's own norms is about 0.2.
+_NORM_WEIGHT_OF_A_MODEL = 0.05
+
+
+@dataclass(frozen=True)
+class Offset:
+    """Deltas by canonical key. `read_delta(key, dtype)` makes one tensor on the CPU; nothing else is held in memory."""
+
+    architecture: Architecture
+    name: str
+    kind: Kind
+    shapes: Mapping[str, Shape]
+    read_delta: Callable[[str, torch.dtype], Tensor]
+    metadata: Mapping[str, str]
+    unmatched: tuple[str, ...] = ()  # keys of the file that belong to no weight of the architecture
+
+    def read(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One delta on the CPU.
+
+        Raises:
+            BadTensorError: it holds NaN or Inf.
+        """
+        delta = self.read_delta(key, dtype)
+        if not bool(torch.isfinite(delta).all()):
+            raise BadTensorError(f"{self.name}: the offset of {key} holds NaN or Inf; the file is damaged, get it again")
+        return delta
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two checkpoints that belong together, and the canonical keys (UNet, then text encoders) that both hold."""
+
+    base: Model
+    tuned: Model
+    keys: tuple[str, ...]
+
+    @property
+    def architecture(self) -> Architecture:
+        return self.base.architecture
+
+    def read(self, key: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Base weight and delta, both float32 on `device`, in the base's shape.
+
+        Raises:
+            BadTensorError: either file holds NaN or Inf in this tensor.
+        """
+        base = self.base.read(key).to(device, torch.float32)
+        delta = self.tuned.read(key).to(device, torch.float32).reshape(base.shape) - base
+        if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
+            raise self._blame(key)
+        return base, delta
+
+    def offset(self) -> Offset:
+        """The pair as an offset."""
+        return Offset(
+            architecture=self.architecture,
+            name=self.tuned.name,
+            kind="pair",
+            shapes={key: self.base.shape(key) for key in self.keys},
+            read_delta=lambda key, dtype: (
+                self.tuned.read(key).to(dtype).reshape(self.base.shape(key)) - self.base.read(key).to(dtype)
+            ),
+            metadata=self.tuned.checkpoint.metadata,
+        )
+
+    def _blame(self, key: str) -> BadTensorError:
+        for model in (self.base, self.tuned):
+            tensor = model.read(key).float()
+            bad = int((~torch.isfinite(tensor)).sum())
+            if bad:
+                return BadTensorError(
+                    f"{model.path.name}: tensor {key} holds {bad} NaN or Inf of {tensor.numel()} values; "
+                    "expected finite numbers: get the file again, or repair it"
+                )
+        return BadTensorError(f"{self.tuned.path.name}: tensor {key} differs from the base by more than float32 can hold")
+
+
+def open_pair(base: Model, tuned: Model) -> Pair:
+    """Check that two models belong together.
+
+    Raises:
+        MismatchError: other architectures, UNet tensors missing on one side, other shapes.
+        NothingToDoError: both are the same file.
+    """
+    if base.path.resolve() == tuned.path.resolve():
+        raise NothingToDoError(f"base and tuned are the same file, {base.path.name}; choose the DPO reference as tuned")
+    if base.architecture is not tuned.architecture:
+        raise MismatchError(
+            f"{base.path.name} is {base.architecture.title} but {tuned.path.name} is {tuned.architecture.title}; "
+            "base and tuned must be of one architecture"
+        )
+    if base.recognised.in_channels != tuned.recognised.in_channels:
+        raise MismatchError(_channels_message(base, tuned))
+    _check_unet(base, tuned)
+    ours, shared = base.keys(), set(tuned.keys())
+    keys = [key for key in ours if key in shared and block_of(base.architecture, key) not in (None, "VAE")]
+    for key in keys:
+        if _squeezed(base.shape(key)) != _squeezed(tuned.shape(key)):
+            raise MismatchError(
+                f"tensor {key} is {_show(base.shape(key))} in {base.path.name} but {_show(tuned.shape(key))} in "
+                f"{tuned.path.name}; base and tuned must have the same shapes"
+            )
+    keys.sort(key=lambda key: not key.startswith(UNET))  # stable: the UNet first
+    return Pair(base, tuned, tuple(keys))
+
+
+def _check_unet(base: Model, tuned: Model) -> None:
+    ours, theirs = base.keys("unet"), tuned.keys("unet")
+    for model, missing in ((tuned, set(ours) - set(theirs)), (base, set(theirs) - set(ours))):
+        if missing:
+            first = min(missing)
+            raise MismatchError(
+                f"{model.path.name} lacks {len(missing)} of the {max(len(ours), len(theirs))} UNet tensors, first {first}; "
+                "expected a complete UNet: get the file again"
+            )
+
+
+def _channels_message(base: Model, tuned: Model) -> str:
+    both = [f"{model.path.name} takes {model.recognised.in_channels} input channels" for model in (base, tuned)]
+    return " but ".join(both) + "; an inpainting model and a plain one have no common offset: use two files of one kind"
+
+
+def _squeezed(shape: Shape) -> Shape:
+    """Without trailing ones: a 1x1 convolution and a linear layer hold the same numbers."""
+    while len(shape) > 1 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def _show(shape: Shape) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+def is_offset_file(model: Model) -> bool:
+    """Whether a UNet file holds an offset rather than weights: by its metadata, else by its norms lying near 0."""
+    if model.checkpoint.metadata.get("dpo.kind") == "offset":
+        return True
+    norms = [key for key in model.keys("unet") if key.endswith((".norm.weight", ".in_layers.0.weight"))]
+    means = [float(model.read(key).float().abs().mean()) for key in norms]
+    return bool(means) and sum(means) / len(means) < _NORM_WEIGHT_OF_A_MODEL
+
+
+def dense_offset(model: Model) -> Offset:
+    """A dense offset file (diffusers or ldm naming) as an offset.
+
+    Raises:
+        MismatchError: the file holds weights, not an offset.
+    """
+    if not is_offset_file(model):
+        raise MismatchError(
+            f"{model.path.name} holds the weights of a model, not an offset; expected a LoRA or an offset file: make one "
+            "with `extract` or `offset` from this file and its base"
+        )
+    keys = model.keys()
+    return Offset(
+        architecture=model.architecture,
+        name=model.name,
+        kind="dense",
+        shapes={key: model.shape(key) for key in keys},
+        read_delta=lambda key, dtype: model.read(key).to(dtype),
+        metadata=model.checkpoint.metadata,
+    )

@@ -1,0 +1,109 @@
+"""The pictures of `diff`: where the UNet changed, how the spectrum falls, what a file of a given size keeps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lib_dpo.analyse import KINDS, DiffReport
+from lib_dpo.errors import OutputError
+from lib_dpo.keymap import block_labels
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_INK, _ACCENT, _SOFT = "#1f2933", "#c2410c", "#64748b"
+
+
+def plot_diff(report: DiffReport, path: Path) -> None:
+    """Write the picture of a pair as PNG: heat-map, and spectrum and size curve where the report has spectra.
+
+    Raises:
+        OutputError: the picture cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = 2 if report.spectra else 1
+    figure = Figure(figsize=(12, 4.6 * rows), dpi=130, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(rows, 2, height_ratios=[1, 0.9][:rows])
+    heat = figure.add_subplot(grid[0, :])
+    _heat_map(heat, figure, report)
+    if report.spectra:
+        _spectrum(figure.add_subplot(grid[1, 0]), report)
+        _size_curve(figure.add_subplot(grid[1, 1]), report)
+    figure.suptitle(f"{report.tuned} minus {report.base}", fontsize=13, color=_INK, weight="bold")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _heat_map(axes: Axes, figure: Any, report: DiffReport) -> None:
+    labels = [name for name in block_labels(report.tally.architecture) if name in report.tally.blocks]
+    kinds = [kind for kind in KINDS if any(row.offset for row in report.kinds[kind].values())]
+    values = np.full((len(kinds), len(labels)), np.nan)
+    for i, kind in enumerate(kinds):
+        for j, label in enumerate(labels):
+            row = report.kinds[kind].get(label)
+            if row is not None and row.base:
+                values[i, j] = 100 * row.relative_change
+    image = axes.imshow(values, aspect="auto", cmap="YlOrRd", vmin=0)
+    axes.set_facecolor("#f1f5f9")
+    axes.set_xticks(range(len(labels)), labels, rotation=90 if len(labels) > 16 else 0, fontsize=8)
+    axes.set_yticks(range(len(kinds)), kinds, fontsize=9)
+    axes.set_xticks(np.arange(-0.5, len(labels)), minor=True)
+    axes.set_yticks(np.arange(-0.5, len(kinds)), minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.5)
+    axes.tick_params(which="both", length=0)
+    axes.set_title(f"Where it changed: size of the change in % of the weights\n{report.verdict.text}", fontsize=9.5, loc="left")
+    bar = figure.colorbar(image, ax=axes, fraction=0.025, pad=0.01)
+    bar.set_label("% of the weights", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _spectrum(axes: Axes, report: DiffReport) -> None:
+    spectra = report.spectra
+    assert spectra is not None, "called only with spectra"
+    values = np.array(spectra.mean_spectrum)
+    axes.loglog(np.arange(1, len(values) + 1), np.maximum(values, 1e-6), color=_ACCENT, linewidth=2)
+    for rank in (16, 64, 128):
+        if rank < len(values):
+            axes.axvline(rank, color=_SOFT, linewidth=0.8, linestyle=":")
+            axes.text(rank, axes.get_ylim()[1], f" rank {rank}", fontsize=7.5, color=_SOFT, va="top", rotation=90)
+    axes.set_xlabel("component", fontsize=9)
+    axes.set_ylabel("singular value, first = 1", fontsize=9)
+    axes.set_title("How the change is spread: mean spectrum of all layers", fontsize=10, loc="left")
+    _finish(axes)
+
+
+def _size_curve(axes: Axes, report: DiffReport) -> None:
+    spectra = report.spectra
+    assert spectra is not None, "called only with spectra"
+    best = 100 * np.array(spectra.energy_at_size)
+    axes.plot(spectra.size_mb, best, color=_ACCENT, linewidth=2, label="ranks chosen per layer (--size-mb, --energy)")
+    sizes, kept = np.array(spectra.size_mb_at_rank), 100 * np.array(spectra.energy_at_rank)
+    shown = sizes <= max(spectra.size_mb, default=math.inf)
+    axes.plot(sizes[shown], kept[shown], "o-", color=_SOFT, markersize=4, linewidth=1, label="the same rank everywhere")
+    for rank, x, y in zip(np.array(spectra.ranks)[shown], sizes[shown], kept[shown], strict=True):
+        if rank >= 16:
+            axes.annotate(f"{rank}", (x, y), textcoords="offset points", xytext=(4, -10), fontsize=7.5, color=_SOFT)
+    axes.set_ylim(0, 102)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("size of the LoRA in MB (fp16)", fontsize=9)
+    axes.set_ylabel("energy kept, %", fontsize=9)
+    axes.set_title("What a LoRA of a given size keeps", fontsize=10, loc="left")
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    _finish(axes)
+
+
+def _finish(axes: Axes) -> None:
+    axes.tick_params(labelsize=8)
+    axes.grid(which="major", color="#e2e8f0", linewidth=0.7)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

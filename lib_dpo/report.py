@@ -1,0 +1,171 @@
+"""Reports in plain words, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lib_dpo.analyse import DiffReport
+from lib_dpo.arch import ARCHITECTURES
+from lib_dpo.bake import BakeReport
+from lib_dpo.compat import CompatReport
+from lib_dpo.dense import OffsetReport
+from lib_dpo.extract import Report
+from lib_dpo.figures import Row, Tally
+from lib_dpo.inspection import Inspection
+from lib_dpo.keymap import block_labels
+from lib_dpo.resize import ResizeReport
+from lib_dpo.verify import VerifyReport
+
+
+def diff_text(report: DiffReport) -> str:
+    """The verdict, sizes per component and a bar per block."""
+    lines = [report.verdict.text, ""]
+    for name, row in report.tally.components.items():
+        lines.append(
+            f"{name:<5} {row.numel / 1e6:8.1f} M parameters, changed by {_percent(row.relative_change)} of their size "
+            f"(rms {row.rms:.1e}, noise floor {_percent(row.noise_floor)})"
+        )
+    lines += [f"VAE   {report.vae}", "", "size of the change by block, in % of the weights"]
+    rows = {name: row for name, row in _ordered(report.tally) if row.offset}
+    most = max((row.relative_change for row in rows.values()), default=1.0)
+    lines += [
+        f"  {name:<6} {_percent(row.relative_change):>8}  {_bar(row.relative_change / most)}" for name, row in rows.items()
+    ]
+    if report.spectra:
+        kept = zip(report.spectra.ranks, report.spectra.energy_at_rank, report.spectra.size_mb_at_rank, strict=True)
+        lines += ["", "what a LoRA of one rank can keep at best"]
+        lines += [f"  rank {rank:<4} {_percent(share):>8}  {size:8.1f} MB" for rank, share, size in kept]
+    return "\n".join(lines)
+
+
+def extract_text(report: Report) -> str:
+    """The result card of an extraction."""
+    total = report.tally.total
+    used = [rank for rank in report.ranks.values() if rank]
+    ranks = f"ranks {min(used, default=0)} to {max(used, default=0)}" if used else "no pairs"
+    lines = [
+        f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.layers} layers, {ranks}, {report.policy})",
+        f"energy kept {_percent(total.energy_kept)} of the DPO change" + _missed(report.energy_wanted, total.energy_kept),
+        *_kept_by_component(report.tally),
+        f"noise floor {_percent(total.noise_floor)}: the share that rounding of the two files alone explains",
+        report.verdict.text,
+    ]
+    if report.fallbacks:
+        lines.append("fell back: " + ", ".join(f"{reason} {count} x" for reason, count in report.fallbacks.items()))
+    return "\n".join(lines)
+
+
+def offset_text(report: OffsetReport) -> str:
+    """What the offset file is good for."""
+    lines = [f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.tensors} tensors)", report.verdict.text]
+    if report.text_encoder_left_out:
+        lines.append("the text encoders differ too; an offset file holds the UNet only")
+    return "\n".join(lines)
+
+
+def verify_text(report: VerifyReport) -> str:
+    """Energy kept, in all and per block."""
+    kept = report.tally.total.energy_kept
+    lines = [f"energy kept {_percent(kept)} of the change"]
+    if report.claimed is not None:
+        agrees = abs(report.claimed - kept) < 1e-4
+        lines.append(
+            f"its metadata says {_percent(report.claimed)}: {'agrees' if agrees else 'does NOT agree with these files'}"
+        )
+    lines += _kept_by_component(report.tally)
+    lines += [f"  {name:<6} {_percent(row.energy_kept):>8}  {_bar(row.energy_kept)}" for name, row in _ordered(report.tally)]
+    if report.unmatched:
+        lines.append(f"{len(report.unmatched)} keys of the file belong to no layer, first {report.unmatched[0]}")
+    return "\n".join(lines)
+
+
+def bake_text(report: BakeReport) -> str:
+    """What was changed."""
+    lines = [
+        f"wrote {report.path}",
+        f"{report.changed} tensors changed at strength {report.strength:g}"
+        + (f" with blocks {report.blocks}" if report.blocks else "")
+        + f", {report.kept} copied as they were",
+        f"rounding to the stored dtype took {_percent(report.rounding_loss)} of the change",
+    ]
+    if report.not_applied:
+        lines.append(
+            f"{len(report.not_applied)} tensors of the offset have no place in this file, first {report.not_applied[0]}"
+        )
+    return "\n".join(lines)
+
+
+def resize_text(report: ResizeReport) -> str:
+    """Ranks and energy before and after."""
+    before, after = ("-".join(map(str, sorted(set(ranks)))) for ranks in (report.ranks_before, report.ranks_after))
+    return (
+        f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.layers} layers, rank {before} -> {after})\n"
+        f"keeps {_percent(report.energy_kept)} of the LoRA's energy"
+    )
+
+
+def inspect_text(found: Inspection) -> str:
+    """What a file is, a line per fact."""
+    name = ARCHITECTURES[found.architecture].title if found.architecture else "unknown architecture"
+    lines = [
+        f"{found.path.name}: {found.title}, {name}, {found.layout} layout",
+        f"{found.tensors} tensors, {found.parameters / 1e6:.1f} M values, {found.file_bytes / 1e6:.1f} MB, "
+        + ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items()),
+    ]
+    if found.components:
+        lines.append("holds " + ", ".join(found.components))
+    if found.ranks:
+        lines.append(f"ranks {found.ranks[0]} to {found.ranks[1]}")
+    lines += [f"note: {note}" for note in found.notes]
+    if found.unmatched:
+        lines.append(f"{len(found.unmatched)} keys belong to no layer we know, first {found.unmatched[0]}")
+    lines += [f"  {key}: {_short(text)}" for key, text in sorted(found.metadata.items())]
+    lines.append(f"sha256 {found.sha256}")
+    return "\n".join(lines)
+
+
+def compat_text(report: CompatReport) -> str:
+    """The verdict and the figures behind it."""
+    lines = [
+        report.text,
+        f"drift from the base {_percent(report.drift)}, cosine with the offset {report.cosine:+.3f}, "
+        f"DPO inside {report.strength_inside:+.3f} ± {report.strength_error:.3f}",
+        "drift by block, in % of the weights, and the strength inside",
+    ]
+    most = max((row.relative_drift for row in report.blocks.values()), default=0) or 1.0
+    lines += [
+        f"  {name:<6} {_percent(row.relative_drift):>8}  {row.strength:+6.2f}  {_bar(row.relative_drift / most)}"
+        for name, row in report.blocks.items()
+    ]
+    return "\n".join(lines)
+
+
+def _kept_by_component(tally: Tally) -> list[str]:
+    if len(tally.components) < 2:
+        return []
+    return ["by part: " + ", ".join(f"{name} {_percent(row.energy_kept)}" for name, row in tally.components.items())]
+
+
+def _missed(wanted: float | None, kept: float) -> str:
+    if wanted is None or kept >= wanted - 1e-4:
+        return ""
+    return (
+        f" instead of the {_percent(wanted)} asked for: beyond the ranks used, factors would be larger than the layers "
+        "themselves. An offset file or a bake holds all of it"
+    )
+
+
+def _ordered(tally: Tally) -> Iterable[tuple[str, Row]]:
+    return ((name, tally.blocks[name]) for name in block_labels(tally.architecture) if name in tally.blocks)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %" if abs(share) < 0.1 else f"{100 * share:.2f} %"
+
+
+def _bar(share: float, width: int = 30) -> str:
+    return "█" * max(0, round(width * min(1.0, share)))
+
+
+def _short(text: str, limit: int = 100) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,182 @@
+"""A LoRA at another rank, from its factors alone: QR of both, then the SVD of the small core. Never a dense delta."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_dpo.checkpoint import Checkpoint
+from lib_dpo.errors import MismatchError, SettingError
+from lib_dpo.lora import group_keys, read_factors
+from lib_dpo.lowrank import full_precision, recompress
+from lib_dpo.precision import PRECISION
+from lib_dpo.progress import Progress, Steps
+from lib_dpo.ranks import Spectrum, allocate
+from lib_dpo.settings import RankPolicy
+from lib_dpo.writer import SafetensorsWriter
+
+_ENTRY_BYTES, _METADATA_BYTES = 110, 1 << 14
+_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "dpo.energy_kept", "dpo.energy_kept_by_block")
+
+
+@dataclass(frozen=True)
+class ResizeReport:
+    """What was written; energy is relative to the LoRA that came in."""
+
+    path: Path
+    layers: int
+    file_bytes: int
+    ranks_before: tuple[int, int]
+    ranks_after: tuple[int, int]
+    energy_kept: float
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures that the command prints."""
+        return {
+            "output": str(self.path),
+            "layers": self.layers,
+            "file_bytes": self.file_bytes,
+            "ranks_before": {"min": self.ranks_before[0], "max": self.ranks_before[1]},
+            "ranks_after": {"min": self.ranks_after[0], "max": self.ranks_after[1]},
+            "energy_kept_of_lora": self.energy_kept,
+        }
+
+
+@dataclass(frozen=True)
+class _Core:
+    """One module: shapes, and the spectrum of up @ down times its scale."""
+
+    parts: Mapping[str, str]
+    values: Tensor  # float64 (rank,)
+    scale: float
+    rank: int
+
+
+def resize(
+    lora: Checkpoint,
+    output: Path,
+    policy: RankPolicy,
+    *,
+    precision: str = "keep",
+    overwrite: bool = False,
+    on_progress: Progress | None = None,
+) -> ResizeReport:
+    """Write the LoRA with new ranks; alpha / rank stays as it is, so strengths mean the same.
+
+    Raises:
+        MismatchError: no LoRA pairs in the file.
+        SettingError: a size too small for any layer, a rank above every layer's own.
+        OutputError: the output exists or cannot be written.
+    """
+    grouped, others = group_keys(lora.infos)
+    pairs = {name: parts for name, parts in grouped.items() if "up" in parts and "down" in parts}
+    if not pairs:
+        raise MismatchError(f"{lora.path.name} holds no LoRA pairs (lora_up and lora_down); expected a LoRA file")
+    others += [key for name, parts in grouped.items() if name not in pairs for key in parts.values()]
+    steps = Steps(2 * len(pairs), on_progress)
+    with full_precision():
+        cores = {}
+        for name, parts in pairs.items():
+            up, down, scale = read_factors(lora, parts, name)
+            values = recompress(up, down.flatten(1))[1] * abs(scale)
+            cores[name] = _Core(parts, values, scale, down.shape[0])
+            steps.advance(1, name)
+        ranks = _ranks(lora, cores, others, policy, precision)
+        _write(lora, cores, others, ranks, output, precision, overwrite, policy, steps)
+    total = sum(float(core.values.square().sum()) for core in cores.values())
+    kept = sum(float(core.values[: ranks[name]].square().sum()) for name, core in cores.items())
+    return ResizeReport(
+        path=output,
+        layers=sum(rank > 0 for rank in ranks.values()),
+        file_bytes=output.stat().st_size,
+        ranks_before=(min(core.rank for core in cores.values()), max(core.rank for core in cores.values())),
+        ranks_after=(min((r for r in ranks.values() if r), default=0), max(ranks.values())),
+        energy_kept=kept / total if total else 1.0,
+    )
+
+
+def _ranks(
+    lora: Checkpoint, cores: Mapping[str, _Core], others: list[str], policy: RankPolicy, precision: str
+) -> dict[str, int]:
+    if policy.fixed:
+        largest = max(core.rank for core in cores.values())
+        if policy.fixed > largest:
+            raise SettingError(
+                f"rank {policy.fixed} is above the LoRA's own {largest}; resizing only makes smaller: expected 1 to {largest}"
+            )
+        return {name: min(_own(policy, lora, core), len(core.values)) for name, core in cores.items()}
+    spectra = {}
+    for name, core in cores.items():
+        numel = _numel(lora.infos[core.parts["up"]].shape) + _numel(lora.infos[core.parts["down"]].shape)
+        if "mid" in core.parts:  # its kernel goes into the new down factor
+            numel *= _numel(lora.infos[core.parts["mid"]].shape[2:])
+        per_rank = _dtype(lora, core, precision).itemsize * numel // core.rank
+        spectra[name] = Spectrum(core.values.square().numpy(), per_rank, 3 * (_ENTRY_BYTES + len(name)), len(core.values))
+    if policy.energy is not None:
+        total = sum(float(row.energies.sum()) for row in spectra.values())
+        return allocate(spectra, energy=policy.energy * total)
+    size = policy.size_mb or 0.0
+    overhead = _METADATA_BYTES + sum(lora.infos[key].nbytes + _ENTRY_BYTES + len(key) for key in others)
+    ranks = allocate(spectra, budget=int(size * 1e6) - overhead)
+    if not any(ranks.values()):
+        raise SettingError(f"size {size:g} MB holds no layer of {lora.path.name}; choose a larger size")
+    return ranks
+
+
+def _own(policy: RankPolicy, lora: Checkpoint, core: _Core) -> int:
+    kernel = lora.infos[core.parts["down"]].shape[2:]
+    return policy.conv_rank if policy.conv_rank and _numel(kernel) > 1 else policy.fixed or 0
+
+
+def _write(
+    lora: Checkpoint,
+    cores: Mapping[str, _Core],
+    others: list[str],
+    ranks: Mapping[str, int],
+    output: Path,
+    precision: str,
+    overwrite: bool,
+    policy: RankPolicy,
+    steps: Steps,
+) -> None:
+    expected = sum(lora.infos[key].nbytes for key in lora.infos)
+    with SafetensorsWriter(output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(lora.infos)) as writer:
+        for name, core in cores.items():  # all alphas first: they are float32, and so every tensor stays aligned
+            if "alpha" in core.parts and ranks[name]:
+                writer.add(core.parts["alpha"], torch.tensor(core.scale * ranks[name], dtype=torch.float32))
+        for name, core in cores.items():
+            rank = ranks[name]
+            if rank:
+                up, down, _ = read_factors(lora, core.parts, name)
+                U, S, Vh = recompress(up, down.flatten(1))
+                root = S[:rank].sqrt()
+                dtype = _dtype(lora, core, precision)
+                writer.add(core.parts["down"], (root[:, None] * Vh[:rank]).to(dtype).reshape(rank, *down.shape[1:]))
+                kernel = lora.infos[core.parts["up"]].shape[2:]
+                writer.add(core.parts["up"], (U[:, :rank] * root).to(dtype).reshape(-1, rank, *kernel))
+            steps.advance(1, name)
+        for key in others:
+            info = lora.infos[key]
+            writer.add_raw(key, info.dtype, info.shape, lora.raw(key))
+        writer.finish(_metadata(lora, ranks, policy))
+
+
+def _metadata(lora: Checkpoint, ranks: Mapping[str, int], policy: RankPolicy) -> dict[str, str]:
+    metadata = {key: text for key, text in lora.metadata.items() if key not in _STALE}
+    dim = str(policy.fixed or "Dynamic")
+    return metadata | {"ss_network_dim": dim, "ss_network_alpha": dim, "dpo.resized": f"{policy}, from {lora.name}"}
+
+
+def _dtype(lora: Checkpoint, core: _Core, precision: str) -> torch.dtype:
+    if precision != "keep":
+        return PRECISION[precision]
+    return lora.read(core.parts["up"]).dtype
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return int(torch.Size(shape).numel())

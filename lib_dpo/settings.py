@@ -1,0 +1,120 @@
+"""Settings of the engine: frozen records, and one table that describes each field to every front end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from lib_dpo.errors import SettingError
+
+Method = Literal["auto", "exact", "randomized"]
+METHODS: tuple[Method, ...] = get_args(Method)
+PROFILES = ("portable", "webui", "full")
+PRECISIONS = ("fp16", "bf16", "fp32")
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting as people see it."""
+
+    label: str
+    help: str
+    kind: type
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+FIELDS: Mapping[str, Field] = MappingProxyType(
+    {
+        "rank": Field("Rank", "components per layer (default 64)", int, minimum=1),
+        "energy": Field(
+            "Energy", "share of the offset to keep, 0 to 1; ranks are chosen per layer", float, minimum=0, maximum=1
+        ),
+        "size_mb": Field("Size", "size of the file in MB (10^6 bytes); ranks are chosen per layer", float, minimum=0),
+        "conv_rank": Field("Rank of convolutions", "components per 3x3 convolution (default: as rank)", int, minimum=1),
+        "method": Field("Method", "auto takes the faster one per layer", str, choices=METHODS),
+        "profile": Field(
+            "Profile",
+            "portable: pairs that every loader takes; webui: norms too; full: layers with a changed bias in full",
+            str,
+            choices=PROFILES,
+        ),
+        "precision": Field("Precision", "numbers in the file", str, choices=PRECISIONS),
+        "device": Field("Device", "auto, cpu, cuda, cuda:1, mps", str),
+        "seed": Field("Seed", "of the randomized method", int, minimum=0),
+        "strength": Field("Strength", "the offset is multiplied by it; 0 is off, 1 the full change", float),
+        "blocks": Field("Block weights", "such as IN00=0.5,MID=0,OUT=1; what is not named has weight 1", str),
+    }
+)
+DEFAULT_RANK = 64
+
+
+def check(name: str, value: Any) -> None:
+    """Refuse a value outside its field's limits, by name. None means "not given" and passes.
+
+    Raises:
+        SettingError: outside the limits or not among the choices.
+    """
+    field = FIELDS[name]
+    if value is None:
+        return
+    if field.choices and value not in field.choices:
+        raise SettingError(f"{name} {value!r} is unknown; expected one of {', '.join(field.choices)}")
+    if field.kind in (int, float) and (isinstance(value, bool) or value != value or abs(value) == float("inf")):
+        raise SettingError(f"{name} {value!r} is not a number")
+    if field.minimum is not None and value < field.minimum:
+        raise SettingError(f"{name} {value} is too small; expected at least {field.minimum:g}")
+    if field.maximum is not None and value > field.maximum:
+        raise SettingError(f"{name} {value} is too large; expected at most {field.maximum:g}")
+
+
+@dataclass(frozen=True)
+class RankPolicy:
+    """How ranks are chosen: one of `rank`, `energy`, `size_mb`; rank 64 when none is given."""
+
+    rank: int | None = None
+    energy: float | None = None
+    size_mb: float | None = None
+    conv_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check(field.name, getattr(self, field.name))
+        given = [name for name in ("rank", "energy", "size_mb") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SettingError(f"{' and '.join(given)} exclude one another; choose one")
+        if self.conv_rank is not None and given and given != ["rank"]:
+            raise SettingError(f"conv_rank goes with rank only; {given[0]} chooses the ranks of all layers itself")
+        if self.energy == 0:
+            raise SettingError("energy 0 keeps nothing; expected more than 0 and at most 1")
+
+    @property
+    def fixed(self) -> int | None:
+        """The rank of all layers, or None when ranks follow from the spectra."""
+        return (self.rank or DEFAULT_RANK) if self.energy is None and self.size_mb is None else None
+
+    def __str__(self) -> str:
+        if self.energy is not None:
+            return f"energy {self.energy:g}"
+        if self.size_mb is not None:
+            return f"size {self.size_mb:g} MB"
+        return f"rank {self.fixed}" + (f", convolutions {self.conv_rank}" if self.conv_rank else "")
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """Everything that decides what `extract` writes, beside the two files."""
+
+    policy: RankPolicy = RankPolicy()
+    method: Method = "auto"
+    profile: str = "portable"
+    precision: str = "fp16"
+    device: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("method", "profile", "precision", "device", "seed"):
+            check(name, getattr(self, name))

@@ -1,0 +1,91 @@
+"""How much of a pair's offset a LoRA or offset file holds: measured from the file alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lib_dpo.errors import BadTensorError, MismatchError
+from lib_dpo.figures import Tally, changed_text_encoders, measure
+from lib_dpo.keymap import component_of
+from lib_dpo.lowrank import energy, full_precision
+from lib_dpo.offset import Offset, Pair
+from lib_dpo.progress import Progress, Steps
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Energy kept, in all, per component and per block."""
+
+    tally: Tally
+    components: tuple[str, ...]
+    layers: int
+    unmatched: tuple[str, ...]
+    claimed: float | None  # what the file's own metadata says
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures that the command prints."""
+        return {
+            "architecture": self.tally.architecture.name,
+            "components": list(self.components),
+            **self.tally.energy_kept(),
+            "energy_kept_claimed": self.claimed,
+            "noise_floor": self.tally.total.noise_floor,
+            "tensors": self.layers,
+            "unmatched": list(self.unmatched),
+        }
+
+
+def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -> VerifyReport:
+    """Compare an offset with the pair it was made from, tensor by tensor.
+
+    Text encoders count when they changed beyond rounding, or when the file changes them.
+
+    Raises:
+        MismatchError: other architectures.
+        BadTensorError: a shape that does not fit, NaN or Inf.
+    """
+    if offset.architecture is not pair.architecture:
+        raise MismatchError(
+            f"{offset.name} is for {offset.architecture.title} but the pair is {pair.architecture.title}; "
+            "give the two checkpoints that it was made from"
+        )
+    numel = {key: math.prod(pair.base.shape(key)) for key in pair.keys}
+    steps = Steps(sum(numel.values()), on_progress)
+    tally = Tally(pair.architecture)
+    with full_precision():
+        for key in pair.keys:
+            base, delta = pair.read(key)
+            row = measure(base, delta, (pair.base.read(key), pair.tuned.read(key)))
+            row.residual = row.offset
+            if key in offset.shapes:
+                approximation = offset.read(key)
+                if approximation.numel() != delta.numel():
+                    raise BadTensorError(
+                        f"{offset.name}: {key} has {approximation.numel()} values, the pair {delta.numel()}; "
+                        "the file was made for another model"
+                    )
+                row.residual = energy(delta - approximation.reshape(delta.shape))
+            tally.add(key, row)
+            steps.advance(numel[key], key)
+    touched = {component_of(pair.architecture, key) for key in offset.shapes}
+    wanted = {"unet", *changed_text_encoders(tally), *touched}
+    kept = Tally(pair.architecture)
+    kept.components = {name: row for name, row in tally.components.items() if name in wanted}
+    kept.blocks = {name: row for name, row in tally.blocks.items() if name[:2] != "TE" or name.lower() in wanted}
+    return VerifyReport(
+        tally=kept,
+        components=tuple(kept.components),
+        layers=len(offset.shapes),
+        unmatched=offset.unmatched + tuple(sorted(offset.shapes.keys() - numel.keys())),
+        claimed=_claimed(offset.metadata),
+    )
+
+
+def _claimed(metadata: Mapping[str, str]) -> float | None:
+    try:
+        return float(metadata["dpo.energy_kept"])
+    except (KeyError, ValueError):
+        return None
