@@ -180,7 +180,7 @@ class _Run:
         result = exact.to(to)
         if not bool(torch.isfinite(result).all()):
             raise BadTensorError(
-                f"{self.target.path.name}: {key} would hold NaN or Inf as {dtype} after adding {weight:g} x {self.offset.name}; use "
+                f"{self.target.path.name}: {key} would hold NaN or Inf as {dtype} after adding {weight:g} x the offset; use "
                 " a smaller strength, or check the file with `inspect`"
             )
         self.changed += 1

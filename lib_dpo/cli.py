@@ -124,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("demo", _demo, "the whole story on a small model made here, without a network")
     sub.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="DIR", help="folder to write to")
+    sub.add_argument("--overwrite", action="store_true", help="replace earlier files there")
     return parser
 
 
@@ -338,4 +339,4 @@ def _compat(args: argparse.Namespace) -> Result:
 def _demo(args: argparse.Namespace) -> Result:
     from lib_dpo.demo import demo
 
-    return demo(args.output)
+    return demo(args.output, overwrite=args.overwrite)
