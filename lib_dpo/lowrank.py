@@ -105,6 +105,8 @@ def choose_method(short: int, long: int, rank: int) -> Literal["exact", "randomi
 
     The choice depends on the shape alone, so that the same input always gives the same output.
     """
+    if krylov_blocks(rank) * block_size(rank) >= short:
+        return "exact"
     exact, krylov = operations(short, long, rank, "exact"), operations(short, long, rank, "randomized")
     return "exact" if exact + _EIGH_COST * short**3 <= krylov / _THIN_RATE else "randomized"
 
