@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return REFUSED
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
     except (OSError, MemoryError) as error:
         if args.debug:
             raise

@@ -30,6 +30,7 @@ _BLOCKS, _BLOCKS_SMALL_RANK, _SMALL_RANK = 8, 10, 48
 # operations of a product, and a product with a thin block (32 to 64 columns) runs at 0.8 of the full rate.
 _EIGH_COST = 11.0
 _THIN_RATE = 0.8
+_KRYLOV_OVERHEAD = 2e8  # operations in the time that its many small calls take
 
 
 class Factors(NamedTuple):
@@ -108,7 +109,7 @@ def choose_method(short: int, long: int, rank: int) -> Literal["exact", "randomi
     if krylov_blocks(rank) * block_size(rank) >= short:
         return "exact"
     exact, krylov = operations(short, long, rank, "exact"), operations(short, long, rank, "randomized")
-    return "exact" if exact + _EIGH_COST * short**3 <= krylov / _THIN_RATE else "randomized"
+    return "exact" if exact + _EIGH_COST * short**3 <= krylov / _THIN_RATE + _KRYLOV_OVERHEAD else "randomized"
 
 
 def operations(short: int, long: int, rank: int, method: Method) -> float:

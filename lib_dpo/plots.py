@@ -75,7 +75,9 @@ def _spectrum(axes: Axes, report: DiffReport) -> None:
     for rank in (16, 64, 128):
         if rank < len(values):
             axes.axvline(rank, color=_SOFT, linewidth=0.8, linestyle=":")
-            axes.text(rank, axes.get_ylim()[1], f" rank {rank}", fontsize=7.5, color=_SOFT, va="top", rotation=90)
+            axes.annotate(
+                f"rank {rank}", (rank, 1), xytext=(3, -4), textcoords="offset points", fontsize=7.5, color=_SOFT, va="top"
+            )
     axes.set_xlabel("component", fontsize=9)
     axes.set_ylabel("singular value, first = 1", fontsize=9)
     axes.set_title("How the change is spread: mean spectrum of all layers", fontsize=10, loc="left")

@@ -20,7 +20,7 @@ from lib_dpo.ranks import Spectrum, allocate
 from lib_dpo.settings import RankPolicy
 from lib_dpo.writer import SafetensorsWriter
 
-_ENTRY_BYTES, _METADATA_BYTES = 110, 1 << 14
+_ENTRY_BYTES, _METADATA_BYTES = 96, 1 << 13
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "dpo.energy_kept", "dpo.energy_kept_by_block")
 
 
