@@ -1,0 +1,1 @@
+"""Benchmarks, on made-up files with the real structure and size."""
