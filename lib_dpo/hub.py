@@ -131,12 +131,11 @@ def _explained(hub: Any, repo: str) -> Iterator[None]:
         ) from error
     except hub.utils.RepositoryNotFoundError as error:
         raise BadFileError(f"{place}: does not exist, or is private; correct the name, or log in") from error
-    except (OSError, hub.utils.EntryNotFoundError, *http_errors) as error:
+    except (OSError, ValueError, TypeError, LookupError, hub.utils.EntryNotFoundError, *http_errors) as error:
+        # ValueError, TypeError, LookupError: an answer that no hub would give, such as a log-in page
         raise _UnreachableError(
             f"{place}: cannot be fetched ({_reason(error)}); check the network, HF_ENDPOINT, HF_HUB_OFFLINE, free space"
         ) from error
-    except (ValueError, TypeError, LookupError) as error:  # an answer that is no answer of a hub
-        raise BadFileError(f"{place}: gave no sensible answer ({_reason(error)}); check HF_ENDPOINT") from error
 
 
 def _reason(error: Exception) -> str:
