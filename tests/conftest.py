@@ -1,11 +1,11 @@
-"""What all tests share: two threads, no network, no display and the same random examples every time on CI."""
+"""What all tests share: one thread, no network, no display and the same random examples every time on CI."""
 
 from __future__ import annotations
 
 import os
 
 # before torch, matplotlib, huggingface_hub and gradio are imported, and inherited by the processes that tests start
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # small tensors: two threads that wait for each other are slower
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
