@@ -53,9 +53,7 @@ def check_output(path: str | Path, *, overwrite: bool, inputs: Iterable[Path] = 
         raise OutputError(f"{path}: exists already; choose another name, or allow overwriting (--overwrite)")
     folder = next((parent for parent in Path(os.path.abspath(path)).parents if parent.exists()), None)
     if folder is None or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"{path}: cannot be created, {folder} is no folder that may be written to; choose another one"
-        )
+        raise OutputError(f"{path}: cannot be created, {folder} is no folder that may be written to; choose another one")
 
 
 class SafetensorsWriter:
@@ -97,9 +95,7 @@ class SafetensorsWriter:
         self._output.file.seek(self._start)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._output.discard()
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
