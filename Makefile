@@ -13,7 +13,7 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 demo:  ## the whole story on the bundled model, no network
-	$(IN_ENV) newest -m lib_dpo demo $(ARGS)
+	$(IN_ENV) newest -m lib_dpo demo --overwrite $(ARGS)
 
 test:  ## all tests, on the newest versions
 	$(IN_ENV) newest -m pytest $(ARGS)

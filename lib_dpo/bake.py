@@ -177,7 +177,7 @@ class _Run:
         delta = self.offset.read(canonical, torch.float64)
         change = weight * _fitted(delta, tuple(stored.shape), canonical, self.offset.name, self.target.path.name)
         exact = stored.double() + change
-        result = exact.to(to)
+        result = torch.where(change == 0, stored.to(to), exact.to(to))  # -0.0 + 0.0 would lose its sign
         if not bool(torch.isfinite(result).all()):
             raise BadTensorError(
                 f"{self.target.path.name}: {key} would hold NaN or Inf as {dtype} after adding {weight:g} x the offset; use "

@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures["seconds"] = round(time.perf_counter() - started, 3)
         if args.json:
             _write_json(args.json, figures)
-        print(text)
+        if text:
+            print(text)
     except (KeyboardInterrupt, Cancelled):
         print("cancelled; nothing was written", file=sys.stderr)
         return CANCELLED
@@ -341,4 +342,4 @@ def _compat(args: argparse.Namespace) -> Result:
 def _demo(args: argparse.Namespace) -> Result:
     from lib_dpo.demo import demo
 
-    return demo(args.output, overwrite=args.overwrite)
+    return demo(args.output, overwrite=args.overwrite, say=print), ""

@@ -26,7 +26,7 @@ from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.ranks import Spectrum, allocate, break_even_rank
 from lib_dpo.settings import ExtractSettings
-from lib_dpo.writer import SafetensorsWriter
+from lib_dpo.writer import LEGACY_HASH, SafetensorsWriter
 
 # What one layer costs in the file beside its numbers: three header entries (70 to 100 bytes each without
 # the name) and alpha; and what the metadata takes. Both rounded up, so that a size in MB is kept.
@@ -316,6 +316,7 @@ class _Run:
         kohya = kohya_metadata(self.pair.architecture, dim=dim, alpha=dim, conv_dim=conv_dim, title=self.output.stem)
         return kohya | {
             "sshs_model_hash": self.digest.hexdigest(),
+            "sshs_legacy_hash": LEGACY_HASH,
             "dpo.kind": "lora",
             "dpo.base": self.pair.base.name,
             "dpo.tuned": self.pair.tuned.name,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -29,6 +30,11 @@ from lib_dpo.errors import BadFileError, OutputError
 from lib_dpo.header import MAX_HEADER_BYTES, Header, TensorInfo, dtype_name, read_header, tensor_nbytes
 
 logger = logging.getLogger(__name__)
+
+# The first hash that WebUIs knew LoRAs by (Additional Networks, kohya's sshs_legacy_hash): 8 digits of the SHA-256 of
+# 64 KiB of the file at 1 MiB, header included, so only the writer can tell it.
+LEGACY_HASH = "legacy??"
+_LEGACY_START, _LEGACY_BYTES = 0x100000, 0x10000
 
 _ENTRY_BYTES = 256  # room for a tensor in the header: its key (110 in SDXL's longest) and about 90 of punctuation
 _WORTH_MOVING = 256  # header room left over is closed where it exceeds 1/256 of the data
@@ -115,16 +121,25 @@ class SafetensorsWriter:
         self._position += nbytes
 
     def finish(self, metadata: Mapping[str, str]) -> None:
-        """Write the header, check the file by opening it again, and give it its name."""
+        """Write the header, check the file by opening it again, and give it its name.
+
+        A metadata entry whose value is `LEGACY_HASH` gets the old hash of the finished file (see there).
+        """
         header = self._header(metadata)
         room = self._start - 8
+        needs_legacy_hash = LEGACY_HASH in metadata.values()
         with self._output.writing() as file:
-            if len(header) > room or (room - len(header)) * _WORTH_MOVING > self._position:
+            wasteful = (room - len(header)) * _WORTH_MOVING > self._position
+            if len(header) > room or wasteful or (needs_legacy_hash and self._start > _LEGACY_START):
                 _move(file, self._start, 8 + len(header), self._position)
                 room = len(header)
+            file.truncate(8 + room + self._position)
+            if needs_legacy_hash:
+                digest = _legacy_hash(file, 8 + room)
+                metadata = {key: digest if text == LEGACY_HASH else text for key, text in metadata.items()}
+                header = self._header(metadata)  # as long as before
             file.seek(0)
             file.write(room.to_bytes(8, "little") + header.ljust(room))
-            file.truncate(8 + room + self._position)
             file.flush()
             os.fsync(file.fileno())
         self._check(8 + room, metadata)
@@ -293,6 +308,13 @@ def _move(file: BinaryIO, source: int, target: int, count: int) -> None:
         data = file.read(min(_PIECE, count - offset))
         file.seek(target + offset)
         file.write(data)
+
+
+def _legacy_hash(file: BinaryIO, data_start: int) -> str:
+    if data_start > _LEGACY_START:
+        raise ValueError(f"a header of {data_start} bytes reaches into the part that the legacy hash is made of")
+    file.seek(_LEGACY_START)
+    return hashlib.sha256(file.read(_LEGACY_BYTES)).hexdigest()[: len(LEGACY_HASH)]
 
 
 def _opens_in_library(path: Path, infos: Mapping[str, TensorInfo]) -> bool:

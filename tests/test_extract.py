@@ -103,6 +103,9 @@ def test_the_report_the_metadata_and_verify_agree(sdxl: Files, tmp_path: Path) -
         assert checkpoint.metadata["ss_base_model_version"] == "sdxl_base_v1-0"
         digest = hashlib.sha256(b"".join(bytes(checkpoint.raw(key)) for key in checkpoint.infos)).hexdigest()
         assert checkpoint.metadata["sshs_model_hash"] == digest
+        content = (tmp_path / "l.safetensors").read_bytes()
+        assert checkpoint.metadata["sshs_legacy_hash"] == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+        assert len(content) > 0x110000
     assert found.tally.total.energy_kept == pytest.approx(report.tally.total.energy_kept, abs=1e-7)
     for block, row in report.tally.blocks.items():
         assert found.tally.blocks[block].energy_kept == pytest.approx(row.energy_kept, abs=1e-6), block

@@ -1,0 +1,328 @@
+"""Offset files, baking and resizing, against float64 by hand and bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lib_dpo.arch import ARCHITECTURES
+from lib_dpo.bake import BakeReport, bake
+from lib_dpo.checkpoint import open_checkpoint
+from lib_dpo.dense import write_offset
+from lib_dpo.errors import BadTensorError, Cancelled, MismatchError, SettingError
+from lib_dpo.extract import extract
+from lib_dpo.keymap import EVERYWHERE, UNET, BlockWeights, block_of, parse_blocks, unet_to_diffusers
+from lib_dpo.lora import open_offset
+from lib_dpo.model import open_model
+from lib_dpo.offset import open_pair
+from lib_dpo.resize import resize
+from lib_dpo.settings import ExtractSettings, RankPolicy
+from lib_dpo.synthetic import small_pair
+
+Files = tuple[Path, Path]
+SD1 = ARCHITECTURES["sd1"]
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return small_pair(tmp_path_factory.mktemp("sd1"), "sd1")
+
+
+@pytest.fixture(scope="module")
+def lora(sd1: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("lora") / "dpo.safetensors"
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        extract(open_pair(base, tuned), path, ExtractSettings(RankPolicy(rank=6), profile="webui", device="cpu"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def offset_file(sd1: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("offset") / "offset.safetensors"
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        write_offset(open_pair(base, tuned), path)
+    return path
+
+
+def run(target: Path, offset: Path, output: Path, blocks: BlockWeights = EVERYWHERE, **options: Any) -> BakeReport:
+    checkpoint, change = open_offset(offset)
+    with checkpoint, open_model(target) as model:
+        return bake(model, change, output, blocks=blocks, **options)
+
+
+def by_canonical_key(path: Path) -> dict[str, torch.Tensor]:
+    """UNet tensors of a diffusers file under canonical keys."""
+    tensors = load_file(path)
+    with open_model(path) as model:
+        return {key: tensors[source.keys[0]] for key, source in model.sources.items()}
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+# ---- offset files ----
+
+
+def test_the_offset_file_is_tuned_minus_base_under_the_published_names(sd1: Files, offset_file: Path) -> None:
+    base, tuned, offset = load_file(sd1[0]), load_file(sd1[1]), load_file(offset_file)
+    assert offset.keys() == tuned.keys()
+    for key, weight in base.items():
+        name = unet_to_diffusers(SD1, key)
+        if name is not None:
+            assert offset[name].dtype == torch.float32
+            assert torch.equal(offset[name], tuned[name] - weight.float())
+    with open_checkpoint(offset_file) as checkpoint:
+        assert checkpoint.metadata["dpo.kind"] == "offset"
+
+
+def test_a_published_offset_file_without_metadata_is_told_from_a_model(sd1: Files, offset_file: Path, tmp_path: Path) -> None:
+    save_file(load_file(offset_file), tmp_path / "plain.safetensors")
+    checkpoint, offset = open_offset(tmp_path / "plain.safetensors")
+    with checkpoint:
+        assert offset.kind == "dense"
+    with pytest.raises(MismatchError, match="weights of a model"):
+        open_offset(sd1[1])
+
+
+# ---- baking ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_pairs_own_offset_restores_the_tuned_weights(sd1: Files, tmp_path: Path, dtype: torch.dtype) -> None:
+    base = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in load_file(sd1[0]).items()}
+    tuned = {key: tensor.to(dtype) for key, tensor in load_file(sd1[1]).items()}
+    save_file(base, tmp_path / "base.safetensors")
+    save_file(tuned, tmp_path / "tuned.safetensors")
+    with open_model(tmp_path / "base.safetensors") as one, open_model(tmp_path / "tuned.safetensors") as other:
+        write_offset(open_pair(one, other), tmp_path / "offset.safetensors")
+    run(tmp_path / "base.safetensors", tmp_path / "offset.safetensors", tmp_path / "baked.safetensors")
+    baked = load_file(tmp_path / "baked.safetensors")
+    inexact = total = 0
+    for key, tensor in by_canonical_key(tmp_path / "tuned.safetensors").items():
+        # a float32 offset holds the difference of two float32 numbers exactly unless they are far apart in size
+        difference = tensor.double() - base[key].double()
+        exact = difference == difference.float().double()
+        assert torch.equal(baked[key][exact], tensor[exact]), key
+        torch.testing.assert_close(baked[key], tensor, rtol=0, atol=float(difference.abs().max()) * 2**-24)
+        inexact, total = inexact + int((baked[key] != tensor).sum()), total + tensor.numel()
+    assert inexact == 0 if dtype != torch.float32 else inexact < 1e-3 * total
+    for key in base.keys() - {key for key in base if key.startswith(UNET)}:
+        assert bits(baked[key]) == bits(base[key]), key
+
+
+def test_weights_with_no_offset_keep_their_bits_even_a_negative_zero(sd1: Files, offset_file: Path, tmp_path: Path) -> None:
+    tensors, offset = load_file(sd1[0]), load_file(offset_file)
+    key = UNET + "input_blocks.0.0.bias"
+    tensors[key][:4] = -0.0
+    offset["conv_in.bias"][:4] = 0.0
+    save_file(tensors, tmp_path / "target.safetensors")
+    save_file(offset, tmp_path / "offset.safetensors")
+    run(tmp_path / "target.safetensors", tmp_path / "offset.safetensors", tmp_path / "b.safetensors")
+    assert bits(load_file(tmp_path / "b.safetensors")[key][:4]) == bits(tensors[key][:4])
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.35, -0.7, 2.0])
+def test_baking_a_lora_is_the_float64_formula_rounded_once(sd1: Files, lora: Path, tmp_path: Path, strength: float) -> None:
+    run(sd1[0], lora, tmp_path / "baked.safetensors", strength=strength)
+    base, baked, factors = load_file(sd1[0]), load_file(tmp_path / "baked.safetensors"), load_file(lora)
+    changed = 0
+    for key, weight in base.items():
+        name = unet_to_diffusers(SD1, key)
+        if name is None or not name.endswith(".weight"):
+            continue
+        stem = "out.0" if name == "conv_norm_out.weight" else name.removesuffix(".weight")
+        module = "lora_unet_" + stem.replace(".", "_")
+        if f"{module}.lora_up.weight" in factors:
+            up, down = (factors[f"{module}.lora_{side}.weight"].double().flatten(1) for side in ("up", "down"))
+            delta = (up @ down * (float(factors[f"{module}.alpha"]) / up.shape[1])).reshape(weight.shape)
+        else:
+            delta = factors[f"{module}.w_norm"].double()
+        exact = weight.double() + strength * delta
+        assert torch.equal(baked[key], exact.to(weight.dtype)), key
+        changed += 1
+    assert changed == 282 + 109
+
+
+def test_everything_else_stays_byte_for_byte(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    tensors = load_file(sd1[0]) | {
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.diffusion_modelinput_blocks00weight": torch.randn(32, 4, 3, 3),
+        "v_pred": torch.tensor([]),
+        "ztsnr": torch.tensor([]),
+    }
+    metadata = {"modelspec.title": "my merge", "note": '{"a": 1}', "sshs_model_hash": "stale", "sd_merge_models": "{}"}
+    save_file(tensors, tmp_path / "target.safetensors", metadata=metadata)
+    (tmp_path / "target.yaml").write_text("model: {}\n")
+    run(tmp_path / "target.safetensors", lora, tmp_path / "out.safetensors")
+    with safe_open(tmp_path / "out.safetensors", framework="pt") as file:
+        found = file.metadata()
+    baked = load_file(tmp_path / "out.safetensors")
+    assert baked.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert baked[key].dtype == tensor.dtype
+        if not key.startswith(UNET):
+            assert bits(baked[key]) == bits(tensor), key
+    assert found["modelspec.title"] == "my merge"
+    assert found["note"] == '{"a": 1}'
+    assert "sshs_model_hash" not in found
+    assert json.loads(found["sd_merge_recipe"])["type"] == "dpo-offset"
+    assert (tmp_path / "out.yaml").read_text() == "model: {}\n"
+
+
+def test_the_merge_history_grows_by_both_files(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    hashes = {"hashes": lambda: ("a" * 64, "b" * 64)}
+    run(sd1[0], lora, tmp_path / "one.safetensors", **hashes)
+    run(tmp_path / "one.safetensors", lora, tmp_path / "two.safetensors", hashes=lambda: ("c" * 64, "b" * 64))
+    with open_checkpoint(tmp_path / "two.safetensors") as checkpoint:
+        models = json.loads(checkpoint.metadata["sd_merge_models"])
+    assert models.keys() == {"a" * 64, "b" * 64, "c" * 64}
+    assert models["c" * 64]["sd_merge_recipe"] is not None
+
+
+def test_block_weights_scale_their_blocks(sd1: Files, offset_file: Path, tmp_path: Path) -> None:
+    blocks = parse_blocks("IN=0,IN04=2,MID=0.5,OUT=0")
+    run(sd1[0], offset_file, tmp_path / "b.safetensors", strength=2.0, blocks=blocks, precision="fp32")
+    base, baked = load_file(sd1[0]), load_file(tmp_path / "b.safetensors")
+    for key, offset in by_canonical_key(offset_file).items():
+        weight = 2.0 * blocks.of(block_of(SD1, key))
+        assert torch.equal(baked[key], (base[key].double() + weight * offset.double()).float()), key
+
+
+def test_strength_0_changes_no_number(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    report = run(sd1[0], lora, tmp_path / "b.safetensors", strength=0.0)
+    base, baked = load_file(sd1[0]), load_file(tmp_path / "b.safetensors")
+    assert all(bits(baked[key]) == bits(base[key]) for key in base)
+    assert report.changed == 0
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_a_precision_converts_the_model_and_nothing_else(sd1: Files, lora: Path, tmp_path: Path, precision: str) -> None:
+    run(sd1[0], lora, tmp_path / "b.safetensors", precision=precision)
+    base, baked = load_file(sd1[0]), load_file(tmp_path / "b.safetensors")
+    wanted = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    for key, tensor in base.items():
+        is_model = tensor.is_floating_point() and "." in key
+        assert baked[key].dtype == (wanted if is_model else tensor.dtype), key
+
+
+def test_an_inpainting_model_keeps_its_extra_channels(sd1: Files, offset_file: Path, tmp_path: Path) -> None:
+    tensors = load_file(sd1[0])
+    key = UNET + "input_blocks.0.0.weight"
+    plain = tensors[key]
+    tensors[key] = torch.cat((plain, torch.randn(plain.shape[0], 5, 3, 3).half()), dim=1)
+    save_file(tensors, tmp_path / "inpaint.safetensors")
+    run(tmp_path / "inpaint.safetensors", offset_file, tmp_path / "b.safetensors")
+    baked = load_file(tmp_path / "b.safetensors")[key]
+    offset = load_file(offset_file)["conv_in.weight"]
+    assert torch.equal(baked[:, 4:], tensors[key][:, 4:])
+    assert torch.equal(baked[:, :4], (plain.double() + offset.double()).half())
+
+
+def test_a_unet_only_target_in_diffusers_naming_is_baked_too(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    run(sd1[1], lora, tmp_path / "b.safetensors", strength=-1.0)
+    tuned, baked = load_file(sd1[1]), load_file(tmp_path / "b.safetensors")
+    assert tuned.keys() == baked.keys()
+    assert not torch.equal(tuned["conv_in.weight"], baked["conv_in.weight"])
+    assert torch.equal(tuned["conv_in.bias"], baked["conv_in.bias"])
+
+
+def test_a_result_that_overflows_is_refused_by_key(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadTensorError, match=r"model\.diffusion_model\."):
+        run(sd1[0], lora, tmp_path / "out" / "b.safetensors", strength=1e12)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cancelled_bake_leaves_nothing(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    def cancel(done: int, total: int, key: str) -> None:
+        if done > total // 2:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run(sd1[0], lora, tmp_path / "out" / "b.safetensors", on_progress=cancel)
+    assert not (tmp_path / "out").exists()
+
+
+# ---- resizing ----
+
+
+def resized(lora: Path, output: Path, **policy: Any) -> Any:
+    with open_checkpoint(lora) as checkpoint:
+        return resize(checkpoint, output, RankPolicy(**policy))
+
+
+def deltas(path: Path) -> dict[str, torch.Tensor]:
+    checkpoint, offset = open_offset(path)
+    with checkpoint:
+        return {key: offset.read(key, torch.float64) for key in offset.shapes}
+
+
+def test_resizing_is_the_truncated_svd_of_the_delta(lora: Path, tmp_path: Path) -> None:
+    report = resized(lora, tmp_path / "r.safetensors", rank=2)
+    before, after = deltas(lora), deltas(tmp_path / "r.safetensors")
+    kept = total = 0.0
+    for key, delta in before.items():
+        if delta.ndim < 2:
+            assert torch.equal(after[key], delta), key
+            continue
+        U, S, Vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
+        best = ((U[:, :2] * S[:2]) @ Vh[:2]).reshape(delta.shape)
+        torch.testing.assert_close(after[key], best, atol=2e-3 * float(S[0]), rtol=0)
+        kept, total = kept + float(S[:2].square().sum()), total + float(S.square().sum())
+    assert report.energy_kept == pytest.approx(kept / total, rel=1e-6)
+
+
+def test_resizing_to_the_same_rank_changes_nothing_but_rounding(lora: Path, tmp_path: Path) -> None:
+    report = resized(lora, tmp_path / "r.safetensors", rank=6)
+    assert report.energy_kept == pytest.approx(1.0)
+    before, after = deltas(lora), deltas(tmp_path / "r.safetensors")
+    for key, delta in before.items():
+        torch.testing.assert_close(after[key], delta, atol=2e-3 * float(delta.abs().max()), rtol=0)
+
+
+def test_alpha_over_rank_stays_and_foreign_loras_are_sorted_first(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, down = torch.randn(64, 8, generator=generator), torch.randn(8, 48, generator=generator)
+    down *= torch.tensor([0.01, 5, 0.1, 2, 0.01, 1, 3, 0.2])[:, None]  # the strongest components are not the first
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    parts = {".lora_up.weight": up, ".lora_down.weight": down, ".alpha": torch.tensor(2.0)}
+    save_file({name + part: tensor for part, tensor in parts.items()}, tmp_path / "l.safetensors")
+    resized(tmp_path / "l.safetensors", tmp_path / "r.safetensors", rank=4)
+    found = load_file(tmp_path / "r.safetensors")
+    assert float(found[name + ".alpha"]) == pytest.approx(2.0 / 8 * 4)
+    U, S, Vh = torch.linalg.svd(up.double() @ down.double())
+    best = (U[:, :4] * S[:4]) @ Vh[:4] * (2.0 / 8)
+    product = found[name + ".lora_up.weight"].double() @ found[name + ".lora_down.weight"].double() * 0.25
+    torch.testing.assert_close(product, best, atol=1e-5, rtol=0)
+
+
+def test_a_tucker_factor_is_multiplied_in(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    up, mid, down = (torch.randn(*s, generator=generator) for s in ((32, 4, 1, 1), (4, 4, 3, 3), (4, 32, 1, 1)))
+    name = "lora_unet_down_blocks_0_resnets_0_conv1"
+    parts = {".lora_up.weight": up, ".lora_mid.weight": mid, ".lora_down.weight": down, ".alpha": torch.tensor(4.0)}
+    save_file({name + part: tensor for part, tensor in parts.items()}, tmp_path / "l.safetensors")
+    expected = torch.einsum("oa,abhw,bi->oihw", up[:, :, 0, 0], mid, down[:, :, 0, 0])
+    key = UNET + "input_blocks.1.0.in_layers.2.weight"
+    torch.testing.assert_close(deltas(tmp_path / "l.safetensors")[key], expected.double(), atol=1e-4, rtol=0)
+    resized(tmp_path / "l.safetensors", tmp_path / "r.safetensors", rank=4)
+    assert "mid" not in " ".join(load_file(tmp_path / "r.safetensors"))
+    torch.testing.assert_close(deltas(tmp_path / "r.safetensors")[key], expected.double(), atol=1e-4, rtol=0)
+
+
+def test_sizes_and_energies(lora: Path, tmp_path: Path) -> None:
+    report = resized(lora, tmp_path / "s.safetensors", size_mb=0.9)
+    assert 0.8e6 <= report.file_bytes <= 0.9e6
+    report = resized(lora, tmp_path / "e.safetensors", energy=0.7)
+    assert 0.7 <= report.energy_kept < 0.72
+
+
+def test_resizing_never_makes_larger(lora: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="above the LoRA's own 6"):
+        resized(lora, tmp_path / "r.safetensors", rank=7)
