@@ -1,0 +1,173 @@
+"""Figures and verdicts: what diff and compat say, against values computed by hand."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib_dpo.analyse import KINDS, diff
+from lib_dpo.bake import bake
+from lib_dpo.compat import CompatReport, compat
+from lib_dpo.dense import write_offset
+from lib_dpo.errors import MismatchError
+from lib_dpo.figures import rounding_energy
+from lib_dpo.keymap import UNET
+from lib_dpo.lora import open_offset
+from lib_dpo.model import open_model
+from lib_dpo.offset import open_pair
+from lib_dpo.plots import plot_diff
+from lib_dpo.shapes import checkpoint_shapes, small
+from lib_dpo.synthetic import base_tensor, offset_tensor, small_pair
+
+Files = tuple[Path, Path]
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return small_pair(tmp_path_factory.mktemp("sd1"), "sd1")
+
+
+# ---- noise floor ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_rounding_energy_is_what_rounding_really_does(dtype: torch.dtype) -> None:
+    true = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0)) * 0.03
+    stored = true.to(dtype)
+    real = float((stored.double() - true.double()).square().sum())
+    assert rounding_energy(stored) == pytest.approx(real, rel=0.02)
+    assert rounding_energy(stored.float()) == pytest.approx(real, rel=0.02)  # a wide copy of narrow numbers
+    assert rounding_energy(true) < 1e-4 * real
+
+
+def test_the_noise_floor_is_the_share_of_noise_in_the_offset(sd1: Files) -> None:
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        report = diff(open_pair(base, tuned))
+    noise = total = 0.0
+    for key, shape in checkpoint_shapes("sd1", small("sd1")).items():
+        if key.startswith(UNET):
+            weight = base_tensor(key, shape).double()
+            noise += float((weight - weight.half().double()).square().sum())
+            total += float((weight + offset_tensor(key, shape).double() - weight.half().double()).square().sum())
+    assert report.tally.total.offset == pytest.approx(total, rel=1e-5)
+    assert report.tally.total.noise_floor == pytest.approx(noise / total, rel=0.05)
+
+
+def test_zeros_and_subnormals_have_a_floor() -> None:
+    assert rounding_energy(torch.zeros(10, dtype=torch.float16)) == pytest.approx(10 * 2.0**-48 / 12)
+    assert math.isfinite(rounding_energy(torch.full((10,), 1e-7, dtype=torch.float16)))
+
+
+# ---- diff ----
+
+
+def test_the_figures_of_diff_are_those_of_float64(sd1: Files) -> None:
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        pair = open_pair(base, tuned)
+        report = diff(pair)
+        key = UNET + "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+        assert report.tally.blocks["MID"].numel == sum(base.read(k).numel() for k in pair.keys if "middle_block" in k)
+        deltas = [
+            tuned.read(k).double().reshape(base.shape(k)) - base.read(k).double() for k in pair.keys if "middle_block" in k
+        ]
+    energy = sum(float(delta.square().sum()) for delta in deltas)
+    assert report.tally.blocks["MID"].offset == pytest.approx(energy, rel=1e-6)
+    assert report.tally.blocks["MID"].largest == pytest.approx(max(float(delta.abs().max()) for delta in deltas))
+    assert report.kinds["self-attention"]["MID"].offset > 0
+    assert sum(row.offset for kind in KINDS for row in report.kinds[kind].values()) == pytest.approx(report.tally.total.offset)
+    assert report.verdict.level == "fits"
+    assert report.vae == "not in both files"
+    assert key in pair.keys
+
+
+def test_the_spectra_say_what_an_extraction_would_keep(sd1: Files, tmp_path: Path) -> None:
+    from lib_dpo.extract import extract
+    from lib_dpo.settings import ExtractSettings, RankPolicy
+
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        pair = open_pair(base, tuned)
+        report = diff(pair, spectra=True, device="cpu")
+        settings = ExtractSettings(RankPolicy(rank=8), method="exact", device="cpu")
+        extracted = extract(pair, tmp_path / "l.safetensors", settings)
+    assert report.spectra is not None
+    at_8 = report.spectra.energy_at_rank[report.spectra.ranks.index(8)]
+    assert at_8 == pytest.approx(extracted.tally.total.energy_kept, abs=1e-4)
+    sizes, energies = report.spectra.size_mb, report.spectra.energy_at_size
+    assert sizes == sorted(sizes)
+    assert energies == sorted(energies)
+    plot_diff(report, tmp_path / "d.png")
+    assert (tmp_path / "d.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_picture_without_spectra(sd1: Files, tmp_path: Path) -> None:
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        plot_diff(diff(open_pair(base, tuned)), tmp_path / "d.png")
+    assert (tmp_path / "d.png").stat().st_size > 10_000
+
+
+# ---- compat ----
+
+
+def judged(target: Path, files: Files) -> CompatReport:
+    with open_model(target) as model, open_model(files[0]) as base, open_model(files[1]) as tuned:
+        return compat(model, open_pair(base, tuned))
+
+
+def finetuned(files: Files, path: Path, size: float, seed: int = 0) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = load_file(files[0])
+    for key, tensor in tensors.items():
+        if key.startswith(UNET):
+            scale = size * float(tensor.float().square().mean().sqrt())
+            tensors[key] = (tensor.float() + scale * torch.randn(tensor.shape, generator=generator)).half()
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("strength", [0.4, 1.0, -0.5])
+def test_the_strength_inside_is_found_again(sd1: Files, tmp_path: Path, strength: float) -> None:
+    finetune = finetuned(sd1, tmp_path / "finetune.safetensors", 0.01)
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        write_offset(open_pair(base, tuned), tmp_path / "o.safetensors")
+    checkpoint, offset = open_offset(tmp_path / "o.safetensors")
+    with checkpoint, open_model(finetune) as target:
+        bake(target, offset, tmp_path / "baked.safetensors", strength=strength, precision="fp32")
+    before, after = judged(finetune, sd1), judged(tmp_path / "baked.safetensors", sd1)
+    assert after.strength_inside - before.strength_inside == pytest.approx(strength, abs=0.01)
+    assert abs(after.strength_inside - strength) < 4 * after.strength_error + 0.02
+    assert after.level == ("contained" if strength > 0 else "fits")
+    if strength == 0.4:
+        assert after.suggested_strength == pytest.approx(0.6, abs=0.06)
+
+
+def test_the_least_squares_figures_are_those_of_float64(sd1: Files, tmp_path: Path) -> None:
+    finetune = finetuned(sd1, tmp_path / "f.safetensors", 0.05)
+    report = judged(finetune, sd1)
+    with open_model(finetune) as target, open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        keys = open_pair(base, tuned).keys
+        weights = torch.cat([base.read(k).double().flatten() for k in keys])
+        drift = torch.cat([target.read(k).double().flatten() for k in keys]) - weights
+        offset = torch.cat([tuned.read(k).double().flatten() for k in keys]) - weights
+    assert report.drift == pytest.approx(float(drift.norm() / weights.norm()), rel=1e-4)
+    assert report.strength_inside == pytest.approx(float(drift @ offset / (offset @ offset)), abs=1e-4)
+    assert report.cosine == pytest.approx(float(drift @ offset / (drift.norm() * offset.norm())), abs=1e-4)
+    assert abs(report.strength_inside) < 4 * report.strength_error
+
+
+def test_the_verdicts_on_the_base_a_near_and_a_far_finetune(sd1: Files, tmp_path: Path) -> None:
+    assert judged(sd1[0], sd1).level == "base"
+    near = judged(finetuned(sd1, tmp_path / "near.safetensors", 0.05), sd1)
+    far = judged(finetuned(sd1, tmp_path / "far.safetensors", 0.6), sd1)
+    assert (near.level, far.level) == ("fits", "weaker")
+    assert far.suggested_strength < near.suggested_strength
+    assert "Pony" in far.text
+
+
+def test_another_architecture_is_refused(sd1: Files, tmp_path: Path) -> None:
+    sd2 = small_pair(tmp_path / "sd2", "sd2")
+    with pytest.raises(MismatchError, match=r"SD 2\.x but the pair is SD 1\.x"):
+        judged(sd2[0], sd1)
