@@ -54,7 +54,7 @@ class Spectra:
     size_mb_at_rank: list[float]  # fp16
     size_mb: list[float]  # along the optimal allocation of ranks
     energy_at_size: list[float]
-    mean_spectrum: list[float]  # mean of sigma_i / sigma_1 over layers
+    mean_spectrum: list[float]  # root mean square of sigma_i / sigma_1 over layers
     effective_rank: dict[str, float]  # by block: exp of the entropy of the energies (Roy & Vetterli 2007), mean
 
     def as_json(self) -> dict[str, Any]:
@@ -188,10 +188,8 @@ def _effective_rank(energies: NDArray[np.float64]) -> float:
 
 
 def _mean_spectrum(rows: list[Spectrum]) -> list[float]:
-    length = max((len(row.energies) for row in rows), default=0)
-    total, count = np.zeros(length), np.zeros(length)
+    """Root mean square over layers of the i-th singular value, the first as 1; layers that have no i-th count as 0."""
+    total = np.zeros(max((len(row.energies) for row in rows), default=0))
     for row in rows:
-        values = np.sqrt(row.energies / row.energies[0])
-        total[: len(values)] += values
-        count[: len(values)] += 1
-    return [float(value) for value in total / np.maximum(count, 1)]
+        total[: len(row.energies)] += row.energies / row.energies[0]
+    return [float(value) for value in np.sqrt(total / len(rows))]

@@ -37,7 +37,7 @@ def demo(folder: Path, *, overwrite: bool = False, say: Callable[[str], None]) -
     """
     say("A base and its DPO tuning, made up here: the layout of SD 1.5, a tenth of its widths, random weights.")
     say("The numbers are real, but no picture can come of them; the point is the files and what is measured on them.\n")
-    base_path, tuned_path = small_pair(folder, "sd1", overwrite=overwrite)
+    base_path, tuned_path = small_pair(folder / "tiny-dpo", "sd1", overwrite=overwrite)
     with open_model(base_path) as base, open_model(tuned_path) as tuned:
         pair = open_pair(base, tuned)
         figures: dict[str, Any] = {"diff": _diff(pair, folder / "diff.png", say)}
