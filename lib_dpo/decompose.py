@@ -86,7 +86,7 @@ class Decomposer:
     def singular_values(self, delta: Tensor, name: str) -> Tensor:
         """The exact spectrum, float64 on the CPU; computed there in float64 where the device fails."""
         try:
-            return singular_values(delta).cpu()
+            return singular_values(delta)
         except (RuntimeError, NotImplementedError) as error:
             self._fall_back(error, name)
             return singular_values(delta.cpu().double())

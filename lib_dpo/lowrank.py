@@ -134,19 +134,19 @@ def krylov_blocks(rank: int) -> int:
 
 
 def singular_values(A: Tensor) -> Tensor:
-    """All singular values in falling order, float64 (..., min(out, in)), from the Gram matrix of the short side.
+    """All singular values in falling order, float64 (..., min(out, in)) on the CPU, from the Gram matrix of the short side.
 
     Accurate to about 3e-4 of the largest one (float32 Gram): meant for energies, ranks and budgets.
     """
     wide = A if A.shape[-2] <= A.shape[-1] else A.mT
     values: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
-    return values.flip(-1).double().clamp_min(0).sqrt()
+    return values.cpu().flip(-1).double().clamp_min(0).sqrt()
 
 
 def energy(A: Tensor) -> float:
-    """||A||^2 of a tensor of any shape and size: rows in its own dtype, their sum in float64."""
-    rows = A.flatten(1) if A.ndim > 1 else A.double().flatten()[None]
-    return float(rows.norm(dim=-1).double().square().sum())
+    """||A||^2 of a tensor of any shape and size: rows in its own dtype, their sum in float64 on the CPU (MPS has none)."""
+    rows = A.flatten(1).norm(dim=-1) if A.ndim > 1 else A
+    return float(rows.cpu().double().square().sum())
 
 
 def residual_energy_(A: Tensor, up: Tensor, down: Tensor) -> float:

@@ -39,8 +39,8 @@ def test_the_rounding_energy_is_what_rounding_really_does(dtype: torch.dtype) ->
     true = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(0)) * 0.03
     stored = true.to(dtype)
     real = float((stored.double() - true.double()).square().sum())
-    assert rounding_energy(stored) == pytest.approx(real, rel=0.02)
-    assert rounding_energy(stored.float()) == pytest.approx(real, rel=0.02)  # a wide copy of narrow numbers
+    assert rounding_energy(stored) == pytest.approx(real, rel=0.03)
+    assert rounding_energy(stored.float()) == pytest.approx(real, rel=0.03)  # a wide copy of narrow numbers
     assert rounding_energy(true) < 1e-4 * real
 
 
