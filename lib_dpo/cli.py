@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_dpo import __version__
-from lib_dpo.errors import Cancelled, DpoError, SettingError
+from lib_dpo.errors import Cancelled, DpoError, OutputError, SettingError
 from lib_dpo.settings import FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, RankPolicy, check
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(name)s: %(message)s")
     try:
         started = time.perf_counter()
+        _check_reports(args)
         figures, text = args.run(args)
         figures = {"command": args.command, "version": __version__, **figures}
         figures["seconds"] = round(time.perf_counter() - started, 3)
@@ -34,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _write_json(args.json, figures)
         if text:
             print(text)
+        sys.stdout.flush()  # here, where a reader that went away can be told from an error
     except (KeyboardInterrupt, Cancelled):
         print("cancelled; nothing was written", file=sys.stderr)
         return CANCELLED
@@ -42,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return REFUSED
-    except BrokenPipeError:  # the reader of our output went away, as `| head` does
-        sys.stderr.close()
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does; Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, MemoryError) as error:
         if args.debug:
             raise
@@ -59,7 +63,7 @@ class _Parser(argparse.ArgumentParser):
     """argparse with our one line for errors."""
 
     def error(self, message: str) -> Any:
-        self.exit(REFUSED, f"error: {message}; see `{self.prog} --help`\n")
+        self.exit(REFUSED, f"error: {' '.join(message.split())}; see `{self.prog} --help`\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -214,10 +218,32 @@ def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
 
 
+def _check_reports(args: argparse.Namespace) -> None:
+    """Refuse early the names of a report or picture: they are written last, and over what has that name."""
+    for path in filter(None, (args.json, getattr(args, "plot", None))):
+        from lib_dpo.writer import check_output
+
+        check_output(path, overwrite=True)
+        if path.suffix.lower() in _CHECKPOINTS:
+            raise OutputError(f"{path}: is the name of a checkpoint, expected one for a report; choose a .json or .png")
+
+
+_CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth")
+
+
 def _write_json(path: Path, figures: dict[str, Any]) -> None:
     from lib_dpo.writer import write_text_atomic
 
-    write_text_atomic(path, json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    write_text_atomic(path, json.dumps(_finite(figures), indent=2, allow_nan=False) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no NaN and no Infinity: null in their place."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 # ---- commands: each returns its figures and the text to print ----
