@@ -20,7 +20,7 @@ from lib_dpo.model import Model
 from lib_dpo.offset import Offset
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
-from lib_dpo.writer import SafetensorsWriter
+from lib_dpo.writer import SafetensorsWriter, check_output
 
 # Metadata entries that describe the bytes of the file they were copied from.
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
@@ -77,6 +77,7 @@ def bake(
         OutputError: the output exists or cannot be written.
     """
     plan, not_applied = _plan(target, offset)
+    config = _config_to_copy(target.path, output, overwrite=overwrite)
     run = _Run(target, offset, strength, blocks, precision)
     infos = target.checkpoint.infos
     output_dtypes = {key: run.output_dtype(key, plan.get(key)) for key in infos}
@@ -94,7 +95,8 @@ def bake(
                 writer.add(key, run.tensor(key, canonical, output_dtypes[key]))
             steps.advance(infos[key].nbytes, key)
         writer.finish(_metadata(target, offset, output, strength, blocks, precision, hashes))
-    _copy_config(target.path, output)
+    if config:
+        shutil.copyfile(config, output.with_suffix(".yaml"))
     return BakeReport(
         path=output,
         architecture=target.architecture.name,
@@ -231,11 +233,17 @@ def _models(metadata: Mapping[str, str]) -> dict[str, Any]:
     return models if isinstance(models, dict) else {}
 
 
-def _copy_config(target: Path, output: Path) -> None:
-    """The sidecar .yaml of the target, where it has one: hosts read the prediction type from it."""
-    config = target.with_suffix(".yaml")
-    if config.is_file() and config != output.with_suffix(".yaml"):
-        shutil.copyfile(config, output.with_suffix(".yaml"))
+def _config_to_copy(target: Path, output: Path, *, overwrite: bool) -> Path | None:
+    """The sidecar .yaml of the target, where it has one: hosts read the prediction type from it.
+
+    Raises:
+        OutputError: another one lies beside the output, and would be replaced.
+    """
+    config, copy = target.with_suffix(".yaml"), output.with_suffix(".yaml")
+    if not config.is_file() or (copy.is_file() and copy.read_bytes() == config.read_bytes()):
+        return None
+    check_output(copy, overwrite=overwrite)
+    return config
 
 
 def _numel(shape: tuple[int, ...]) -> int:
