@@ -105,7 +105,9 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
     Raises:
         NothingToDoError: base and tuned are equal.
         BadTensorError: NaN or Inf, by key.
+        SettingError: a device that is not there.
     """
+    place = resolve_device(device)
     tally = Tally(pair.architecture)
     kinds: dict[str, dict[str, Row]] = {kind: {} for kind in KINDS}
     relative: list[tuple[str, float]] = []
@@ -124,7 +126,7 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
             raise NothingToDoError(
                 f"{pair.base.path.name} and {pair.tuned.path.name} hold the same UNet and text encoders: there is no offset"
             )
-        figures = _spectra(pair, tally, device, steps) if spectra else None
+        figures = _spectra(pair, tally, place, steps) if spectra else None
     relative.sort(key=lambda item: -item[1])
     return DiffReport(
         architecture=pair.architecture.name,
@@ -147,17 +149,18 @@ def _kind(key: str, ndim: int) -> str:
 
 def _compare_vae(pair: Pair) -> str:
     """Information only: VAEs are never extracted."""
-    shared = [key for key in pair.base.keys("vae") if key in set(pair.tuned.keys("vae"))]
+    theirs = set(pair.tuned.keys("vae"))
+    shared = [key for key in pair.base.keys("vae") if key in theirs]
     if not shared:
         return "not in both files"
     same = all(torch.equal(pair.base.read(key).flatten().float(), pair.tuned.read(key).flatten().float()) for key in shared)
     return "the same" if same else "different (for information: a VAE is never part of an offset)"
 
 
-def _spectra(pair: Pair, tally: Tally, device: str, steps: Steps) -> Spectra:
+def _spectra(pair: Pair, tally: Tally, device: torch.device, steps: Steps) -> Spectra:
     components = ("unet", *changed_text_encoders(tally))
     layers = [layer for layer in plan_layers(pair, "portable", components) if layer.kind == "pair"]
-    decomposer = Decomposer(pair, resolve_device(device), method="exact", seed=0)
+    decomposer = Decomposer(pair, device, method="exact", seed=0)
     rows: dict[str, Spectrum] = {}
     effective: dict[str, list[float]] = {}
     for layer in layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib_dpo.analyse import KINDS, DiffReport
-from lib_dpo.errors import OutputError
 from lib_dpo.keymap import block_labels
+from lib_dpo.writer import write_bytes_atomic
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,11 +38,9 @@ def plot_diff(report: DiffReport, path: Path) -> None:
         _spectrum(figure.add_subplot(grid[1, 0]), report)
         _size_curve(figure.add_subplot(grid[1, 1]), report)
     figure.suptitle(f"{report.tuned} minus {report.base}", fontsize=13, color=_INK, weight="bold")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror or error}") from error
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_bytes_atomic(path, picture.getvalue())
 
 
 def _heat_map(axes: Axes, figure: Any, report: DiffReport) -> None:

@@ -181,7 +181,12 @@ class SafetensorsWriter:
 
 def write_text_atomic(path: str | Path, text: str) -> None:
     """Write a small text file in UTF-8, all or nothing. A file of that name is replaced, missing folders are made."""
-    path, data = Path(path), text.encode("utf-8")
+    write_bytes_atomic(path, text.encode("utf-8"))
+
+
+def write_bytes_atomic(path: str | Path, data: bytes) -> None:
+    """The same for bytes, such as a picture."""
+    path = Path(path)
     check_output(path, overwrite=True)
     output = _AtomicFile(path, overwrite=True, needed=len(data))
     try:
