@@ -12,7 +12,7 @@ IN_ENV = @$(PYTHON) tools/env.py
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
-demo:  ## the whole story on the bundled model, no network
+demo:  ## the whole story on a small made-up pair, no network
 	$(IN_ENV) newest -m lib_dpo demo --overwrite $(ARGS)
 
 test:  ## all tests, on the newest versions
