@@ -88,6 +88,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
+def is_float(name: str) -> bool:
+    """Whether a safetensors dtype name is one of floating-point numbers; also of those that this torch lacks."""
+    return name[0] == "F" or name == "BF16"
+
+
 def tensor_nbytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes of a tensor as stored. Raises ValueError for an unknown dtype or a last byte that is not full."""
     if dtype not in _BITS:

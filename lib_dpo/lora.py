@@ -7,8 +7,9 @@ Understood: kohya names in both UNet spellings, PEFT and diffusers names; LoRA p
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from lib_dpo import __version__
 from lib_dpo.arch import ARCHITECTURES, Architecture, Shape
 from lib_dpo.checkpoint import Checkpoint, open_checkpoint
 from lib_dpo.errors import BadTensorError, MismatchError
+from lib_dpo.header import is_float
 from lib_dpo.keymap import LoraModule, lora_aliases, lora_modules
 from lib_dpo.model import Model
 from lib_dpo.offset import Offset, dense_offset
@@ -71,30 +73,69 @@ def is_lora(keys: Iterable[str]) -> bool:
     return any(_LORA_MARK.search(key) or _REFUSED.search(key) for key in keys)
 
 
-def read_factors(checkpoint: Checkpoint, parts: Mapping[str, str], name: str) -> tuple[Tensor, Tensor, float]:
+def read_factors(checkpoint: Checkpoint, parts: Mapping[str, str]) -> tuple[Tensor, Tensor, float]:
     """One module's up (out, rank), down (rank, in, kh, kw) or (rank, in), and its scale alpha / rank; stored dtype.
 
     A `mid` factor (CP decomposition) is multiplied into `down`, in float32.
 
     Args:
-        parts: file keys by part, as `group_keys` gives them.
-        name: the module, for messages.
+        parts: file keys by part, as `group_keys` gives them and `check_module` has found good.
 
     Raises:
-        BadTensorError: the two factors have different ranks.
+        BadTensorError: NaN or Inf, by key.
     """
+    for part in parts.keys() & {"up", "down", "mid", "alpha"}:
+        if not bool(torch.isfinite(checkpoint.read(parts[part]).float()).all()):
+            raise BadTensorError(
+                f"{checkpoint.path.name}: {parts[part]} holds NaN or Inf, expected finite numbers; the file is damaged, "
+                "get it again"
+            )
     up = checkpoint.read(parts["up"]).flatten(1)
     down = checkpoint.read(parts["down"])
     if "mid" in parts:
         mid = checkpoint.read(parts["mid"]).float()  # (rank, rank, kh, kw)
         down = torch.einsum("abhw,bi->aihw", mid, down.float().flatten(1))
-    if up.shape[1] != down.shape[0]:
-        raise BadTensorError(
-            f"{checkpoint.path.name}: {name} has {up.shape[1]} columns up but {down.shape[0]} rows down; both must equal "
-            "its rank: the file is damaged"
-        )
     alpha = float(checkpoint.read(parts["alpha"])) if "alpha" in parts else float(down.shape[0])
     return up, down, alpha / down.shape[0]
+
+
+def check_decomposition(checkpoint: Checkpoint) -> None:
+    """Refuse a file of another decomposition than LoRA. Raises MismatchError naming a key of it."""
+    refused = next((key for key in checkpoint.infos if _REFUSED.search(key)), None)
+    if refused:
+        raise MismatchError(
+            f"{checkpoint.path.name}: {refused} belongs to LoHa, LoKr, OFT, DoRA or IA3, which are not supported; expected LoRA"
+        )
+
+
+def check_module(checkpoint: Checkpoint, parts: Mapping[str, str], name: str) -> None:
+    """Refuse a module whose parts do not make up a delta, from the header alone.
+
+    Raises:
+        MismatchError: one half of a pair is missing.
+        BadTensorError: a part that is no floating-point tensor, or whose shape fits neither LoRA nor the other parts.
+    """
+    file = checkpoint.path.name
+    if ("up" in parts) != ("down" in parts):
+        there = "up" if "up" in parts else "down"
+        raise MismatchError(f"{file}: {name} has only its {there} factor; the file is incomplete, get it again")
+    for part, key in parts.items():
+        info = checkpoint.infos[key]
+        if not is_float(info.dtype) and (part != "alpha" or info.dtype == "C64"):  # some tools write alpha as an integer
+            raise BadTensorError(f"{file}: {key} is stored as {info.dtype}, expected floating-point numbers; get it again")
+        dimensions, numel = len(info.shape), math.prod(info.shape)
+        fits = {"alpha": numel == 1, "mid": dimensions == 4, "diff": dimensions > 0, "diff_b": dimensions == 1}
+        if not (fits.get(part, dimensions > 1) and numel):
+            raise BadTensorError(f"{file}: {key} has the shape {list(info.shape)}, which no {part} has; get the file again")
+    if "up" not in parts:
+        return
+    up, down = checkpoint.infos[parts["up"]].shape, checkpoint.infos[parts["down"]].shape
+    inner = checkpoint.infos[parts["mid"]].shape[:2] if "mid" in parts else (down[0], down[0])
+    if (math.prod(up[1:]), down[0]) != inner or ("mid" in parts and math.prod(down[2:]) != 1):
+        raise BadTensorError(
+            f"{file}: {name} has {math.prod(up[1:])} columns up but {down[0]} rows down; both must equal its rank: the file "
+            "is damaged, get it again"
+        )
 
 
 def read_lora(checkpoint: Checkpoint) -> LoraFile:
@@ -102,13 +143,9 @@ def read_lora(checkpoint: Checkpoint) -> LoraFile:
 
     Raises:
         MismatchError: a decomposition other than LoRA, an unknown architecture, or pairs with one half missing.
+        BadTensorError: parts of a module that do not fit together.
     """
-    name = checkpoint.path.name
-    refused = next((key for key in checkpoint.infos if _REFUSED.search(key)), None)
-    if refused:
-        raise MismatchError(
-            f"{name}: {refused} belongs to LoHa, LoKr, OFT, DoRA or IA3, which are not supported; expected LoRA"
-        )
+    check_decomposition(checkpoint)
     grouped, unknown = group_keys(checkpoint.infos)
     architecture = _recognise(grouped, checkpoint)
     index = _alias_index(architecture.name)
@@ -118,9 +155,9 @@ def read_lora(checkpoint: Checkpoint) -> LoraFile:
         if module is None:
             unknown.extend(parts.values())
             continue
-        if ("up" in parts) != ("down" in parts):
-            there = "up" if "up" in parts else "down"
-            raise MismatchError(f"{name}: {module_name} has only its {there} factor; the file is incomplete, get it again")
+        check_module(checkpoint, parts, module_name)
+        if module.part is not None and "diff_b" in parts:  # of a third of a fused layer: nobody writes it
+            unknown.append(parts.pop("diff_b"))
         if parts.keys() != {"alpha"}:
             layers.append(Layer(module, parts))
     return LoraFile(checkpoint, architecture, tuple(layers), tuple(unknown))
@@ -135,7 +172,7 @@ def lora_offset(lora: LoraFile) -> Offset:
             by_key.setdefault(layer.module.key, []).append(layer)
         if "diff_b" in layer.parts:
             biases[layer.module.bias] = layer.parts["diff_b"]
-    shapes: dict[str, Shape] = {key: _delta_shape(lora, layers) for key, layers in by_key.items()}
+    shapes: dict[str, Shape] = {key: _common_shape(lora, layers) for key, layers in by_key.items()}
     shapes |= {key: lora.checkpoint.infos[name].shape for key, name in biases.items()}
 
     def read_delta(key: str, dtype: torch.dtype) -> Tensor:
@@ -148,7 +185,7 @@ def lora_offset(lora: LoraFile) -> Offset:
             if "diff" in layer.parts:
                 rows.add_(lora.checkpoint.read(layer.parts["diff"]).to(dtype).reshape(rows.shape))
             if "up" in layer.parts:
-                up, down, scale = read_factors(lora.checkpoint, layer.parts, layer.module.name)
+                up, down, scale = read_factors(lora.checkpoint, layer.parts)
                 rows.add_((up.to(dtype) @ down.to(dtype).flatten(1)).reshape(rows.shape), alpha=scale)
         return delta
 
@@ -229,16 +266,30 @@ def _is_sd2(grouped: Mapping[str, Mapping[str, str]], checkpoint: Checkpoint) ->
     return metadata.get("ss_v2") == "True" or metadata.get("ss_base_model_version", "").startswith("sd_v2")
 
 
-def _delta_shape(lora: LoraFile, layers: list[Layer]) -> Shape:
-    layer = layers[0]
-    infos = lora.checkpoint.infos
-    if "up" in layer.parts:
-        out = infos[layer.parts["up"]].shape[0]
-        kernel = infos[layer.parts["mid" if "mid" in layer.parts else "down"]].shape[2:]
-        shape: Shape = (out, infos[layer.parts["down"]].shape[1], *kernel)
-    else:
-        shape = infos[layer.parts["diff"]].shape
-    return (3 * shape[0], *shape[1:]) if layer.module.part is not None else shape
+def _common_shape(lora: LoraFile, layers: list[Layer]) -> Shape:
+    """The shape of the weight that these layers change together.
+
+    Raises:
+        BadTensorError: they have different sizes.
+    """
+    shapes = [shape for layer in layers for shape in _delta_shapes(lora, layer)]
+    sizes = {(shape[0], math.prod(shape)) for shape in shapes}
+    if len(sizes) > 1:
+        raise BadTensorError(
+            f"{lora.checkpoint.path.name}: {' and '.join(dict.fromkeys(layer.module.name for layer in layers))} change one "
+            f"weight but have the sizes {' and '.join(str(list(shape)) for shape in shapes)}; get the file again"
+        )
+    rows, *rest = shapes[0]
+    return (3 * rows if layers[0].module.part is not None else rows, *rest)
+
+
+def _delta_shapes(lora: LoraFile, layer: Layer) -> Iterator[Shape]:
+    """The shapes of a layer's own rows, by each of its parts that says so."""
+    shapes = {part: lora.checkpoint.infos[key].shape for part, key in layer.parts.items()}
+    if "up" in shapes:
+        yield (shapes["up"][0], shapes["down"][1], *shapes.get("mid", shapes["down"])[2:])
+    if "diff" in shapes:
+        yield shapes["diff"]
 
 
 def kohya_metadata(arch: Architecture, *, dim: str, alpha: str, conv_dim: str | None, title: str) -> dict[str, str]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lib_dpo.checkpoint import Checkpoint
 from lib_dpo.errors import MismatchError, SettingError
-from lib_dpo.lora import group_keys, read_factors
+from lib_dpo.header import dtype_name
+from lib_dpo.lora import check_decomposition, check_module, group_keys, read_factors
 from lib_dpo.lowrank import full_precision, recompress
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
@@ -21,6 +22,7 @@ from lib_dpo.settings import RankPolicy
 from lib_dpo.writer import SafetensorsWriter
 
 _ENTRY_BYTES, _METADATA_BYTES = 96, 1 << 13
+_FACTORS = ("up", "down", "mid", "alpha")
 _STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "dpo.energy_kept", "dpo.energy_kept_by_block")
 
 
@@ -69,20 +71,24 @@ def resize(
     """Write the LoRA with new ranks; alpha / rank stays as it is, so strengths mean the same.
 
     Raises:
-        MismatchError: no LoRA pairs in the file.
+        MismatchError: no LoRA pairs in the file, or other decompositions.
+        BadTensorError: factors that do not fit together, or hold NaN or Inf.
         SettingError: a size too small for any layer, a rank above every layer's own.
         OutputError: the output exists or cannot be written.
     """
+    check_decomposition(lora)
     grouped, others = group_keys(lora.infos)
     pairs = {name: parts for name, parts in grouped.items() if "up" in parts and "down" in parts}
     if not pairs:
         raise MismatchError(f"{lora.path.name} holds no LoRA pairs (lora_up and lora_down); expected a LoRA file")
-    others += [key for name, parts in grouped.items() if name not in pairs for key in parts.values()]
+    for name, parts in grouped.items():
+        check_module(lora, parts, name)
+        others += [key for part, key in parts.items() if name not in pairs or part not in _FACTORS]
     steps = Steps(2 * len(pairs), on_progress)
     with full_precision():
         cores = {}
         for name, parts in pairs.items():
-            up, down, scale = read_factors(lora, parts, name)
+            up, down, scale = read_factors(lora, parts)
             values = recompress(up, down.flatten(1))[1] * abs(scale)
             cores[name] = _Core(parts, values, scale, down.shape[0])
             steps.advance(1, name)
@@ -109,6 +115,12 @@ def _ranks(
             raise SettingError(
                 f"rank {policy.fixed} is above the LoRA's own {largest}; resizing only makes smaller: expected 1 to {largest}"
             )
+        convolutions = [core.rank for core in cores.values() if _is_convolution(lora, core)]
+        if policy.conv_rank and policy.conv_rank > max(convolutions, default=largest):
+            raise SettingError(
+                f"conv_rank {policy.conv_rank} is above the convolutions' own {max(convolutions, default=largest)}; resizing "
+                "only makes smaller"
+            )
         return {name: min(_own(policy, lora, core), len(core.values)) for name, core in cores.items()}
     spectra = {}
     for name, core in cores.items():
@@ -129,8 +141,12 @@ def _ranks(
 
 
 def _own(policy: RankPolicy, lora: Checkpoint, core: _Core) -> int:
-    kernel = lora.infos[core.parts["down"]].shape[2:]
-    return policy.conv_rank if policy.conv_rank and _numel(kernel) > 1 else policy.fixed or 0
+    return policy.conv_rank if policy.conv_rank and _is_convolution(lora, core) else policy.fixed or 0
+
+
+def _is_convolution(lora: Checkpoint, core: _Core) -> bool:
+    """Whether a module has a kernel beyond 1x1, in its down factor or in the one between."""
+    return _numel(lora.infos[core.parts["mid" if "mid" in core.parts else "down"]].shape[2:]) > 1
 
 
 def _write(
@@ -152,13 +168,18 @@ def _write(
         for name, core in cores.items():
             rank = ranks[name]
             if rank:
-                up, down, _ = read_factors(lora, core.parts, name)
+                up, down, _ = read_factors(lora, core.parts)
                 U, S, Vh = recompress(up, down.flatten(1))
                 root = S[:rank].sqrt()
                 dtype = _dtype(lora, core, precision)
-                writer.add(core.parts["down"], (root[:, None] * Vh[:rank]).to(dtype).reshape(rank, *down.shape[1:]))
+                down_factor, up_factor = (root[:, None] * Vh[:rank]).to(dtype), (U[:, :rank] * root).to(dtype)
+                if not all(bool(torch.isfinite(factor.float()).all()) for factor in (down_factor, up_factor)):
+                    raise SettingError(
+                        f"{lora.path.name}: {name} does not fit into {dtype_name(dtype)}; choose --precision fp32"
+                    )
+                writer.add(core.parts["down"], down_factor.reshape(rank, *down.shape[1:]))
                 kernel = lora.infos[core.parts["up"]].shape[2:]
-                writer.add(core.parts["up"], (U[:, :rank] * root).to(dtype).reshape(-1, rank, *kernel))
+                writer.add(core.parts["up"], up_factor.reshape(-1, rank, *kernel))
             steps.advance(1, name)
         for key in others:
             info = lora.infos[key]
