@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from lib_dpo.errors import MismatchError
+from lib_dpo.errors import MismatchError, NothingToDoError
 from lib_dpo.keymap import block_labels, block_of, component_of
 from lib_dpo.lowrank import energy, full_precision
 from lib_dpo.model import Model
-from lib_dpo.offset import Pair
+from lib_dpo.offset import Pair, check_finite, check_is_model
 from lib_dpo.progress import Progress, Steps
 
 # Heuristics on drift, ||target - base|| / ||base|| of the UNet. Finetunes and merges of SD 1.5 and SDXL lie near 5 to
@@ -94,13 +95,16 @@ def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) ->
     whole layers moving together (a plain least-squares error over all weights would be absurdly small).
 
     Raises:
-        MismatchError: other architectures, or a target that lacks UNet tensors.
+        MismatchError: other architectures, or a target that lacks UNet tensors or is an offset file.
+        NothingToDoError: base and tuned are equal.
+        BadTensorError: NaN or Inf, by key.
     """
     if target.architecture is not pair.architecture:
         raise MismatchError(
             f"{target.path.name} is {target.architecture.title} but the pair is {pair.architecture.title}; "
             "the offset cannot be applied to it"
         )
+    check_is_model(target)
     keys = [key for key in pair.keys if component_of(pair.architecture, key) == "unet"]
     held = set(target.keys("unet"))
     steps = Steps(len(keys), on_progress)
@@ -113,10 +117,14 @@ def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) ->
             base, offset = pair.read(key)
             weight = _comparable(target.read(key).float(), base, key, target)
             drift = weight - base
+            if not bool(torch.isfinite(drift).all()):
+                check_finite(target, key)
             sums = _Sums(energy(base), energy(drift), energy(offset), _inner(drift, offset))
             tensors.append(sums)
             blocks[block_of(pair.architecture, key) or ""].add(sums)
             steps.advance(1, key)
+    if not any(sums.offset for sums in tensors):
+        raise NothingToDoError(f"{pair.base.path.name} and {pair.tuned.path.name} hold the same UNet: there is no offset")
     return _judge(target, pair, tensors, {name: row for name, row in blocks.items() if row.base})
 
 
@@ -126,8 +134,10 @@ def _comparable(weight: Tensor, base: Tensor, key: str, target: Model) -> Tensor
         return weight
     if weight.numel() == base.numel():
         return weight.reshape(base.shape)
-    if key.endswith("input_blocks.0.0.weight") and weight.shape[1] > base.shape[1]:
-        return weight[:, : base.shape[1]]
+    if key.endswith("input_blocks.0.0.weight") and weight.ndim == base.ndim == 4:
+        ordinary = weight[:, : base.shape[1]]
+        if ordinary.shape == base.shape:
+            return ordinary
     shapes = ["x".join(map(str, shape)) for shape in (weight.shape, base.shape)]
     raise MismatchError(f"{target.path.name}: {key} is {shapes[0]} but {shapes[1]} in the base; the offset does not fit")
 

@@ -23,7 +23,13 @@ _GRID: Mapping[torch.dtype, tuple[int, int]] = {
     torch.float64: (52, -1074),
 } | {
     getattr(torch, name): grid
-    for name, grid in {"float8_e4m3fn": (3, -9), "float8_e5m2": (2, -16)}.items()
+    for name, grid in {
+        "float8_e4m3fn": (3, -9),
+        "float8_e5m2": (2, -16),
+        "float8_e4m3fnuz": (3, -10),
+        "float8_e5m2fnuz": (2, -17),
+        "float8_e8m0fnu": (0, -127),
+    }.items()
     if hasattr(torch, name)
 }
 _SAMPLE = 1 << 14  # values looked at per tensor: one tensor's mean step^2 is then known to about 1 %
@@ -40,6 +46,8 @@ def rounding_energy(stored: Tensor) -> float:
 
     A float32 tensor that holds only float16 (or bfloat16) values counts as what it really is.
     """
+    if not stored.numel():
+        return 0.0
     flat = stored.reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLE)]
     dtype = stored.dtype

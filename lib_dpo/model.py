@@ -14,7 +14,7 @@ from torch import Tensor
 from lib_dpo.arch import Architecture, Recognised, Shape, TextEncoder, recognise
 from lib_dpo.checkpoint import Checkpoint, open_checkpoint
 from lib_dpo.errors import BadTensorError
-from lib_dpo.header import torch_dtype
+from lib_dpo.header import is_float, torch_dtype
 from lib_dpo.keymap import (
     QKV,
     UNET,
@@ -49,6 +49,8 @@ class Model:
         shapes = {key: info.shape for key, info in checkpoint.infos.items()}
         self.recognised: Recognised = recognise(shapes, name=checkpoint.path.name)
         self.sources: Mapping[str, Source] = _sources(self.recognised, shapes)
+        for source in self.sources.values():
+            _check_parts(source, shapes, checkpoint.path.name)
 
     @property
     def architecture(self) -> Architecture:
@@ -68,7 +70,7 @@ class Model:
         return [
             key
             for key, source in self.sources.items()
-            if self.checkpoint.infos[source.keys[0]].dtype[0] in "FB"
+            if is_float(self.checkpoint.infos[source.keys[0]].dtype)
             and (component is None or component_of(self.architecture, key) == component)
         ]
 
@@ -102,7 +104,9 @@ class Model:
                     "use an fp16, bf16 or fp32 copy of the file, or a newer torch"
                 )
         parts = [self.checkpoint.read(name) for name in source.keys]
-        tensor = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if len(parts) > 1:  # float8 cannot be joined by torch 2.1, and float16 holds all of it
+            parts = [torch.cat([part.half() if part.element_size() == 1 else part for part in parts])]
+        tensor = parts[0]
         return tensor.T if source.transpose else tensor
 
     def close(self) -> None:
@@ -128,6 +132,19 @@ def open_model(path: str | Path) -> Model:
     except BaseException:
         checkpoint.close()
         raise
+
+
+def _check_parts(source: Source, shapes: Mapping[str, Shape], name: str) -> None:
+    """Refuse parts of one tensor that have different shapes, and a transposed one that is no matrix."""
+    first, *rest = source.keys
+    for key in rest:
+        if shapes[key] != shapes[first]:
+            raise BadTensorError(
+                f"{name}: tensor {key} is {list(shapes[key])} but {first} is {list(shapes[first])}; expected one shape for "
+                "q, k and v: get the file again"
+            )
+    if source.transpose and len(shapes[first]) != 2:
+        raise BadTensorError(f"{name}: tensor {first} is {list(shapes[first])}, expected a matrix; get the file again")
 
 
 def _sources(recognised: Recognised, shapes: Mapping[str, Shape]) -> dict[str, Source]:

@@ -83,21 +83,34 @@ class Pair:
 
     def _blame(self, key: str) -> BadTensorError:
         for model in (self.base, self.tuned):
-            tensor = model.read(key).float()
-            bad = int((~torch.isfinite(tensor)).sum())
-            if bad:
-                return BadTensorError(
-                    f"{model.path.name}: tensor {key} holds {bad} NaN or Inf of {tensor.numel()} values; "
-                    "expected finite numbers: get the file again, or repair it"
-                )
-        return BadTensorError(f"{self.tuned.path.name}: tensor {key} differs from the base by more than float32 can hold")
+            check_finite(model, key)
+        return BadTensorError(
+            f"{self.tuned.path.name}: tensor {key} differs from the base by more than float32 can hold; get the file again"
+        )
+
+
+def check_finite(model: Model, key: str) -> None:
+    """Refuse a tensor with NaN or Inf. Raises BadTensorError with the names it has in the file."""
+    tensor = model.read(key).float()
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise BadTensorError(
+            f"{model.path.name}: tensor {' + '.join(model.sources[key].keys)} holds {bad} NaN or Inf of {tensor.numel()} "
+            "values; expected finite numbers: get the file again, or repair it"
+        )
+
+
+def check_is_model(model: Model) -> None:
+    """Refuse an offset file where a model is expected. Raises MismatchError."""
+    if is_offset_file(model):
+        raise MismatchError(f"{model.path.name} is an offset file, expected a model; choose the checkpoint itself")
 
 
 def open_pair(base: Model, tuned: Model) -> Pair:
     """Check that two models belong together.
 
     Raises:
-        MismatchError: other architectures, UNet tensors missing on one side, other shapes.
+        MismatchError: other architectures, UNet tensors missing on one side, other shapes, an offset file.
         NothingToDoError: both are the same file.
     """
     if base.path.resolve() == tuned.path.resolve():
@@ -110,6 +123,8 @@ def open_pair(base: Model, tuned: Model) -> Pair:
     if base.recognised.in_channels != tuned.recognised.in_channels:
         raise MismatchError(_channels_message(base, tuned))
     _check_unet(base, tuned)
+    for model in (base, tuned):
+        check_is_model(model)
     ours, shared = base.keys(), set(tuned.keys())
     keys = [key for key in ours if key in shared and block_of(base.architecture, key) not in (None, "VAE")]
     for key in keys:
@@ -154,7 +169,8 @@ def is_offset_file(model: Model) -> bool:
     if model.checkpoint.metadata.get("dpo.kind") == "offset":
         return True
     norms = [key for key in model.keys("unet") if key.endswith((".norm.weight", ".in_layers.0.weight"))]
-    means = [float(model.read(key).float().abs().mean()) for key in norms]
+    weights = [model.read(key).float().abs() for key in norms]
+    means = [float(weight[weight.isfinite()].double().mean()) for weight in weights if bool(weight.isfinite().any())]
     return bool(means) and sum(means) / len(means) < _NORM_WEIGHT_OF_A_MODEL
 
 
@@ -170,6 +186,7 @@ def dense_offset(model: Model) -> Offset:
             "with `extract` or `offset` from this file and its base"
         )
     keys = model.keys()
+    read = {name for key in keys for name in model.sources[key].keys}
     return Offset(
         architecture=model.architecture,
         name=model.name,
@@ -177,4 +194,5 @@ def dense_offset(model: Model) -> Offset:
         shapes={key: model.shape(key) for key in keys},
         read_delta=lambda key, dtype: model.read(key).to(dtype),
         metadata=model.checkpoint.metadata,
+        unmatched=tuple(name for name in model.checkpoint.infos if name not in read),
     )

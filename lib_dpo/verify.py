@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lib_dpo.errors import BadTensorError, MismatchError
+from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
 from lib_dpo.figures import Tally, changed_text_encoders, measure
 from lib_dpo.keymap import component_of
 from lib_dpo.lowrank import energy, full_precision
@@ -45,6 +45,7 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
 
     Raises:
         MismatchError: other architectures.
+        NothingToDoError: base and tuned are equal.
         BadTensorError: a shape that does not fit, NaN or Inf.
     """
     if offset.architecture is not pair.architecture:
@@ -75,6 +76,10 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
     kept = Tally(pair.architecture)
     kept.components = {name: row for name, row in tally.components.items() if name in wanted}
     kept.blocks = {name: row for name, row in tally.blocks.items() if name[:2] != "TE" or name.lower() in wanted}
+    if not kept.total.offset:
+        raise NothingToDoError(
+            f"{pair.base.path.name} and {pair.tuned.path.name} hold the same weights: there is no change to keep"
+        )
     return VerifyReport(
         tally=kept,
         components=tuple(kept.components),
@@ -86,6 +91,7 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
 
 def _claimed(metadata: Mapping[str, str]) -> float | None:
     try:
-        return float(metadata["dpo.energy_kept"])
+        claimed = float(metadata["dpo.energy_kept"])
     except (KeyError, ValueError):
         return None
+    return claimed if math.isfinite(claimed) else None
