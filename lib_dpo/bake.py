@@ -15,9 +15,9 @@ from torch import Tensor
 from lib_dpo import __version__
 from lib_dpo.errors import BadTensorError, MismatchError
 from lib_dpo.header import dtype_name, torch_dtype
-from lib_dpo.keymap import EVERYWHERE, BlockWeights, block_of, component_of
+from lib_dpo.keymap import EVERYWHERE, BlockWeights, block_of, check_blocks, component_of
 from lib_dpo.model import Model
-from lib_dpo.offset import Offset
+from lib_dpo.offset import Offset, check_finite, check_is_model
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.writer import SafetensorsWriter, check_output
@@ -72,11 +72,13 @@ def bake(
         hashes: called last; SHA-256 of the target's and the offset's file, for the merge recipe.
 
     Raises:
-        MismatchError: other architectures, a target that lacks tensors or has other shapes.
+        MismatchError: other architectures, a target that lacks tensors or has other shapes, or is itself an offset file.
+        SettingError: a block that the architecture does not have.
         BadTensorError: NaN or Inf in the offset or in the result.
         OutputError: the output exists or cannot be written.
     """
     plan, not_applied = _plan(target, offset)
+    check_blocks(blocks, target.architecture)
     config = _config_to_copy(target.path, output, overwrite=overwrite)
     run = _Run(target, offset, strength, blocks, precision)
     infos = target.checkpoint.infos
@@ -119,6 +121,8 @@ def _plan(target: Model, offset: Offset) -> tuple[dict[str, str], tuple[str, ...
             f"{offset.name} is an offset for {offset.architecture.title} but {name} is {target.architecture.title}; "
             "they must be of one architecture"
         )
+    check_is_model(target)
+    weights = set(target.keys())
     plan: dict[str, str] = {}
     not_applied = []
     for key, shape in offset.shapes.items():
@@ -128,18 +132,25 @@ def _plan(target: Model, offset: Offset) -> tuple[dict[str, str], tuple[str, ...
         if source is None or len(source.keys) > 1 or source.transpose:
             not_applied.append(key)
             continue
+        if key not in weights:
+            stored = target.checkpoint.infos[source.keys[0]].dtype
+            raise BadTensorError(
+                f"{name}: tensor {source.keys[0]} is stored as {stored}, which no offset can be added to; expected "
+                "floating-point numbers: use an fp16, bf16 or fp32 copy of the file"
+            )
         _fitted(torch.empty(shape, device="meta"), target.shape(key), key, offset.name, name)
         plan[source.keys[0]] = key
-    return plan, tuple(not_applied)
+    return plan, (*not_applied, *offset.unmatched)
 
 
 def _fitted(delta: Tensor, shape: tuple[int, ...], key: str, offset_name: str, target_name: str) -> Tensor:
     """The delta in the target's shape. A first convolution with more input channels (inpainting) gets zeros for them."""
     if tuple(delta.shape) == shape:
         return delta
-    if delta.numel() == _numel(shape) and delta.shape[0] == shape[0]:
+    if delta.numel() == _numel(shape) and delta.shape[:1] == shape[:1]:
         return delta.reshape(shape)
-    if key.endswith("input_blocks.0.0.weight") and delta.shape[1] < shape[1] and delta.shape[2:] == shape[2:]:
+    is_first = key.endswith("input_blocks.0.0.weight") and delta.ndim == len(shape) == 4
+    if is_first and delta.shape[1] < shape[1] and (delta.shape[0], *delta.shape[2:]) == (shape[0], *shape[2:]):
         extra = delta.new_zeros((shape[0], shape[1] - delta.shape[1], *shape[2:]))
         return torch.cat((delta, extra), dim=1)
     raise MismatchError(
@@ -180,10 +191,11 @@ class _Run:
         change = weight * _fitted(delta, tuple(stored.shape), canonical, self.offset.name, self.target.path.name)
         exact = stored.double() + change
         result = torch.where(change == 0, stored.to(to), exact.to(to))  # -0.0 + 0.0 would lose its sign
-        if not bool(torch.isfinite(result).all()):
+        if not bool(torch.isfinite(result.float() if result.element_size() == 1 else result).all()):  # torch lacks float8's
+            check_finite(self.target, canonical)
             raise BadTensorError(
                 f"{self.target.path.name}: {key} would hold NaN or Inf as {dtype} after adding {weight:g} x the offset; use "
-                " a smaller strength, or check the file with `inspect`"
+                "a smaller strength, or --precision fp32"
             )
         self.changed += 1
         self.wanted += float(change.square().sum())

@@ -9,6 +9,7 @@ github.com/huggingface/diffusers), the LoRA names those of kohya-ss/sd-scripts (
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -271,15 +272,29 @@ def parse_blocks(text: str) -> BlockWeights:
     """Read `NAME=WEIGHT,NAME=WEIGHT`. Raises SettingError naming the part that cannot be read."""
     weights: dict[str, float] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
-        match = re.fullmatch(r"(IN\d\d|OUT\d\d|TE[12]|IN|OUT|MID|TIME|TE|UNET|ALL)\s*=\s*([-+]?[\d.]+(?:e-?\d+)?)", part)
+        match = re.fullmatch(r"(IN\d\d|OUT\d\d|TE[12]|IN|OUT|MID|TIME|TE|UNET|ALL)\s*=\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)", part)
         try:
-            weights[match[1]] = float(match[2])  # type: ignore[index]  # None raises the TypeError caught here
+            weight = float(match[2])  # type: ignore[index]  # None raises the TypeError caught here
+            if not math.isfinite(weight):
+                raise ValueError("too large")
+            weights[match[1]] = weight  # type: ignore[index]
         except (TypeError, ValueError):
             raise SettingError(
                 f"block weight {part!r} cannot be read; expected NAME=NUMBER with a name such as IN00, MID, OUT11, "
                 "TIME, TE1 or a group IN, OUT, TE, UNET, ALL"
             ) from None
     return BlockWeights(tuple(weights.items()))
+
+
+def check_blocks(blocks: BlockWeights, arch: Architecture) -> None:
+    """Refuse a block that the architecture does not have. Raises SettingError naming it."""
+    labels = block_labels(arch)
+    known = {name for label in labels for name in _names_for(label)}
+    for name, _ in blocks.weights:
+        if name not in known:
+            raise SettingError(
+                f"{arch.title} has no block {name}; expected one of {', '.join(labels)} or IN, OUT, TE, UNET, ALL"
+            )
 
 
 # ---- LoRA modules ----

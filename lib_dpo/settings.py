@@ -33,7 +33,9 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         "energy": Field(
             "Energy", "share of the offset to keep, 0 to 1; ranks are chosen per layer", float, minimum=0, maximum=1
         ),
-        "size_mb": Field("Size", "size of the file in MB (10^6 bytes); ranks are chosen per layer", float, minimum=0),
+        "size_mb": Field(
+            "Size", "size of the file in MB (10^6 bytes); ranks are chosen per layer", float, minimum=0, maximum=1e6
+        ),
         "conv_rank": Field("Rank of convolutions", "components per 3x3 convolution (default: as rank)", int, minimum=1),
         "method": Field("Method", "auto takes the faster one per layer", str, choices=METHODS),
         "profile": Field(
@@ -64,11 +66,16 @@ def check(name: str, value: Any) -> None:
     if field.choices and value not in field.choices:
         raise SettingError(f"{name} {value!r} is unknown; expected one of {', '.join(field.choices)}")
     if field.kind in (int, float) and (isinstance(value, bool) or value != value or abs(value) == float("inf")):
-        raise SettingError(f"{name} {value!r} is not a number")
+        raise SettingError(f"{name} {value!r} is not a finite number; expected one{_limits(field)}")
     if field.minimum is not None and value < field.minimum:
         raise SettingError(f"{name} {value} is too small; expected at least {field.minimum:g}")
     if field.maximum is not None and value > field.maximum:
         raise SettingError(f"{name} {value} is too large; expected at most {field.maximum:g}")
+
+
+def _limits(field: Field) -> str:
+    least = "" if field.minimum is None else f" of at least {field.minimum:g}"
+    return least + ("" if field.maximum is None else f" and at most {field.maximum:g}")
 
 
 @dataclass(frozen=True)
