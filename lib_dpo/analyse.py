@@ -114,8 +114,7 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
     steps = Steps(sum(math.prod(pair.base.shape(key)) for key in pair.keys) * (2 if spectra else 1), on_progress)
     with full_precision():
         for key in pair.keys:
-            base, delta = pair.read(key)
-            row = measure(base, delta, (pair.base.read(key), pair.tuned.read(key)))
+            delta, row = measure(pair, key)
             tally.add(key, row)
             block = block_of(pair.architecture, key)
             if block is not None:

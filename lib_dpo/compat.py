@@ -114,7 +114,7 @@ def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) ->
         for key in keys:
             if key not in held:
                 raise MismatchError(f"{target.path.name} lacks the UNet tensor {key}; expected a complete UNet")
-            base, offset = pair.read(key)
+            base, offset = pair.weight(key), pair.delta(key)
             weight = _comparable(target.read(key).float(), base, key, target)
             drift = weight - base
             if not bool(torch.isfinite(drift).all()):

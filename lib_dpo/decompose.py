@@ -28,19 +28,18 @@ class Decomposer:
         self.methods: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
 
-    def load(self, layer: Layer) -> tuple[Tensor, Row]:
-        """The layer's delta as a float32 matrix (out, in * kh * kw), and its figures. Out of memory: on the CPU."""
+    def load(self, layer: Layer, out: Tensor | None = None) -> tuple[Tensor, Row]:
+        """The layer's delta as a float32 matrix (out, in * kh * kw), and its figures. Out of memory: on the CPU.
+
+        Args:
+            out: memory for the delta, as in `Pair.weight`.
+        """
         key, part = layer.module.key, layer.module.part
         try:
-            base, delta = self._pair.read(key, self._device)
+            delta, row = measure(self._pair, key, device=self._device, part=part, out=out)
         except RuntimeError as error:
             self._fall_back(error, key)
-            base, delta = self._pair.read(key)
-        stored = (self._pair.base.read(key), self._pair.tuned.read(key))
-        if part is not None:
-            base, delta = base.chunk(3)[part], delta.chunk(3)[part]
-            stored = (stored[0].chunk(3)[part], stored[1].chunk(3)[part])
-        row = measure(base, delta, stored)
+            delta, row = measure(self._pair, key, part=part)
         return delta.reshape(layer.matrix), row
 
     def factorise(self, deltas: Sequence[Tensor], rank: int, names: Sequence[str]) -> list[Factors]:

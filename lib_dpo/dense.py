@@ -75,8 +75,7 @@ def write_offset(
         SafetensorsWriter(output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(unet)) as writer,
     ):
         for key in pair.keys:
-            base, delta = pair.read(key)
-            row = measure(base, delta, (pair.base.read(key), pair.tuned.read(key)))
+            delta, row = measure(pair, key)
             name = unet_to_diffusers(pair.architecture, key)
             if name is not None:
                 stored = delta.to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from lib_dpo.checkpoint import open_checkpoint, tensor_bytes
 from lib_dpo.decompose import Decomposer
 from lib_dpo.devices import batch_size, resolve_device
 from lib_dpo.errors import NothingToDoError, OutputError, SettingError
-from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders, measure, right_base
+from lib_dpo.figures import Tally, Verdict, changed_text_encoders, measure, right_base
 from lib_dpo.keymap import component_of
 from lib_dpo.layers import Layer, plan_layers
 from lib_dpo.lora import kohya_metadata
@@ -113,12 +114,8 @@ def _measure_text_encoders(pair: Pair) -> Tally:
     tally = Tally(pair.architecture)
     for key in pair.keys:
         if component_of(pair.architecture, key) != "unet":
-            tally.add(key, _measure_key(pair, key))
+            tally.add(key, measure(pair, key)[1])
     return tally
-
-
-def _measure_key(pair: Pair, key: str) -> Row:
-    return measure(*pair.read(key), (pair.base.read(key), pair.tuned.read(key)))
 
 
 # ---- ranks ----
@@ -156,8 +153,8 @@ def _planned_ranks(
         steps.advance(layer.numel, layer.module.key)
     whole = [layer for layer in layers if layer.kind != "pair"]
     if settings.policy.energy is not None:
-        written_whole = sum(_measure_key(pair, key).offset for layer in whole for key in layer.keys)
-        rest = sum(_measure_key(pair, key).offset for key in _left_out(pair, layers, components))
+        written_whole = sum(measure(pair, key)[1].offset for layer in whole for key in layer.keys)
+        rest = sum(measure(pair, key)[1].offset for key in _left_out(pair, layers, components))
         total = pair_energy + written_whole + rest
         return allocate(spectra, energy=settings.policy.energy * total - written_whole)
     size = settings.policy.size_mb or 0.0
@@ -202,13 +199,15 @@ class _Run:
         self.digest = hashlib.sha256()
         self.written = 0
         self.dtype = PRECISION[self.settings.precision]
+        largest = max(math.prod(self.pair.base.shape(layer.module.key)) for layer in self.layers)
+        self.scratch = torch.empty(largest, device=device)
         with SafetensorsWriter(
             self.output, overwrite=overwrite, expected_bytes=self._expected_bytes(), max_tensors=3 * len(self.layers)
         ) as self.writer:
             for batch in _batches(self.layers, self.ranks, device):
                 self._write_batch(batch)
             for key in _left_out(self.pair, self.layers, self.components):
-                row = _measure_key(self.pair, key)
+                row = measure(self.pair, key)[1]
                 row.residual = row.offset
                 self.tally.add(key, row)
             if not self.tally.total.offset:
@@ -242,7 +241,8 @@ class _Run:
         )
 
     def _write_batch(self, batch: Sequence[Layer]) -> None:
-        loaded = [(layer, *self.decomposer.load(layer)) for layer in batch]
+        scratch = self.scratch if len(batch) == 1 else None
+        loaded = [(layer, *self.decomposer.load(layer, scratch)) for layer in batch]
         kind, rank = batch[0].kind, self._rank(batch[0])
         work = [(layer, delta, row) for layer, delta, row in loaded if row.offset and kind == "pair" and rank]
         names = [layer.module.name for layer, _, _ in work]
@@ -288,7 +288,7 @@ class _Run:
         names = ("w_norm", "b_norm") if layer.kind == "norm" else ("diff", "diff_b")
         rows, tensors = [], []
         for key in layer.keys:
-            row, delta = _measure_key(self.pair, key), self.pair.read(key)[1]
+            delta, row = measure(self.pair, key)
             rounded = delta.to(self.dtype)
             row.residual = energy(delta - rounded.float())
             rows.append(row)

@@ -148,15 +148,38 @@ class Tally:
         }
 
 
-def measure(base: Tensor, delta: Tensor, stored: tuple[Tensor, Tensor]) -> Row:
-    """The row of one tensor: base and delta in float32, and both tensors as stored (for the rounding)."""
-    return Row(
+def measure(
+    pair: Pair,
+    key: str,
+    *,
+    device: torch.device | str = "cpu",
+    part: int | None = None,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Row]:
+    """One tensor's delta, float32 on `device`, and its row of figures.
+
+    Args:
+        part: 0, 1 or 2 for q, k or v of a fused in_proj; None for the whole tensor.
+        out: memory for the delta, as in `Pair.weight`.
+
+    Raises:
+        BadTensorError: NaN or Inf in either file, by key.
+    """
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor if part is None else tensor.chunk(3)[part]
+
+    weight = pair.weight(key, device, out)
+    base_energy = energy(own(weight))
+    delta = own(pair.to_delta_(weight, key))
+    row = Row(
         numel=delta.numel(),
-        base=energy(base),
+        base=base_energy,
         offset=energy(delta),
-        noise=rounding_energy(stored[0]) + rounding_energy(stored[1]),
+        noise=sum(rounding_energy(own(model.read(key))) for model in (pair.base, pair.tuned)),
         largest=max(abs(float(bound)) for bound in torch.aminmax(delta)) if delta.numel() else 0.0,
     )
+    return delta, row
 
 
 Level = Literal["fits", "doubtful", "wrong"]

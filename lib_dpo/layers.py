@@ -82,4 +82,4 @@ def _changed_attention(pair: Pair, components: Sequence[str]) -> set[str]:
 
 
 def _changed(pair: Pair, key: str) -> bool:
-    return bool(pair.read(key)[1].any())
+    return bool(pair.delta(key).any())

@@ -177,30 +177,31 @@ def _gram_subspace(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def _krylov_subspace(A: Tensor, rank: int, seeds: Sequence[int], blocks: int) -> tuple[Tensor, Tensor]:
     """The same from the Krylov space of A A^T: blocks X_0, A A^T X_0, ..., each orthonormal to those before."""
-    short, width = A.shape[-2], block_size(rank)
+    batch, short, long = A.shape
+    width = block_size(rank)
+    basis = A.new_empty(batch, short, blocks * width)
+    image = A.new_empty(batch, blocks * width, long)  # basis^T A, filled block by block
     X = torch.stack([torch.randn(short, width, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(A)
-    basis = _orthonormal(X, None)  # (batch, short, columns so far)
-    image = A.mT @ basis  # A^T basis (batch, long, columns so far)
-    X_image = image
-    for _ in range(blocks - 1):
-        X = _orthonormal(A @ X_image, basis)
-        X_image = A.mT @ X
-        basis = torch.cat((basis, X), dim=-1)
-        image = torch.cat((image, X_image), dim=-1)
+    for start in range(0, blocks * width, width):
+        block = slice(start, start + width)
+        basis[..., block] = _orthonormal(X, basis[..., :start])
+        torch.matmul(basis[..., block].mT, A, out=image[:, block])
+        if start + width < blocks * width:
+            X = A @ image[:, block].mT
     # Rayleigh-Ritz: the best rank-r subspace inside the basis.
-    W = torch.linalg.eigh(image.mT @ image).eigenvectors[..., -rank:].flip(-1)  # (batch, columns, rank)
-    return basis @ W, (image @ W).mT
+    W = torch.linalg.eigh(image @ image.mT).eigenvectors[..., -rank:].flip(-1)  # (batch, columns, rank)
+    return basis @ W, W.mT @ image
 
 
-def _orthonormal(X: Tensor, basis: Tensor | None) -> Tensor:
-    """Orthonormal columns that span X, orthogonal to `basis`: block Gram-Schmidt and Cholesky QR, each twice.
+def _orthonormal(X: Tensor, basis: Tensor) -> Tensor:
+    """Orthonormal columns that span X, orthogonal to `basis`: block Gram-Schmidt and Cholesky QR, three times.
 
     Products only, so that a batch on a GPU stays there. A shift (Fukaya et al. 2020, shifted CholeskyQR) keeps the
-    Cholesky factor defined when X has lost rank; such columns come out as noise that the second round makes orthogonal.
+    Cholesky factor defined when X has lost rank; such columns come out as noise that the next rounds make orthogonal (two
+    rounds are too few from spectra of i^-1.5 on).
     """
-    for _ in range(2 if basis is None else 3):
-        if basis is not None:
-            X = X - basis @ (basis.mT @ X)
+    for _ in range(3):
+        X = X - basis @ (basis.mT @ X)
         X = X / X.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
         gram = X.mT @ X
         eps = torch.finfo(X.dtype).eps

@@ -14,7 +14,7 @@ from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
 from lib_dpo.keymap import UNET, block_of
 from lib_dpo.model import Model
 
-Kind = Literal["pair", "dense", "lora"]
+Kind = Literal["dense", "lora"]
 # A GroupNorm's weight lies near 1 in a model and near 0 in an offset; the smallest mean of SD's own norms is about 0.2.
 _NORM_WEIGHT_OF_A_MODEL = 0.05
 
@@ -55,31 +55,34 @@ class Pair:
     def architecture(self) -> Architecture:
         return self.base.architecture
 
-    def read(self, key: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Base weight and delta, both float32 on `device`, in the base's shape.
+    def weight(self, key: str, device: torch.device | str = "cpu", out: Tensor | None = None) -> Tensor:
+        """The base's weight in float32 on `device`; the caller's own, to be written to.
+
+        Args:
+            out: float32 memory on `device` to use, at least as many values; fresh memory without it. Fresh pages of a
+                large tensor take as long as reading it.
+        """
+        # to the device first, as stored: half the bytes to move, and the cast is done there
+        stored = self.base.read(key).to(device)
+        if out is None:
+            return stored.to(torch.float32, copy=True)
+        return out[: stored.numel()].view(stored.shape).copy_(stored)
+
+    def to_delta_(self, weight: Tensor, key: str) -> Tensor:
+        """Turn a base weight from `weight` into the delta, tuned - base in float32, in place.
 
         Raises:
             BadTensorError: either file holds NaN or Inf in this tensor.
         """
-        # to the device first, as stored: half the bytes to move, and the cast is done there
-        base = self.base.read(key).to(device).float()
-        delta = self.tuned.read(key).to(device).float().reshape(base.shape) - base
+        tuned = self.tuned.read(key).to(weight.device).reshape(weight.shape)
+        delta = weight.neg_().add_(tuned)
         if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
             raise self._blame(key)
-        return base, delta
+        return delta
 
-    def offset(self) -> Offset:
-        """The pair as an offset."""
-        return Offset(
-            architecture=self.architecture,
-            name=self.tuned.name,
-            kind="pair",
-            shapes={key: self.base.shape(key) for key in self.keys},
-            read_delta=lambda key, dtype: (
-                self.tuned.read(key).to(dtype).reshape(self.base.shape(key)) - self.base.read(key).to(dtype)
-            ),
-            metadata=self.tuned.checkpoint.metadata,
-        )
+    def delta(self, key: str, device: torch.device | str = "cpu") -> Tensor:
+        """Tuned - base in float32, in the base's shape. Raises BadTensorError for NaN or Inf."""
+        return self.to_delta_(self.weight(key, device), key)
 
     def _blame(self, key: str) -> BadTensorError:
         for model in (self.base, self.tuned):

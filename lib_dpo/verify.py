@@ -58,8 +58,7 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
     tally = Tally(pair.architecture)
     with full_precision():
         for key in pair.keys:
-            base, delta = pair.read(key)
-            row = measure(base, delta, (pair.base.read(key), pair.tuned.read(key)))
+            delta, row = measure(pair, key)
             row.residual = row.offset
             if key in offset.shapes:
                 approximation = offset.read(key)

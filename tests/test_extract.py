@@ -87,7 +87,7 @@ def test_every_method_comes_to_999_thousandths_of_the_optimum(sd1: Files, tmp_pa
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         pair = open_pair(base, tuned)
         for layer in plan_layers(pair, "portable", ("unet",)):
-            delta = pair.read(layer.module.key)[1].reshape(layer.matrix).double()
+            delta = pair.delta(layer.module.key).reshape(layer.matrix).double()
             optimum += float(torch.linalg.svdvals(delta)[:4].square().sum())
     kept = report.tally.total.offset - report.tally.total.residual
     assert 0.999 * optimum <= kept <= optimum * (1 + 1e-6)
@@ -116,7 +116,7 @@ def test_at_full_rank_in_fp32_nothing_is_missed_but_norms_and_biases(sd1: Files,
     report = run(sd1, tmp_path / "l.safetensors", rank=128, precision="fp32", method="exact")
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         pair = open_pair(base, tuned)
-        uncovered = sum(float(pair.read(key)[1].double().square().sum()) for key in pair.keys if len(base.shape(key)) == 1)
+        uncovered = sum(float(pair.delta(key).double().square().sum()) for key in pair.keys if len(base.shape(key)) == 1)
     assert report.tally.total.residual == pytest.approx(uncovered, rel=1e-3)
 
 
@@ -364,7 +364,7 @@ def test_lycoris_extracts_the_same_approximation(sd1: Files) -> None:
         pair = open_pair(base, tuned)
         for inner in ("input_blocks.1.1.transformer_blocks.0.attn1.to_q", "input_blocks.1.0.in_layers.2"):
             key = f"{UNET}{inner}.weight"
-            delta = pair.read(key)[1]
+            delta = pair.delta(key)
             theirs = extract_conv if delta.ndim == 4 else extract_linear
             (down, up, _), mode = theirs(delta, "fixed", 6)
             assert mode == "low rank"
