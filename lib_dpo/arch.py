@@ -110,6 +110,10 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     ("clip_txt_mapper.", "Stable Cascade"),
     ("transformer_blocks.0.adaln_single", "PixArt"),
     (".scale_weight", "a scaled fp8 checkpoint"),
+    (".weight_scale", "a scaled fp8 checkpoint"),
+    (".scale_input", "a scaled fp8 checkpoint"),
+    ("scaled_fp8", "a scaled fp8 checkpoint"),
+    (".comfy_quant", "a quantised checkpoint"),
     (".quant_state.", "a 4-bit quantised checkpoint"),
 )
 SUPPORTED = ", ".join(row.title for row in ARCHITECTURES.values())

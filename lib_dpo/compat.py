@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_dpo.errors import MismatchError, NothingToDoError
+from lib_dpo.figures import rounding_energy
 from lib_dpo.keymap import block_labels, block_of, component_of
 from lib_dpo.lowrank import energy, full_precision
 from lib_dpo.model import Model
@@ -31,12 +32,14 @@ class _Sums:
     drift: float = 0.0
     offset: float = 0.0
     both: float = 0.0  # <drift, offset>
+    rounding: float = 0.0  # of the base, expected: it is in drift and offset alike when the target is stored more finely
 
     def add(self, other: _Sums) -> None:
         self.base += other.base
         self.drift += other.drift
         self.offset += other.offset
         self.both += other.both
+        self.rounding += other.rounding
 
     @property
     def relative_drift(self) -> float:
@@ -91,8 +94,9 @@ class CompatReport:
 def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) -> CompatReport:
     """Drift of the target's UNet from the base per block, its cosine with the offset, and the DPO strength inside.
 
-    The strength is the least-squares s of drift = s * offset; its error is the jackknife over tensors, which allows for
-    whole layers moving together (a plain least-squares error over all weights would be absurdly small).
+    The strength is the least-squares s of drift = s * offset. Its error is the jackknife over tensors, which allows for
+    whole layers moving together (a plain least-squares error over all weights would be absurdly small), and the share of
+    the offset that is the base's own rounding, which a more finely stored target shows as drift too.
 
     Raises:
         MismatchError: other architectures, or a target that lacks UNet tensors or is an offset file.
@@ -119,7 +123,9 @@ def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) ->
             drift = weight - base
             if not bool(torch.isfinite(drift).all()):
                 check_finite(target, key)
-            sums = _Sums(energy(base), energy(drift), energy(offset), _inner(drift, offset))
+            sums = _Sums(
+                energy(base), energy(drift), energy(offset), _inner(drift, offset), rounding_energy(pair.base.read(key))
+            )
             tensors.append(sums)
             blocks[block_of(pair.architecture, key) or ""].add(sums)
             steps.advance(1, key)
@@ -152,8 +158,9 @@ def _judge(target: Model, pair: Pair, tensors: list[_Sums], blocks: Mapping[str,
     total = _Sums()
     for sums in tensors:
         total.add(sums)
-    strength, error = total.strength, _jackknife(tensors, total)
-    drift = f"{100 * total.relative_drift:.2g} %"
+    strength = total.strength
+    error = math.hypot(_jackknife(tensors, total), total.rounding / total.offset if total.offset else 0.0)
+    drift = f"{100 * total.relative_drift:.3g} %"
     inside = f"{strength:.2f} ± {error:.2f}"
     contained = strength > _CONTAINED and strength > _ERRORS * error
     rest = round(max(0.0, 1.0 - strength) / 0.05) * 0.05 if contained else 1.0

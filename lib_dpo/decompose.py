@@ -56,7 +56,7 @@ class Decomposer:
         if method == "auto":
             method = choose_method(min(deltas[0].shape), max(deltas[0].shape), rank)
         self.methods[method] += len(deltas)
-        if len(deltas) > 1:
+        if len(deltas) > 1 and len({delta.device for delta in deltas}) == 1:  # one may be on the CPU, out of memory
             try:
                 batch = factorise(torch.stack(list(deltas)), rank, method=method, seeds=seeds)
                 return [Factors(*parts) for parts in zip(*batch, strict=True)]

@@ -34,8 +34,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a device that ran out of memory (CUDA and ROCm by class, MPS by its message)."""
-    return isinstance(error, torch.cuda.OutOfMemoryError) or (isinstance(error, RuntimeError) and "out of memory" in str(error))
+    """Whether an error is a device that ran out of memory: by class, or by the messages of MPS, cuBLAS and cuSOLVER."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return True
+    marks = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
 
 
 def release(device: torch.device) -> None:

@@ -38,6 +38,7 @@ _SAMPLE = 1 << 14  # values looked at per tensor: one tensor's mean step^2 is th
 # (2,000 steps at an effective rate near 2e-5); finetunes and merges by 5 to 30 %; unrelated models by 100 % and more.
 _LARGER_THAN_DPO = 0.06
 _OTHER_MODEL = 0.35
+_NOTHING_BUT_NOISE = 0.5  # share of the change that rounding explains, from which on there is hardly an offset
 _BEYOND_ROUNDING = 4.0  # energy over the rounding floor from which a component counts as changed
 
 
@@ -172,11 +173,13 @@ def measure(
     weight = pair.weight(key, device, out)
     base_energy = energy(own(weight))
     delta = own(pair.to_delta_(weight, key))
+    offset = energy(delta)
     row = Row(
         numel=delta.numel(),
         base=base_energy,
-        offset=energy(delta),
-        noise=sum(rounding_energy(own(model.read(key))) for model in (pair.base, pair.tuned)),
+        offset=offset,
+        # equal tensors were rounded alike: their difference holds no noise
+        noise=sum(rounding_energy(own(model.read(key))) for model in (pair.base, pair.tuned)) if offset else 0.0,
         largest=max(abs(float(bound)) for bound in torch.aminmax(delta)) if delta.numel() else 0.0,
     )
     return delta, row
@@ -200,12 +203,18 @@ def right_base(pair: Pair, tally: Tally) -> Verdict:
     """The verdict on a pair from what was measured: text encoder changes, size of the change, order of the files."""
     unet = tally.components.get("unet", Row())
     encoders = changed_text_encoders(tally)
-    percent = f"{100 * unet.relative_change:.2g} %"
+    percent = f"{100 * unet.relative_change:.3g} %"
     if unet.relative_change > _OTHER_MODEL:
         return Verdict(
             "wrong",
             f"Wrong base: the UNets differ by {percent} of their size, so {pair.tuned.name} was not tuned from "
             f"{pair.base.name}. Look for the checkpoint it was tuned from.",
+        )
+    if unet.noise_floor > _NOTHING_BUT_NOISE:
+        return Verdict(
+            "doubtful",
+            f"Hardly more than rounding: the UNets differ by {percent} of their size, and rounding alone explains "
+            f"{100 * unet.noise_floor:.0f} % of that. Either both are the same model, or the files are too coarse: use fp32.",
         )
     if encoders:
         return Verdict(
@@ -222,11 +231,11 @@ def right_base(pair: Pair, tally: Tally) -> Verdict:
     if unet.relative_change > _LARGER_THAN_DPO:
         return Verdict(
             "doubtful",
-            f"Doubtful base: the UNets differ by {percent} of their size, more than DPO changes (1 to 3 %). Something "
-            "else, such as another finetune, is in the difference too.",
+            f"Doubtful base: the UNets differ by {percent} of their size, more than DPO changes. Something else, such as "
+            "another finetune, is in the difference too.",
         )
-    rest = "the text encoders agree" if len(tally.components) > 1 else "only UNets were compared"
-    return Verdict("fits", f"Right base: the UNets differ by {percent} of their size, as after DPO, and {rest}.")
+    rest = "and the text encoders agree" if len(tally.components) > 1 else "and only UNets were compared"
+    return Verdict("fits", f"Right base: the UNets differ by {percent} of their size, little enough for DPO, {rest}.")
 
 
 def changed_text_encoders(tally: Tally) -> list[str]:
@@ -237,7 +246,8 @@ def changed_text_encoders(tally: Tally) -> list[str]:
 
 
 def _looks_swapped(pair: Pair) -> bool:
-    """The published references are UNets alone, or carry DPO in their name; bases are whole checkpoints without it."""
-    only_unet = [model.components() == ("unet",) for model in (pair.base, pair.tuned)]
+    """By name where exactly one carries DPO in it; else by form, for the published references are UNets alone."""
     named = ["dpo" in model.name.lower() for model in (pair.base, pair.tuned)]
-    return only_unet == [True, False] or named == [True, False]
+    if named[0] != named[1]:
+        return named[0]
+    return [model.components() == ("unet",) for model in (pair.base, pair.tuned)] == [True, False]

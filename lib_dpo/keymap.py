@@ -362,7 +362,8 @@ def lora_aliases(arch: Architecture, module: LoraModule) -> tuple[str, ...]:
         sgm = dotted[len(UNET) :]
         diffusers = unet_to_diffusers(arch, dotted) or sgm
         names += ["lora_unet_" + sgm.replace(".", "_"), "lora_unet_" + diffusers.replace(".", "_")]
-        names += ["unet." + diffusers, "base_model.model.unet." + diffusers, "diffusion_model." + sgm]
+        names += [prefix + diffusers for prefix in ("unet.", "base_model.model.unet.", "base_model.model.", "")]
+        names += ["diffusion_model." + sgm, "lycoris_" + diffusers.replace(".", "_")]
         return tuple(dict.fromkeys(names))
     for encoder in arch.text_encoders:
         if module.key.startswith(encoder.prefix):

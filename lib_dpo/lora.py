@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch import Tensor
 from lib_dpo import __version__
 from lib_dpo.arch import ARCHITECTURES, Architecture, Shape
 from lib_dpo.checkpoint import Checkpoint, open_checkpoint
-from lib_dpo.errors import BadTensorError, MismatchError
+from lib_dpo.errors import BadFileError, BadTensorError, MismatchError
 from lib_dpo.header import is_float
 from lib_dpo.keymap import LoraModule, lora_aliases, lora_modules
 from lib_dpo.model import Model
@@ -45,13 +46,16 @@ _SUFFIXES: Mapping[str, str] = {
     "b_norm": "diff_b",
 }
 _REFUSED = re.compile(
-    r"\.(hada_w\d_[ab]|hada_t\d|lokr_w\d(_[ab])?|lokr_t2|oft_blocks|oft_diag|dora_scale|a1\.weight|on_input)$"
+    r"\.(hada_w\d_[ab]|hada_t\d|lokr_w\d(_[ab])?|lokr_t2|oft_blocks|oft_diag|dora_scale|a1\.weight|on_input"
+    r"|lora_magnitude_vector(\.\w+)*)$"
 )
-_LORA_MARK = re.compile(r"\.(lora_(up|down|mid|A|B)\.|lora\.(up|down)\.|w_norm$|b_norm$|diff$|diff_b$)")
+_OLD_PROCESSOR = re.compile(r"(.+)\.processor\.to_(q|k|v|out)_lora\.(up|down)\.weight")  # diffusers before 0.22
+ADAPTER_METADATA = "lora_adapter_metadata"  # entry of diffusers' own files
+_LORA_MARK = re.compile(r"\.(lora_(up|down|mid|A|B)\.|(\w+_)?lora\.(up|down)\.|w_norm$|b_norm$|diff$|diff_b$)")
 
 
 @dataclass(frozen=True)
-class Layer:
+class LoraLayer:
     """One module of a LoRA file: file keys by part (`up`, `down`, `mid`, `alpha`, `diff`, `diff_b`)."""
 
     module: LoraModule
@@ -64,7 +68,7 @@ class LoraFile:
 
     checkpoint: Checkpoint
     architecture: Architecture
-    layers: tuple[Layer, ...]
+    layers: tuple[LoraLayer, ...]
     unmatched: tuple[str, ...]
 
 
@@ -95,8 +99,36 @@ def read_factors(checkpoint: Checkpoint, parts: Mapping[str, str]) -> tuple[Tens
     if "mid" in parts:
         mid = checkpoint.read(parts["mid"]).float()  # (rank, rank, kh, kw)
         down = torch.einsum("abhw,bi->aihw", mid, down.float().flatten(1))
-    alpha = float(checkpoint.read(parts["alpha"])) if "alpha" in parts else float(down.shape[0])
-    return up, down, alpha / down.shape[0]
+    return up, down, _scale(checkpoint, parts, down.shape[0])
+
+
+def _scale(checkpoint: Checkpoint, parts: Mapping[str, str], rank: int) -> float:
+    """alpha / rank, from the module's own alpha, else from the settings that PEFT and diffusers keep beside the weights."""
+    if "alpha" in parts:
+        return float(checkpoint.read(parts["alpha"])) / rank
+    config = _adapter_config(checkpoint.path, checkpoint.metadata.get(ADAPTER_METADATA, ""))
+    module = parts["up"].rsplit(".lora_", 1)[0]
+    component = module.split(".", 1)[0]
+
+    def setting(name: str) -> Any:
+        return config.get(f"{component}.{name}", config.get(name))
+
+    own = (value for pattern, value in (setting("alpha_pattern") or {}).items() if module.endswith(pattern))
+    alpha = next(own, setting("lora_alpha"))
+    if alpha is None:
+        return 1.0
+    return float(alpha) / (math.sqrt(rank) if setting("use_rslora") else rank)
+
+
+@cache
+def _adapter_config(path: Path, metadata: str) -> Mapping[str, Any]:
+    """LoraConfig as JSON: diffusers puts it into the metadata, PEFT into adapter_config.json beside the file."""
+    beside = path.with_name("adapter_config.json")
+    try:
+        config = json.loads(metadata or (beside.read_text(encoding="utf-8") if beside.is_file() else "{}"))
+    except (OSError, ValueError) as error:
+        raise BadFileError(f"{path.name}: its LoRA settings cannot be read ({error}); get the file again") from error
+    return config if isinstance(config, dict) else {}
 
 
 def check_decomposition(checkpoint: Checkpoint) -> None:
@@ -138,8 +170,11 @@ def check_module(checkpoint: Checkpoint, parts: Mapping[str, str], name: str) ->
         )
 
 
-def read_lora(checkpoint: Checkpoint) -> LoraFile:
+def read_lora(checkpoint: Checkpoint, expected: Architecture | None = None) -> LoraFile:
     """Match the modules of a LoRA file to an architecture.
+
+    Args:
+        expected: what it is wanted for; decides where the names of its modules fit several architectures.
 
     Raises:
         MismatchError: a decomposition other than LoRA, an unknown architecture, or pairs with one half missing.
@@ -147,7 +182,7 @@ def read_lora(checkpoint: Checkpoint) -> LoraFile:
     """
     check_decomposition(checkpoint)
     grouped, unknown = group_keys(checkpoint.infos)
-    architecture = _recognise(grouped, checkpoint)
+    architecture = _recognise(grouped, checkpoint, expected)
     index = _alias_index(architecture.name)
     layers = []
     for module_name, parts in grouped.items():
@@ -159,13 +194,13 @@ def read_lora(checkpoint: Checkpoint) -> LoraFile:
         if module.part is not None and "diff_b" in parts:  # of a third of a fused layer: nobody writes it
             unknown.append(parts.pop("diff_b"))
         if parts.keys() != {"alpha"}:
-            layers.append(Layer(module, parts))
+            layers.append(LoraLayer(module, parts))
     return LoraFile(checkpoint, architecture, tuple(layers), tuple(unknown))
 
 
 def lora_offset(lora: LoraFile) -> Offset:
     """A LoRA as an offset: deltas are made when they are read, up @ down * alpha / rank."""
-    by_key: dict[str, list[Layer]] = {}
+    by_key: dict[str, list[LoraLayer]] = {}
     biases: dict[str, str] = {}
     for layer in lora.layers:
         if "up" in layer.parts or "diff" in layer.parts:
@@ -200,8 +235,11 @@ def lora_offset(lora: LoraFile) -> Offset:
     )
 
 
-def open_offset(path: str | Path) -> tuple[Checkpoint, Offset]:
+def open_offset(path: str | Path, expected: Architecture | None = None) -> tuple[Checkpoint, Offset]:
     """Open a LoRA or a dense offset file as an offset; the caller closes the checkpoint.
+
+    Args:
+        expected: as in `read_lora`.
 
     Raises:
         MismatchError: the file is neither.
@@ -209,7 +247,7 @@ def open_offset(path: str | Path) -> tuple[Checkpoint, Offset]:
     checkpoint = open_checkpoint(path)
     try:
         if is_lora(checkpoint.infos):
-            return checkpoint, lora_offset(read_lora(checkpoint))
+            return checkpoint, lora_offset(read_lora(checkpoint, expected))
         return checkpoint, dense_offset(Model(checkpoint))
     except BaseException:
         checkpoint.close()
@@ -233,6 +271,11 @@ def group_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str
     grouped: dict[str, dict[str, str]] = {}
     unknown = []
     for key in keys:
+        processor = _OLD_PROCESSOR.fullmatch(key)
+        if processor:
+            name = f"{processor[1]}.to_{processor[2]}" + (".0" if processor[2] == "out" else "")
+            grouped.setdefault(name, {})[processor[3]] = key
+            continue
         for suffix, part in _SUFFIXES.items():
             if key.endswith("." + suffix):
                 grouped.setdefault(key[: -len(suffix) - 1], {})[part] = key
@@ -242,31 +285,29 @@ def group_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], list[str
     return grouped, unknown
 
 
-def _recognise(grouped: Mapping[str, Mapping[str, str]], checkpoint: Checkpoint) -> Architecture:
-    """The architecture whose module names match most; SD 1 and 2 share theirs and differ in proj_in (4-D or 2-D)."""
+def _recognise(grouped: Mapping[str, Mapping[str, str]], checkpoint: Checkpoint, expected: Architecture | None) -> Architecture:
+    """The architecture whose module names match most. Ties: by shapes, what is wanted, metadata, the commoner one."""
     matches = {name: len(grouped.keys() & _alias_index(name).keys()) for name in ARCHITECTURES}
-    best = max(matches, key=lambda name: matches[name])
-    if not matches[best]:
+    most = max(matches.values())
+    if not most:
         raise MismatchError(
             f"{checkpoint.path.name}: none of its {len(grouped)} modules belongs to a supported architecture "
             f"({', '.join(row.title for row in ARCHITECTURES.values())})"
         )
-    if best in ("sd1", "sd2"):
-        return ARCHITECTURES["sd2" if _is_sd2(grouped, checkpoint) else "sd1"]
-    if best in ("sdxl", "sdxl-refiner") and matches["sdxl"] == matches["sdxl-refiner"]:
-        best = "sdxl"
-    return ARCHITECTURES[best]
+    tied = [ARCHITECTURES[name] for name, count in matches.items() if count == most]
+    dimensions = {len(checkpoint.infos[p["down"]].shape) for m, p in grouped.items() if m.endswith("proj_in") and "down" in p}
+    if len(dimensions) == 1:  # SD 1 and 2 share their names and differ in proj_in, a convolution or a linear layer
+        other = "sd1" if dimensions == {2} else "sd2"
+        tied = [row for row in tied if row.name != other] or tied
+    if expected in tied:
+        return expected
+    version = checkpoint.metadata.get("ss_base_model_version", "")
+    if checkpoint.metadata.get("ss_v2") == "True":
+        version = "sd_v2"
+    return next((row for row in tied if version and version.startswith(row.ss_base_model_version)), tied[0])
 
 
-def _is_sd2(grouped: Mapping[str, Mapping[str, str]], checkpoint: Checkpoint) -> bool:
-    for module, parts in grouped.items():
-        if module.endswith("proj_in") and "down" in parts:
-            return len(checkpoint.infos[parts["down"]].shape) == 2
-    metadata = checkpoint.metadata
-    return metadata.get("ss_v2") == "True" or metadata.get("ss_base_model_version", "").startswith("sd_v2")
-
-
-def _common_shape(lora: LoraFile, layers: list[Layer]) -> Shape:
+def _common_shape(lora: LoraFile, layers: list[LoraLayer]) -> Shape:
     """The shape of the weight that these layers change together.
 
     Raises:
@@ -283,7 +324,7 @@ def _common_shape(lora: LoraFile, layers: list[Layer]) -> Shape:
     return (3 * rows if layers[0].module.part is not None else rows, *rest)
 
 
-def _delta_shapes(lora: LoraFile, layer: Layer) -> Iterator[Shape]:
+def _delta_shapes(lora: LoraFile, layer: LoraLayer) -> Iterator[Shape]:
     """The shapes of a layer's own rows, by each of its parts that says so."""
     shapes = {part: lora.checkpoint.infos[key].shape for part, key in layer.parts.items()}
     if "up" in shapes:

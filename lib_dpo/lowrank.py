@@ -14,6 +14,7 @@ All functions take one matrix (out, in) or a batch (batch, out, in) of float32 o
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 
 from lib_dpo.settings import Method
+
+logger = logging.getLogger(__name__)
 
 # Krylov: blocks of half the rank. Eight keep >= 99.95 % of the optimum at rank 64 on spectra i^-0.15, i^-0.3, i^-0.7;
 # thin blocks converge more slowly and are cheap, so small ranks take ten. Each block costs two products with A.
@@ -47,13 +50,35 @@ class Factors(NamedTuple):
 @contextmanager
 def full_precision() -> Iterator[None]:
     """No autocast, no TF32 and no autograd inside: hosts switch the first two on."""
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError as error:  # torch 2.9 and later: the host has set fp32_precision, and the two ways do not mix
+        logger.debug("%s", error)
+        with _setting(torch.backends.cuda.matmul, "fp32_precision", "ieee"), _plain():
+            yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        with _plain():
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _setting(owner: object, name: str, value: str) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def seed_for(seed: int, key: str) -> int:
@@ -171,8 +196,14 @@ def recompress(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _gram_subspace(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading left singular vectors U (batch, short, rank) of a wide A, and U^T A, by eigh of A A^T."""
-    U = torch.linalg.eigh(A @ A.mT).eigenvectors[..., -rank:].flip(-1)
+    U = _leading_eigenvectors(A @ A.mT, rank)
     return U, U.mT @ A
+
+
+def _leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
+    """Eigenvectors of the largest eigenvalues, falling. MPS has no eigh before 2026: done on the CPU there."""
+    where = "cpu" if gram.device.type == "mps" else gram.device
+    return torch.linalg.eigh(gram.to(where)).eigenvectors[..., -rank:].flip(-1).to(gram.device)
 
 
 def _krylov_subspace(A: Tensor, rank: int, seeds: Sequence[int], blocks: int) -> tuple[Tensor, Tensor]:
@@ -189,7 +220,7 @@ def _krylov_subspace(A: Tensor, rank: int, seeds: Sequence[int], blocks: int) ->
         if start + width < blocks * width:
             X = A @ image[:, block].mT
     # Rayleigh-Ritz: the best rank-r subspace inside the basis.
-    W = torch.linalg.eigh(image @ image.mT).eigenvectors[..., -rank:].flip(-1)  # (batch, columns, rank)
+    W = _leading_eigenvectors(image @ image.mT, rank)  # (batch, columns, rank)
     return basis @ W, W.mT @ image
 
 

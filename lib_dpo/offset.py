@@ -62,8 +62,7 @@ class Pair:
             out: float32 memory on `device` to use, at least as many values; fresh memory without it. Fresh pages of a
                 large tensor take as long as reading it.
         """
-        # to the device first, as stored: half the bytes to move, and the cast is done there
-        stored = self.base.read(key).to(device)
+        stored = _moved(self.base.read(key), device)
         if out is None:
             return stored.to(torch.float32, copy=True)
         return out[: stored.numel()].view(stored.shape).copy_(stored)
@@ -74,7 +73,7 @@ class Pair:
         Raises:
             BadTensorError: either file holds NaN or Inf in this tensor.
         """
-        tuned = self.tuned.read(key).to(weight.device).reshape(weight.shape)
+        tuned = _moved(self.tuned.read(key), weight.device).reshape(weight.shape)
         delta = weight.neg_().add_(tuned)
         if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
             raise self._blame(key)
@@ -90,6 +89,13 @@ class Pair:
         return BadTensorError(
             f"{self.tuned.path.name}: tensor {key} differs from the base by more than float32 can hold; get the file again"
         )
+
+
+def _moved(stored: Tensor, device: torch.device | str) -> Tensor:
+    """To the device as stored, half the bytes to move, for a cast there; cast here what cannot be: fp8, float64 on MPS."""
+    if stored.element_size() == 1 or (stored.dtype == torch.float64 and torch.device(device).type == "mps"):
+        stored = stored.float()
+    return stored.to(device)
 
 
 def check_finite(model: Model, key: str) -> None:

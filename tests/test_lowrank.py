@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -139,6 +142,19 @@ def test_full_precision_restores_what_it_changes() -> None:
         assert torch.get_float32_matmul_precision() == "high"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.newest
+def test_full_precision_beside_a_host_that_uses_the_newer_setting() -> None:
+    script = """
+import torch
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+from lib_dpo.lowrank import full_precision
+with full_precision():
+    assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_works_under_autocast_and_on_inference_tensors() -> None:
