@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,12 @@ from lib_dpo import __version__
 from lib_dpo.errors import BadTensorError, MismatchError
 from lib_dpo.header import dtype_name, torch_dtype
 from lib_dpo.keymap import EVERYWHERE, BlockWeights, block_of, check_blocks, component_of
+from lib_dpo.lora import STALE_METADATA
 from lib_dpo.model import Model
 from lib_dpo.offset import Offset, check_finite, check_is_model
-from lib_dpo.precision import PRECISION
+from lib_dpo.precision import PRECISION, round_once
 from lib_dpo.progress import Progress, Steps
-from lib_dpo.writer import SafetensorsWriter, check_output
-
-# Metadata entries that describe the bytes of the file they were copied from.
-_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+from lib_dpo.writer import SafetensorsWriter, check_output, write_text_atomic
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def bake(
     order = list(infos)
     if precision != "keep":  # widest numbers first, so that every tensor stays aligned
         order.sort(key=lambda key: -_item_bytes(output_dtypes[key]))
-    expected = sum(_item_bytes(output_dtypes[key]) * max(1, _numel(infos[key].shape)) for key in infos)
+    expected = sum(_item_bytes(output_dtypes[key]) * max(1, math.prod(infos[key].shape)) for key in infos)
     steps = Steps(expected, on_progress)
     with SafetensorsWriter(output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(infos)) as writer:
         for key in order:
@@ -98,7 +96,9 @@ def bake(
             steps.advance(infos[key].nbytes, key)
         writer.finish(_metadata(target, offset, output, strength, blocks, precision, hashes))
     if config:
-        shutil.copyfile(config, output.with_suffix(".yaml"))
+        write_text_atomic(output.with_suffix(".yaml"), config.read_text(encoding="utf-8"))
+    elif not target.path.with_suffix(".yaml").is_file():
+        output.with_suffix(".yaml").unlink(missing_ok=True)  # of what was overwritten: hosts would load ours with it
     return BakeReport(
         path=output,
         architecture=target.architecture.name,
@@ -147,7 +147,7 @@ def _fitted(delta: Tensor, shape: tuple[int, ...], key: str, offset_name: str, t
     """The delta in the target's shape. A first convolution with more input channels (inpainting) gets zeros for them."""
     if tuple(delta.shape) == shape:
         return delta
-    if delta.numel() == _numel(shape) and delta.shape[:1] == shape[:1]:
+    if delta.numel() == math.prod(shape) and delta.shape[:1] == shape[:1]:
         return delta.reshape(shape)
     is_first = key.endswith("input_blocks.0.0.weight") and delta.ndim == len(shape) == 4
     if is_first and delta.shape[1] < shape[1] and (delta.shape[0], *delta.shape[2:]) == (shape[0], *shape[2:]):
@@ -190,7 +190,8 @@ class _Run:
         delta = self.offset.read(canonical, torch.float64)
         change = weight * _fitted(delta, tuple(stored.shape), canonical, self.offset.name, self.target.path.name)
         exact = stored.double() + change
-        result = torch.where(change == 0, stored.to(to), exact.to(to))  # -0.0 + 0.0 would lose its sign
+        # -0.0 + 0.0 would lose its sign
+        result = round_once(torch.where(change == 0, stored.double(), exact), to)
         if not bool(torch.isfinite(result.float() if result.element_size() == 1 else result).all()):  # torch lacks float8's
             check_finite(self.target, canonical)
             raise BadTensorError(
@@ -213,7 +214,7 @@ def _metadata(
     hashes: Callable[[], tuple[str, str]] | None,
 ) -> dict[str, str]:
     """The target's metadata with a merge recipe in the form of the WebUI's own merger (modules/extras.py there)."""
-    metadata = {"format": "pt"} | {key: text for key, text in target.checkpoint.metadata.items() if key not in _STALE}
+    metadata = {"format": "pt"} | {key: text for key, text in target.checkpoint.metadata.items() if key not in STALE_METADATA}
     target_hash, offset_hash = hashes() if hashes else ("", "")
     recipe = {
         "type": "dpo-offset",
@@ -249,17 +250,14 @@ def _config_to_copy(target: Path, output: Path, *, overwrite: bool) -> Path | No
     """The sidecar .yaml of the target, where it has one: hosts read the prediction type from it.
 
     Raises:
-        OutputError: another one lies beside the output, and would be replaced.
+        OutputError: another one lies beside the output, and would be replaced or mistaken for the output's.
     """
     config, copy = target.with_suffix(".yaml"), output.with_suffix(".yaml")
-    if not config.is_file() or (copy.is_file() and copy.read_bytes() == config.read_bytes()):
+    if config.is_file() and copy.is_file() and copy.read_bytes() == config.read_bytes():
         return None
-    check_output(copy, overwrite=overwrite)
-    return config
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
+    if config.is_file() or copy.is_file():
+        check_output(copy, overwrite=overwrite)
+    return config if config.is_file() else None
 
 
 def _item_bytes(dtype: str) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_dpo import __version__
-from lib_dpo.errors import Cancelled, DpoError, OutputError, SettingError
+from lib_dpo.errors import Cancelled, DpoError, MissingExtraError, OutputError, SettingError
 from lib_dpo.settings import FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, RankPolicy, check
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(text)
         sys.stdout.flush()  # here, where a reader that went away can be told from an error
     except (KeyboardInterrupt, Cancelled):
-        print("cancelled; nothing was written", file=sys.stderr)
+        print("cancelled", file=sys.stderr)
         return CANCELLED
     except DpoError as error:
         if args.debug:
@@ -53,6 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"error: {' '.join((str(error) or 'out of memory').split())}", file=sys.stderr)
         return REFUSED
+    except Exception as error:
+        if args.debug:
+            raise
+        logger.debug("unforeseen", exc_info=True)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"error: this should not happen: {what}; run again with --debug and report it", file=sys.stderr)
+        return REFUSED
     return DONE
 
 
@@ -61,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 class _Parser(argparse.ArgumentParser):
     """argparse with our one line for errors."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # a private name of argparse: before Python 3.14 it takes -1e-3 for an option
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 
     def error(self, message: str) -> Any:
         self.exit(REFUSED, f"error: {' '.join(message.split())}; see `{self.prog} --help`\n")
@@ -74,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
     common = _Parser(add_help=False)
     common.add_argument("--json", type=Path, metavar="F", help="write the figures to a file too")
+    common.add_argument("--overwrite", action="store_true", help="replace existing files")
     common.add_argument("--yes", action="store_true", help="agree to downloads of hub: names")
     common.add_argument("--debug", action="store_true", help="show tracebacks and the log")
 
@@ -131,7 +146,6 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("demo", _demo, "the whole story on a small model made here, without a network")
     sub.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="DIR", help="folder to write to")
-    sub.add_argument("--overwrite", action="store_true", help="replace earlier files there")
     return parser
 
 
@@ -143,7 +157,6 @@ def _pair_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _output_arguments(sub: argparse.ArgumentParser, name: str) -> None:
     sub.add_argument("-o", "--output", required=True, type=Path, metavar=name, help="the file to write")
-    sub.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
 
 def _rank_arguments(sub: argparse.ArgumentParser) -> None:
@@ -180,7 +193,10 @@ def _agreed(args: argparse.Namespace, question: str) -> bool:
         return True
     if not sys.stdin.isatty():
         return False
-    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    try:
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+    except EOFError:
+        return False
 
 
 @contextmanager
@@ -219,22 +235,40 @@ _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
 
 
 def _check_reports(args: argparse.Namespace) -> None:
-    """Refuse early the names of a report or picture: they are written last, and over what has that name."""
-    for path in filter(None, (args.json, getattr(args, "plot", None))):
+    """Refuse early the names of a report or picture: they are written last. What an earlier run wrote may be replaced."""
+    plot = getattr(args, "plot", None)
+    if plot and importlib.util.find_spec("matplotlib") is None:
+        raise MissingExtraError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out")
+    if plot and args.json and plot.absolute() == args.json.absolute():
+        raise OutputError(f"{plot}: is to be both the report and the picture; choose another name for one")
+    for path in filter(None, (args.json, plot)):
         from lib_dpo.writer import check_output
 
-        check_output(path, overwrite=True)
-        if path.suffix.lower() in _CHECKPOINTS:
-            raise OutputError(f"{path}: is the name of a checkpoint, expected one for a report; choose a .json or .png")
+        if path.suffix.lower() in _NOT_REPORTS:
+            raise OutputError(f"{path}: is the name of a checkpoint or its config; choose a name with .json or .png")
+        if not path.exists() or path.is_file() or path.is_dir():  # a device such as /dev/stdout is written to as it is
+            check_output(path, overwrite=args.overwrite or _is_ours(path))
 
 
-_CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth")
+_NOT_REPORTS = (".safetensors", ".ckpt", ".pt", ".pth", ".yaml", ".yml")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file is empty, or a report or picture of this command line."""
+    if not path.is_file():
+        return False
+    head = path.read_bytes()[:4096]
+    return not head or head.startswith(b'{\n  "command": ') or (head.startswith(b"\x89PNG") and b"sd-webui-dpo" in head)
 
 
 def _write_json(path: Path, figures: dict[str, Any]) -> None:
     from lib_dpo.writer import write_text_atomic
 
-    write_text_atomic(path, json.dumps(_finite(figures), indent=2, allow_nan=False) + "\n")
+    text = json.dumps(_finite(figures), indent=2, allow_nan=False) + "\n"
+    if path.exists() and not path.is_file():
+        path.write_text(text, encoding="utf-8")
+    else:
+        write_text_atomic(path, text)
 
 
 def _finite(content: Any) -> Any:
@@ -298,9 +332,10 @@ def _verify(args: argparse.Namespace) -> Result:
     from lib_dpo.report import verify_text
     from lib_dpo.verify import verify
 
-    checkpoint, offset = open_offset(_path(args, args.lora))
-    with checkpoint, _pair(args) as pair, _progress("verifying") as tell:
-        report = verify(offset, pair, on_progress=tell)
+    with _pair(args) as pair, _progress("verifying") as tell:
+        checkpoint, offset = open_offset(_path(args, args.lora), pair.architecture)
+        with checkpoint:
+            report = verify(offset, pair, on_progress=tell)
     return report.as_json(), verify_text(report)
 
 
@@ -315,8 +350,11 @@ def _bake(args: argparse.Namespace) -> Result:
 
     check("strength", args.strength)
     blocks = parse_blocks(args.blocks)
-    checkpoint, offset = open_offset(_path(args, args.offset))
-    with checkpoint, open_model(_path(args, args.target)) as target, _progress("baking") as tell:
+    with ExitStack() as stack:
+        target = stack.enter_context(open_model(_path(args, args.target)))
+        checkpoint, offset = open_offset(_path(args, args.offset), target.architecture)
+        stack.enter_context(checkpoint)
+        tell = stack.enter_context(_progress("baking"))
         check_output(args.output, overwrite=args.overwrite, inputs=(*target.checkpoint.files, *checkpoint.files))
         waiting = [sha256_in_background(file) for file in (target.checkpoint, checkpoint)]
         report = bake(

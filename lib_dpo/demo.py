@@ -18,6 +18,7 @@ from lib_dpo.plots import plot_diff
 from lib_dpo.settings import ExtractSettings, RankPolicy
 from lib_dpo.synthetic import small_pair
 from lib_dpo.verify import verify
+from lib_dpo.writer import check_output
 
 _RANKS = (2, 8, 32)
 
@@ -40,6 +41,7 @@ def demo(folder: Path, *, overwrite: bool = False, say: Callable[[str], None]) -
     base_path, tuned_path = small_pair(folder / "tiny-dpo", "sd1", overwrite=overwrite)
     with open_model(base_path) as base, open_model(tuned_path) as tuned:
         pair = open_pair(base, tuned)
+        check_output(folder / "diff.png", overwrite=overwrite)
         figures: dict[str, Any] = {"diff": _diff(pair, folder / "diff.png", say)}
         figures["extract"] = [_extract(pair, folder / f"dpo_rank{rank}.safetensors", rank, overwrite, say) for rank in _RANKS]
         figures["bake"] = _bake(pair, folder, overwrite, say)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from lib_dpo import __version__
-from lib_dpo.errors import NothingToDoError
+from lib_dpo.errors import NothingToDoError, SettingError
 from lib_dpo.figures import Tally, Verdict, measure, right_base
 from lib_dpo.keymap import component_of, unet_to_diffusers
 from lib_dpo.lowrank import energy, full_precision
-from lib_dpo.offset import Pair
+from lib_dpo.offset import Pair, licence
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.writer import SafetensorsWriter
@@ -57,7 +57,9 @@ def write_offset(
     source: Callable[[], Mapping[str, str]] = dict,
     on_progress: Progress | None = None,
 ) -> OffsetReport:
-    """Write the UNet's offset. In fp32 a bake at strength 1 restores the tuned weights; fp16 halves the file.
+    """Write the UNet's offset. fp16 halves the file.
+
+    In fp32 a bake at strength 1 restores the tuned weights, to one float32 step where base and tuned are far apart in size.
 
     Raises:
         NothingToDoError: base and tuned are equal.
@@ -80,6 +82,8 @@ def write_offset(
             if name is not None:
                 stored = delta.to(dtype)
                 row.residual = energy(delta - stored.float())
+                if not row.residual < float("inf"):  # NaN too
+                    raise SettingError(f"the offset of {name} does not fit into {precision}; choose --precision fp32")
                 writer.add(name, stored)
             tally.add(key, row)
             steps.advance(numel[key], key)
@@ -96,6 +100,8 @@ def write_offset(
             "dpo.architecture": pair.architecture.name,
             "dpo.noise_floor": repr(tally.components["unet"].noise_floor),
             "dpo.verdict": verdict.text,
+            "dpo.precision": precision,
+            "dpo.licence": licence(pair),
             "dpo.version": __version__,
         }
         writer.finish(metadata | dict(source()))

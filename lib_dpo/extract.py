@@ -13,29 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_dpo.checkpoint import open_checkpoint, tensor_bytes
+from lib_dpo.checkpoint import tensor_bytes
 from lib_dpo.decompose import Decomposer
 from lib_dpo.devices import batch_size, resolve_device
 from lib_dpo.errors import NothingToDoError, OutputError, SettingError
 from lib_dpo.figures import Tally, Verdict, changed_text_encoders, measure, right_base
 from lib_dpo.keymap import component_of
 from lib_dpo.layers import Layer, plan_layers
-from lib_dpo.lora import kohya_metadata
+from lib_dpo.lora import ENTRY_BYTES, METADATA_BYTES, kohya_metadata
 from lib_dpo.lowrank import Factors, energy, full_precision, residual_energy_
-from lib_dpo.offset import Pair
+from lib_dpo.offset import Pair, licence
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.ranks import Spectrum, allocate, break_even_rank
 from lib_dpo.settings import ExtractSettings
 from lib_dpo.writer import LEGACY_HASH, SafetensorsWriter
 
-# What one layer costs in the file beside its numbers: three header entries (70 to 100 bytes each without
-# the name) and alpha; and what the metadata takes. Both rounded up, so that a size in MB is kept.
-_ENTRY_BYTES, _METADATA_BYTES = 96, 1 << 13
-
 
 @dataclass(frozen=True)
-class Report:
+class ExtractReport:
     """What was written and how good it is."""
 
     path: Path
@@ -80,7 +76,7 @@ def extract(
     overwrite: bool = False,
     source: Callable[[], Mapping[str, str]] = dict,
     on_progress: Progress | None = None,
-) -> Report:
+) -> ExtractReport:
     """Write the LoRA of a pair; energy kept is measured on the numbers as they are written, and the file is read again.
 
     Args:
@@ -123,8 +119,11 @@ def _measure_text_encoders(pair: Pair) -> Tally:
 
 def _fixed_ranks(layers: Sequence[Layer], rank: int, conv_rank: int | None) -> dict[str, int]:
     pairs = [layer for layer in layers if layer.kind == "pair"]
-    largest = max((min(layer.matrix) for layer in pairs), default=rank)
-    for name, value in (("rank", rank), ("conv_rank", conv_rank or rank)):
+    for name, value, own in (
+        ("rank", rank, pairs),
+        ("conv_rank", conv_rank or 1, [layer for layer in pairs if layer.is_wide_convolution]),
+    ):
+        largest = max((min(layer.matrix) for layer in own), default=value)
         if value > largest:
             raise SettingError(f"{name} {value} is larger than every layer; expected at most {largest} for this model")
     wanted = {layer: conv_rank if conv_rank and layer.is_wide_convolution else rank for layer in pairs}
@@ -158,7 +157,9 @@ def _planned_ranks(
         total = pair_energy + written_whole + rest
         return allocate(spectra, energy=settings.policy.energy * total - written_whole)
     size = settings.policy.size_mb or 0.0
-    overhead = _METADATA_BYTES + sum(item * (layer.numel + layer.shape[0]) + _entry_bytes(layer) for layer in whole)
+    required = [layer for layer in layers if layer.required]  # written with one component at least
+    overhead = METADATA_BYTES + sum(item * (layer.numel + layer.shape[0]) + _entry_bytes(layer) for layer in whole)
+    overhead += sum(spectra[layer.module.name].bytes_per_rank + _entry_bytes(layer) for layer in required)
     ranks = allocate(spectra, budget=int(size * 1e6) - overhead)
     if not any(ranks.values()):
         least = overhead + min(row.bytes_per_rank + row.fixed_bytes for row in spectra.values())
@@ -167,7 +168,7 @@ def _planned_ranks(
 
 
 def _entry_bytes(layer: Layer) -> int:
-    return 3 * (_ENTRY_BYTES + len(layer.module.name))
+    return 3 * (ENTRY_BYTES + len(layer.module.name))
 
 
 def _left_out(pair: Pair, layers: Sequence[Layer], components: Sequence[str]) -> Iterator[str]:
@@ -194,7 +195,7 @@ class _Run:
 
     def write(
         self, encoders: Tally, *, overwrite: bool, source: Callable[[], Mapping[str, str]], device: torch.device
-    ) -> Report:
+    ) -> ExtractReport:
         self.tally = Tally(self.pair.architecture)
         self.digest = hashlib.sha256()
         self.written = 0
@@ -202,7 +203,11 @@ class _Run:
         largest = max(math.prod(self.pair.base.shape(layer.module.key)) for layer in self.layers)
         self.scratch = torch.empty(largest, device=device)
         with SafetensorsWriter(
-            self.output, overwrite=overwrite, expected_bytes=self._expected_bytes(), max_tensors=3 * len(self.layers)
+            self.output,
+            overwrite=overwrite,
+            expected_bytes=self._expected_bytes(),
+            max_tensors=3 * len(self.layers),
+            compact=True,
         ) as self.writer:
             for batch in _batches(self.layers, self.ranks, device):
                 self._write_batch(batch)
@@ -214,10 +219,14 @@ class _Run:
                 raise NothingToDoError(
                     f"{self.pair.base.path.name} and {self.pair.tuned.path.name} hold the same UNet: nothing to extract"
                 )
+            if not self.written:
+                raise NothingToDoError(
+                    f"{self.pair.tuned.path.name} changes nothing that the profile {self.settings.profile} carries; choose "
+                    "--profile webui or full, or write an offset file"
+                )
             verdict = self._verdict(encoders)
-            self.writer.finish({**self._metadata(verdict), **source()})
-        self._check_written()
-        return Report(
+            self.writer.finish({**self._metadata(verdict), **source()}, check=self._check_written)
+        return ExtractReport(
             path=self.output,
             architecture=self.pair.architecture.name,
             policy=str(self.settings.policy),
@@ -235,7 +244,7 @@ class _Run:
     def _expected_bytes(self) -> int:
         item = torch.finfo(self.dtype).bits // 8
         ranks = self.ranks
-        return _METADATA_BYTES + sum(
+        return METADATA_BYTES + sum(
             _entry_bytes(layer) + item * (ranks[layer.module.name] * sum(layer.matrix) if layer.kind == "pair" else layer.numel)
             for layer in self.layers
         )
@@ -271,17 +280,20 @@ class _Run:
         """Write alpha and both factors; the energy of what the written numbers miss. Overwrites `delta`."""
         up, down = factors.up.to(self.dtype), factors.down.to(self.dtype)
         residual = residual_energy_(delta, up, down)
-        if not residual < float("inf"):
-            raise SettingError(f"{layer.module.name} does not fit into {self.settings.precision}; choose --precision fp32")
+        self._check_fits(layer, residual)
         rank, (out, in_) = up.shape[1], layer.matrix
         kernel = layer.shape[2:]
         # 2-byte alphas keep the file's tensors aligned, and fp16 holds every whole number up to 2048 exactly
         alpha = torch.tensor(rank, dtype=torch.float32 if self.dtype == torch.float32 else torch.float16)
         self._add(layer, "alpha", alpha)
-        self._add(layer, "lora_down.weight", down.reshape(rank, in_ // _numel(kernel), *kernel))
+        self._add(layer, "lora_down.weight", down.reshape(rank, in_ // math.prod(kernel), *kernel))
         self._add(layer, "lora_up.weight", up.reshape(out, rank, *(1 for _ in kernel)))
         self.written += 1
         return residual
+
+    def _check_fits(self, layer: Layer, residual: float) -> None:
+        if not residual < float("inf"):  # NaN too
+            raise SettingError(f"{layer.module.name} does not fit into {self.settings.precision}; choose --precision fp32")
 
     def _write_whole(self, layer: Layer) -> None:
         """Write a norm or a dense layer: the rounded deltas of its weight and its bias, where either changed."""
@@ -291,6 +303,7 @@ class _Run:
             delta, row = measure(self.pair, key)
             rounded = delta.to(self.dtype)
             row.residual = energy(delta - rounded.float())
+            self._check_fits(layer, row.residual)
             rows.append(row)
             tensors.append(rounded)
             self.tally.add(key, row)
@@ -326,33 +339,22 @@ class _Run:
             "dpo.rank_policy": str(policy),
             "dpo.profile": self.settings.profile,
             "dpo.energy_kept": repr(figures["energy_kept"]),
+            "dpo.energy_kept_by_component": json.dumps(figures["energy_kept_by_component"]),
             "dpo.energy_kept_by_block": json.dumps(figures["energy_kept_by_block"]),
             "dpo.noise_floor": repr(self.tally.total.noise_floor),
             "dpo.verdict": verdict.text,
-            "dpo.licence": _licence(self.pair),
+            "dpo.licence": licence(self.pair),
         }
 
-    def _check_written(self) -> None:
+    def _check_written(self, file: Path) -> None:
         """Read the file again: its data must be, byte for byte, what energy kept was measured on."""
         digest = hashlib.sha256()
-        with open_checkpoint(self.output) as written:
-            for key in written.infos:
-                digest.update(written.raw(key))
+        with file.open("rb") as written:
+            written.seek(8 + int.from_bytes(written.read(8), "little"))
+            while piece := written.read(1 << 24):
+                digest.update(piece)
         if digest.digest() != self.digest.digest():
             raise OutputError(f"{self.output} reads back differently from what was written; check the disk and try again")
-
-
-def _licence(pair: Pair) -> str:
-    """The licence entries of the two files, or a reminder that both count."""
-    for model in (pair.tuned, pair.base):
-        for name in ("modelspec.license", "license"):
-            if model.checkpoint.metadata.get(name):
-                return model.checkpoint.metadata[name]
-    return "that of the base and the tuned model (the published DPO models: CreativeML Open RAIL++-M)"
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return int(torch.Size(shape).numel())
 
 
 def _batches(layers: Sequence[Layer], ranks: Mapping[str, int], device: torch.device) -> Iterator[list[Layer]]:

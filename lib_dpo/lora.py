@@ -28,6 +28,11 @@ from lib_dpo.model import Model
 from lib_dpo.offset import Offset, dense_offset
 from lib_dpo.shapes import checkpoint_shapes
 
+# What a file costs beside its numbers: each header entry (70 to 95 bytes without the name), and our own metadata.
+ENTRY_BYTES, METADATA_BYTES = 96, 1 << 13
+# Metadata entries that describe the bytes of the file they were copied from.
+STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+
 # suffix of a key -> our name for the part
 _SUFFIXES: Mapping[str, str] = {
     "lora_up.weight": "up",

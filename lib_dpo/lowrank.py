@@ -203,7 +203,8 @@ def _gram_subspace(A: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def _leading_eigenvectors(gram: Tensor, rank: int) -> Tensor:
     """Eigenvectors of the largest eigenvalues, falling. MPS has no eigh before 2026: done on the CPU there."""
     where = "cpu" if gram.device.type == "mps" else gram.device
-    return torch.linalg.eigh(gram.to(where)).eigenvectors[..., -rank:].flip(-1).to(gram.device)
+    vectors: Tensor = torch.linalg.eigh(gram.to(where)).eigenvectors
+    return vectors[..., -rank:].flip(-1).to(gram.device)
 
 
 def _krylov_subspace(A: Tensor, rank: int, seeds: Sequence[int], blocks: int) -> tuple[Tensor, Tensor]:

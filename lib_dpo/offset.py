@@ -173,6 +173,15 @@ def _show(shape: Shape) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
+def licence(pair: Pair) -> str:
+    """The licence entries of the two files, or a reminder that both count."""
+    for model in (pair.tuned, pair.base):
+        for name in ("modelspec.license", "license"):
+            if model.checkpoint.metadata.get(name):
+                return model.checkpoint.metadata[name]
+    return "that of the base and the tuned model (the published DPO models: CreativeML Open RAIL++-M)"
+
+
 def is_offset_file(model: Model) -> bool:
     """Whether a UNet file holds an offset rather than weights: by its metadata, else by its norms lying near 0."""
     if model.checkpoint.metadata.get("dpo.kind") == "offset":

@@ -39,7 +39,7 @@ def plot_diff(report: DiffReport, path: Path) -> None:
         _size_curve(figure.add_subplot(grid[1, 1]), report)
     figure.suptitle(f"{report.tuned} minus {report.base}", fontsize=13, color=_INK, weight="bold")
     picture = io.BytesIO()
-    figure.savefig(picture, format="png")
+    figure.savefig(picture, format="png", metadata={"Software": "sd-webui-dpo"})
     write_bytes_atomic(path, picture.getvalue())
 
 
@@ -60,7 +60,8 @@ def _heat_map(axes: Axes, figure: Any, report: DiffReport) -> None:
     axes.set_yticks(np.arange(-0.5, len(kinds)), minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0)
-    axes.set_title(f"Where it changed: size of the change in % of the weights\n{report.verdict.text}", fontsize=9.5, loc="left")
+    verdict = f"{report.verdict.text} Noise floor {100 * report.tally.total.noise_floor:.2g} %."
+    axes.set_title(f"Where it changed: size of the change in % of the weights\n{verdict}", fontsize=9.5, loc="left")
     bar = figure.colorbar(image, ax=axes, fraction=0.025, pad=0.01)
     bar.set_label("% of the weights", fontsize=8)
     bar.ax.tick_params(labelsize=8)

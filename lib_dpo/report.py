@@ -9,7 +9,7 @@ from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.bake import BakeReport
 from lib_dpo.compat import CompatReport
 from lib_dpo.dense import OffsetReport
-from lib_dpo.extract import Report
+from lib_dpo.extract import ExtractReport
 from lib_dpo.figures import Row, Tally
 from lib_dpo.inspection import Inspection
 from lib_dpo.keymap import block_labels
@@ -38,7 +38,7 @@ def diff_text(report: DiffReport) -> str:
     return "\n".join(lines)
 
 
-def extract_text(report: Report) -> str:
+def extract_text(report: ExtractReport) -> str:
     """The result card of an extraction."""
     total = report.tally.total
     used = [rank for rank in report.ranks.values() if rank]
@@ -90,7 +90,7 @@ def bake_text(report: BakeReport) -> str:
     ]
     if report.not_applied:
         lines.append(
-            f"{len(report.not_applied)} tensors of the offset have no place in this file, first {report.not_applied[0]}"
+            f"{len(report.not_applied)} keys of the offset are unknown or have no place here, first {report.not_applied[0]}"
         )
     return "\n".join(lines)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,15 @@ from torch import Tensor
 from lib_dpo.checkpoint import Checkpoint
 from lib_dpo.errors import MismatchError, SettingError
 from lib_dpo.header import dtype_name
-from lib_dpo.lora import check_decomposition, check_module, group_keys, read_factors
+from lib_dpo.lora import (
+    ADAPTER_METADATA,
+    ENTRY_BYTES,
+    STALE_METADATA,
+    check_decomposition,
+    check_module,
+    group_keys,
+    read_factors,
+)
 from lib_dpo.lowrank import full_precision, recompress
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
@@ -21,9 +31,14 @@ from lib_dpo.ranks import Spectrum, allocate
 from lib_dpo.settings import RankPolicy
 from lib_dpo.writer import SafetensorsWriter
 
-_ENTRY_BYTES, _METADATA_BYTES = 96, 1 << 13
 _FACTORS = ("up", "down", "mid", "alpha")
-_STALE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "dpo.energy_kept", "dpo.energy_kept_by_block")
+# What no longer holds of a resized file.
+_STALE = (
+    *STALE_METADATA,
+    ADAPTER_METADATA,
+    "dpo.energy_kept",  # and its parts
+    "dpo.rank_policy",
+)
 
 
 @dataclass(frozen=True)
@@ -93,16 +108,15 @@ def resize(
             cores[name] = _Core(parts, values, scale, down.shape[0])
             steps.advance(1, name)
         ranks = _ranks(lora, cores, others, policy, precision)
-        _write(lora, cores, others, ranks, output, precision, overwrite, policy, steps)
+        missed = _write(lora, cores, others, ranks, output, precision, overwrite, policy, steps)
     total = sum(float(core.values.square().sum()) for core in cores.values())
-    kept = sum(float(core.values[: ranks[name]].square().sum()) for name, core in cores.items())
     return ResizeReport(
         path=output,
         layers=sum(rank > 0 for rank in ranks.values()),
         file_bytes=output.stat().st_size,
         ranks_before=(min(core.rank for core in cores.values()), max(core.rank for core in cores.values())),
         ranks_after=(min((r for r in ranks.values() if r), default=0), max(ranks.values())),
-        energy_kept=kept / total if total else 1.0,
+        energy_kept=1 - missed / total if total else 1.0,
     )
 
 
@@ -124,16 +138,18 @@ def _ranks(
         return {name: min(_own(policy, lora, core), len(core.values)) for name, core in cores.items()}
     spectra = {}
     for name, core in cores.items():
-        numel = _numel(lora.infos[core.parts["up"]].shape) + _numel(lora.infos[core.parts["down"]].shape)
+        numel = math.prod(lora.infos[core.parts["up"]].shape) + math.prod(lora.infos[core.parts["down"]].shape)
         if "mid" in core.parts:  # its kernel goes into the new down factor
-            numel *= _numel(lora.infos[core.parts["mid"]].shape[2:])
+            numel *= math.prod(lora.infos[core.parts["mid"]].shape[2:])
         per_rank = _dtype(lora, core, precision).itemsize * numel // core.rank
-        spectra[name] = Spectrum(core.values.square().numpy(), per_rank, 3 * (_ENTRY_BYTES + len(name)), len(core.values))
+        spectra[name] = Spectrum(core.values.square().numpy(), per_rank, 3 * (ENTRY_BYTES + len(name)), len(core.values))
     if policy.energy is not None:
         total = sum(float(row.energies.sum()) for row in spectra.values())
         return allocate(spectra, energy=policy.energy * total)
     size = policy.size_mb or 0.0
-    overhead = _METADATA_BYTES + sum(lora.infos[key].nbytes + _ENTRY_BYTES + len(key) for key in others)
+    metadata = _metadata(lora, policy)
+    overhead = len(json.dumps(metadata).encode()) + ENTRY_BYTES
+    overhead += sum(lora.infos[key].nbytes + ENTRY_BYTES + len(key) for key in others)
     ranks = allocate(spectra, budget=int(size * 1e6) - overhead)
     if not any(ranks.values()):
         raise SettingError(f"size {size:g} MB holds no layer of {lora.path.name}; choose a larger size")
@@ -146,7 +162,7 @@ def _own(policy: RankPolicy, lora: Checkpoint, core: _Core) -> int:
 
 def _is_convolution(lora: Checkpoint, core: _Core) -> bool:
     """Whether a module has a kernel beyond 1x1, in its down factor or in the one between."""
-    return _numel(lora.infos[core.parts["mid" if "mid" in core.parts else "down"]].shape[2:]) > 1
+    return math.prod(lora.infos[core.parts["mid" if "mid" in core.parts else "down"]].shape[2:]) > 1
 
 
 def _write(
@@ -159,17 +175,25 @@ def _write(
     overwrite: bool,
     policy: RankPolicy,
     steps: Steps,
-) -> None:
+) -> float:
+    """Write the file; the energy that its numbers miss of the LoRA's."""
     expected = sum(lora.infos[key].nbytes for key in lora.infos)
-    with SafetensorsWriter(output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(lora.infos)) as writer:
+    missed = 0.0
+    with SafetensorsWriter(
+        output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(lora.infos), compact=True
+    ) as writer:
         for name, core in cores.items():  # all alphas first: they are float32, and so every tensor stays aligned
             if "alpha" in core.parts and ranks[name]:
                 writer.add(core.parts["alpha"], torch.tensor(core.scale * ranks[name], dtype=torch.float32))
         for name, core in cores.items():
             rank = ranks[name]
-            if rank:
+            if not rank:
+                missed += float(core.values.square().sum())
+            else:
                 up, down, _ = read_factors(lora, core.parts)
                 U, S, Vh = recompress(up, down.flatten(1))
+                if "alpha" not in core.parts:  # its scale was kept elsewhere: here it goes into the factors
+                    S, U = S * abs(core.scale), U * math.copysign(1, core.scale)
                 root = S[:rank].sqrt()
                 dtype = _dtype(lora, core, precision)
                 down_factor, up_factor = (root[:, None] * Vh[:rank]).to(dtype), (U[:, :rank] * root).to(dtype)
@@ -178,26 +202,42 @@ def _write(
                         f"{lora.path.name}: {name} does not fit into {dtype_name(dtype)}; choose --precision fp32"
                     )
                 writer.add(core.parts["down"], down_factor.reshape(rank, *down.shape[1:]))
+                scale = core.scale if "alpha" in core.parts else 1.0
+                missed += _missed((up, down.flatten(1), core.scale), (up_factor, down_factor, scale))
                 kernel = lora.infos[core.parts["up"]].shape[2:]
                 writer.add(core.parts["up"], up_factor.reshape(-1, rank, *kernel))
             steps.advance(1, name)
         for key in others:
             info = lora.infos[key]
             writer.add_raw(key, info.dtype, info.shape, lora.raw(key))
-        writer.finish(_metadata(lora, ranks, policy))
+        writer.finish(_metadata(lora, policy))
+    return missed
 
 
-def _metadata(lora: Checkpoint, ranks: Mapping[str, int], policy: RankPolicy) -> dict[str, str]:
-    metadata = {key: text for key, text in lora.metadata.items() if key not in _STALE}
-    dim = str(policy.fixed or "Dynamic")
-    return metadata | {"ss_network_dim": dim, "ss_network_alpha": dim, "dpo.resized": f"{policy}, from {lora.name}"}
+def _missed(before: tuple[Tensor, Tensor, float], after: tuple[Tensor, Tensor, float]) -> float:
+    """||a B A - a' B' A'||^2 of two products from their factors alone, in float64."""
+
+    def inner(one: tuple[Tensor, Tensor, float], other: tuple[Tensor, Tensor, float]) -> float:
+        up = one[0].double().mT @ other[0].double()  # (rank, rank')
+        down = one[1].double() @ other[1].double().mT
+        return float((up * down).sum()) * one[2] * other[2]
+
+    return max(0.0, inner(before, before) - 2 * inner(before, after) + inner(after, after))
+
+
+def _metadata(lora: Checkpoint, policy: RankPolicy) -> dict[str, str]:
+    metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(_STALE)}
+    dim, conv_dim = str(policy.fixed or "Dynamic"), str(policy.conv_rank or policy.fixed or "Dynamic")
+    arguments = json.dumps({"conv_dim": conv_dim, "conv_alpha": conv_dim})
+    return metadata | {
+        "ss_network_dim": dim,
+        "ss_network_alpha": dim,
+        "ss_network_args": arguments,
+        "dpo.resized": f"{policy}, from {lora.name}",
+    }
 
 
 def _dtype(lora: Checkpoint, core: _Core, precision: str) -> torch.dtype:
     if precision != "keep":
         return PRECISION[precision]
     return lora.read(core.parts["up"]).dtype
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())

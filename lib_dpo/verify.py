@@ -61,13 +61,12 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
             delta, row = measure(pair, key)
             row.residual = row.offset
             if key in offset.shapes:
-                approximation = offset.read(key)
-                if approximation.numel() != delta.numel():
+                if math.prod(offset.shapes[key]) != delta.numel():
                     raise BadTensorError(
-                        f"{offset.name}: {key} has {approximation.numel()} values, the pair {delta.numel()}; "
+                        f"{offset.name}: {key} has the shape {list(offset.shapes[key])}, the pair {list(delta.shape)}; "
                         "the file was made for another model"
                     )
-                row.residual = energy(delta - approximation.reshape(delta.shape))
+                row.residual = energy(delta - offset.read(key).reshape(delta.shape))
             tally.add(key, row)
             steps.advance(numel[key], key)
     touched = {component_of(pair.architecture, key) for key in offset.shapes}

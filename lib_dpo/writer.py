@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -73,6 +73,7 @@ class SafetensorsWriter:
         overwrite: replace a file of that name. Without it such a file is kept, also one that appears meanwhile.
         expected_bytes: what all tensors take together; checked against the free space before anything is written.
         max_tensors, max_metadata_bytes: room kept for the header; a larger header costs one more pass over the data.
+        compact: leave no room unused, at the cost of that pass.
     """
 
     _output: _AtomicFile
@@ -85,6 +86,7 @@ class SafetensorsWriter:
         expected_bytes: int,
         max_tensors: int,
         max_metadata_bytes: int = 1 << 20,
+        compact: bool = False,
     ) -> None:
         self.path = Path(path)
         if self.path.suffix.lower() != ".safetensors":
@@ -95,6 +97,7 @@ class SafetensorsWriter:
         self._needed = self._start + expected_bytes
         self._infos: dict[str, TensorInfo] = {}
         self._position = 0
+        self._compact = compact
 
     def __enter__(self) -> SafetensorsWriter:
         self._output = _AtomicFile(self.path, overwrite=self._overwrite, needed=self._needed)
@@ -120,17 +123,20 @@ class SafetensorsWriter:
         self._infos[key] = TensorInfo(dtype, tuple(shape), nbytes)
         self._position += nbytes
 
-    def finish(self, metadata: Mapping[str, str]) -> None:
+    def finish(self, metadata: Mapping[str, str], *, check: Callable[[Path], None] | None = None) -> None:
         """Write the header, check the file by opening it again, and give it its name.
 
         A metadata entry whose value is `LEGACY_HASH` gets the old hash of the finished file (see there).
+
+        Args:
+            check: called with the complete file before it gets its name; an error raised in it discards the file.
         """
         header = self._header(metadata)
         room = self._start - 8
         needs_legacy_hash = LEGACY_HASH in metadata.values()
         with self._output.writing() as file:
             wasteful = (room - len(header)) * _WORTH_MOVING > self._position
-            if len(header) > room or wasteful or (needs_legacy_hash and self._start > _LEGACY_START):
+            if len(header) > room or wasteful or self._compact or (needs_legacy_hash and self._start > _LEGACY_START):
                 _move(file, self._start, 8 + len(header), self._position)
                 room = len(header)
             file.truncate(8 + room + self._position)
@@ -143,6 +149,8 @@ class SafetensorsWriter:
             file.flush()
             os.fsync(file.fileno())
         self._check(8 + room, metadata)
+        if check:
+            check(self._output.part)
         self._output.publish()
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:

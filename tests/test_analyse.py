@@ -171,3 +171,31 @@ def test_another_architecture_is_refused(sd1: Files, tmp_path: Path) -> None:
     sd2 = small_pair(tmp_path / "sd2", "sd2")
     with pytest.raises(MismatchError, match=r"SD 2\.x but the pair is SD 1\.x"):
         judged(sd2[0], sd1)
+
+
+def test_a_pair_that_differs_by_rounding_only_is_not_called_right(sd1: Files, tmp_path: Path) -> None:
+    wide = {key: base_tensor(key, shape) for key, shape in checkpoint_shapes("sd1", small("sd1")).items()}
+    save_file({key: tensor for key, tensor in wide.items() if key.startswith(UNET)}, tmp_path / "wide.safetensors")
+    with open_model(sd1[0]) as base, open_model(tmp_path / "wide.safetensors") as tuned:
+        report = diff(open_pair(base, tuned))
+    assert report.verdict.level == "doubtful"
+    assert "rounding" in report.verdict.text
+    assert report.tally.total.noise_floor > 0.9
+
+
+def test_the_rounding_of_a_coarse_base_is_not_taken_for_dpo(sd1: Files, tmp_path: Path) -> None:
+    wide = {key: base_tensor(key, shape) for key, shape in checkpoint_shapes("sd1", small("sd1")).items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    coarse = {key: tensor.bfloat16() if tensor.is_floating_point() else tensor for key, tensor in wide.items()}
+    save_file(coarse, tmp_path / "coarse.safetensors")
+    report = judged(tmp_path / "wide.safetensors", (tmp_path / "coarse.safetensors", sd1[1]))
+    assert report.strength_inside > 0.2  # the same rounding is in drift and offset
+    assert report.level != "contained"
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e4m3fn"), reason="this torch has no float8")
+def test_fp8_files_are_compared(sd1: Files, tmp_path: Path) -> None:
+    tensors = load_file(sd1[1])
+    save_file({key: tensor.to(torch.float8_e4m3fn) for key, tensor in tensors.items()}, tmp_path / "fp8.safetensors")
+    with open_model(sd1[0]) as base, open_model(tmp_path / "fp8.safetensors") as tuned:
+        assert diff(open_pair(base, tuned)).tally.total.noise_floor > 0.5

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from lib_dpo import decompose
 from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.errors import Cancelled, NothingToDoError, SettingError
-from lib_dpo.extract import Report, extract
+from lib_dpo.extract import ExtractReport, extract
 from lib_dpo.figures import right_base
 from lib_dpo.keymap import UNET, unet_to_diffusers
 from lib_dpo.layers import plan_layers
@@ -41,7 +41,7 @@ def sdxl(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return small_pair(tmp_path_factory.mktemp("sdxl"), "sdxl")
 
 
-def run(files: Files, output: Path, **settings: Any) -> Report:
+def run(files: Files, output: Path, **settings: Any) -> ExtractReport:
     policy = {name: settings.pop(name) for name in ("rank", "energy", "size_mb", "conv_rank") if name in settings}
     on_progress = settings.pop("on_progress", None)
     with open_model(files[0]) as base, open_model(files[1]) as tuned:
@@ -165,6 +165,12 @@ def test_an_energy_out_of_reach_says_what_was_reached(sd1: Files, tmp_path: Path
     assert report.as_json()["energy_wanted"] == 0.9999
 
 
+def test_the_size_policy_counts_what_must_be_written(sdxl: Files, tmp_path: Path) -> None:
+    files = changed_text_encoders(sdxl, tmp_path / "in", [TE2 + "out_proj.weight"])
+    report = run(files, tmp_path / "l.safetensors", size_mb=0.3)
+    assert report.file_bytes <= 0.3e6
+
+
 @pytest.mark.parametrize("size_mb", [0.4, 1.0, 2.5])
 def test_the_size_policy_keeps_its_size_and_uses_it(sd1: Files, tmp_path: Path, size_mb: float) -> None:
     report = run(sd1, tmp_path / "s.safetensors", size_mb=size_mb)
@@ -254,6 +260,16 @@ def test_a_batch_that_does_not_fit_is_done_one_by_one(sd1: Files, tmp_path: Path
     assert report.layers == 282
 
 
+def test_a_batch_with_one_delta_on_another_device_is_done_one_by_one(sd1: Files) -> None:
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        pair = open_pair(base, tuned)
+        decomposer = decompose.Decomposer(pair, torch.device("cpu"), method="exact", seed=0)
+        here = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+        first, second = decomposer.factorise([here, here.to("meta")], 2, ["a", "b"])
+        assert torch.equal(first.up, decomposer.factorise([here], 2, ["a"])[0].up)
+        assert second.up.device.type == "meta"
+
+
 def test_other_errors_are_not_swallowed(sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fails = failing(RuntimeError("a bug"), when=lambda A, options: True)
     monkeypatch.setattr(decompose, "factorise", fails)
@@ -317,6 +333,24 @@ def test_equal_models_are_refused(sd1: Files, tmp_path: Path) -> None:
     with pytest.raises(NothingToDoError, match="nothing to extract"):
         run((sd1[0], copy), tmp_path / "out" / "l.safetensors", rank=2)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_change_that_the_profile_does_not_carry_is_refused(sd1: Files, tmp_path: Path) -> None:
+    tensors = load_file(sd1[0])
+    tensors[UNET + "out.0.weight"] += 0.5
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    files = (sd1[0], tmp_path / "tuned.safetensors")
+    with pytest.raises(NothingToDoError, match="--profile webui"):
+        run(files, tmp_path / "l.safetensors", rank=2)
+    assert run(files, tmp_path / "l.safetensors", rank=2, profile="webui").layers == 1
+
+
+def test_a_norm_that_overflows_is_refused(sd1: Files, tmp_path: Path) -> None:
+    tensors = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in load_file(sd1[0]).items()}
+    tensors[UNET + "out.0.weight"] += 1e6
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    with pytest.raises(SettingError, match="lora_unet_out_0 does not fit into fp16"):
+        run((sd1[0], tmp_path / "tuned.safetensors"), tmp_path / "l.safetensors", rank=2, profile="webui")
 
 
 @pytest.mark.parametrize(("policy", "text"), [({"rank": 129}, "at most 128"), ({"size_mb": 0.001}, "at least")])

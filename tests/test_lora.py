@@ -14,6 +14,8 @@ from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.errors import BadTensorError, MismatchError
 from lib_dpo.keymap import UNET, lora_modules, unet_to_diffusers
 from lib_dpo.lora import open_offset, read_lora
+from lib_dpo.resize import resize
+from lib_dpo.settings import RankPolicy
 from lib_dpo.shapes import checkpoint_shapes, small, unet_diffusers_config
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
@@ -115,7 +117,7 @@ def test_a_diff_counts_beside_a_pair_of_another_layer(tmp_path: Path) -> None:
         assert float(offset.read(UNET + "input_blocks.1.0.in_layers.0.bias").mean()) == -1
 
 
-@pytest.mark.parametrize("suffix", ["hada_w1_a", "lokr_w1", "oft_blocks", "dora_scale"])
+@pytest.mark.parametrize("suffix", ["hada_w1_a", "lokr_w1", "oft_blocks", "dora_scale", "lora_magnitude_vector"])
 def test_other_decompositions_are_refused_by_name(tmp_path: Path, suffix: str) -> None:
     tensors = {f"{NAME}.lora_{side}.weight": tensor for side, tensor in pair().items()}
     path = saved(tmp_path / "l.safetensors", tensors | {f"{NAME}.{suffix}": torch.ones(32)})
@@ -139,3 +141,64 @@ def test_a_lora_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
     tensors = {f"lora_unet_double_blocks_0_img_attn_qkv.lora_{side}.weight": tensor for side, tensor in pair().items()}
     with pytest.raises(MismatchError, match="supported architecture"):
         open_offset(saved(tmp_path / "l.safetensors", tensors))
+
+
+# ---- scales kept beside the weights, and ambiguous names ----
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_scale_in_the_metadata_of_diffusers_counts(tmp_path: Path, rslora: bool) -> None:
+    import diffusers
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    config = {key: value for key, value in unet_diffusers_config("sd1", small("sd1")).items() if key[0] != "_"}
+    unet = diffusers.UNet2DConditionModel(**config)
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=["to_q"], init_lora_weights=False, use_rslora=rslora)
+    unet.add_adapter(settings)
+    diffusers.StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        weight_name="l.safetensors",
+        unet_lora_adapter_metadata=settings.to_dict(),
+    )
+    before = {key: value.clone() for key, value in unet.state_dict().items()}
+    unet.fuse_lora()
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.base_layer.weight"
+    delta = unet.state_dict()[name] - before[name]
+    checkpoint, offset = open_offset(tmp_path / "l.safetensors")
+    with checkpoint:
+        torch.testing.assert_close(offset.read(KEY), delta, atol=1e-6, rtol=1e-4)
+        resize(checkpoint, tmp_path / "r.safetensors", RankPolicy(rank=4), precision="fp32")
+    checkpoint, offset = open_offset(tmp_path / "r.safetensors")
+    with checkpoint:
+        torch.testing.assert_close(offset.read(KEY), delta, atol=1e-6, rtol=1e-4)
+
+
+def test_the_scale_in_the_config_beside_a_peft_file_counts(tmp_path: Path) -> None:
+    factors, name = pair(rank=4), "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors = {f"{name}.lora_B.weight": factors["up"], f"{name}.lora_A.weight": factors["down"]}
+    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 2, "alpha_pattern": null}')
+    checkpoint, offset = open_offset(saved(tmp_path / "adapter_model.safetensors", tensors))
+    with checkpoint:
+        torch.testing.assert_close(offset.read(KEY), factors["up"] @ factors["down"] / 2)
+
+
+def test_the_processor_names_of_older_diffusers_are_read(tmp_path: Path) -> None:
+    factors, name = pair(), "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
+    tensors = {f"{name}.up.weight": factors["up"], f"{name}.down.weight": factors["down"]}
+    checkpoint, offset = open_offset(saved(tmp_path / "l.safetensors", tensors))
+    with checkpoint:
+        torch.testing.assert_close(offset.read(KEY), factors["up"] @ factors["down"])
+
+
+def test_names_that_fit_several_architectures_go_by_metadata_or_by_what_is_wanted(tmp_path: Path) -> None:
+    name = "lora_unet_middle_block_0_in_layers_2"
+    tensors = {f"{name}.lora_up.weight": torch.zeros(8, 2, 1, 1), f"{name}.lora_down.weight": torch.zeros(2, 8, 3, 3)}
+    save_file(tensors, tmp_path / "l.safetensors", metadata={"ss_base_model_version": "sdxl_base_v1-0"})
+    with open_checkpoint(tmp_path / "l.safetensors") as checkpoint:
+        assert read_lora(checkpoint).architecture.name == "sdxl"
+        assert read_lora(checkpoint, ARCHITECTURES["sd2"]).architecture.name == "sd2"
+    save_file(tensors, tmp_path / "l.safetensors")
+    with open_checkpoint(tmp_path / "l.safetensors") as checkpoint:
+        assert read_lora(checkpoint).architecture.name == "sd1"
