@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_dpo import __version__
-from lib_dpo.errors import Cancelled, DpoError, MissingExtraError, OutputError, SettingError
+from lib_dpo.errors import Cancelled, DpoError, MissingExtraError, OutputError, SettingError, printable
 from lib_dpo.settings import FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, RankPolicy, check
 
 logger = logging.getLogger(__name__)
@@ -46,24 +46,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DpoError as error:
         if args.debug:
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(_error_line(str(error)), file=sys.stderr)
         return REFUSED
     except BrokenPipeError:  # the reader of our output went away, as `| head` does; Python flushes once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, MemoryError) as error:
         if args.debug:
             raise
-        print(f"error: {' '.join((str(error) or 'out of memory').split())}", file=sys.stderr)
+        print(_error_line(str(error) or "out of memory"), file=sys.stderr)
         return REFUSED
     except Exception as error:
         if args.debug:
             raise
         logger.debug("unforeseen", exc_info=True)
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"error: this should not happen: {what}; run again with --debug and report it", file=sys.stderr)
+        what = f"this should not happen: {type(error).__name__}: {error}"
+        print(_error_line(what) + "; run again with --debug and report it", file=sys.stderr)
         return REFUSED
     return DONE
 
+
+def _error_line(message: str) -> str:
+    """One line of bounded length, whatever the names in a file may be."""
+    line = printable(" ".join(message.split()))
+    return "error: " + (line if len(line) <= _LONGEST_LINE else line[:_LONGEST_LINE] + "…")
+
+
+_LONGEST_LINE = 2000
 
 # ---- arguments ----
 

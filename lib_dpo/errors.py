@@ -16,6 +16,11 @@ DpoError
 from __future__ import annotations
 
 
+def printable(text: str) -> str:
+    """Text from a file as a terminal may be given it: without control characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 class DpoError(Exception):
     """Base of all errors that are shown to people in one line, without a traceback."""
 

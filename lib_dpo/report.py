@@ -9,6 +9,7 @@ from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.bake import BakeReport
 from lib_dpo.compat import CompatReport
 from lib_dpo.dense import OffsetReport
+from lib_dpo.errors import printable
 from lib_dpo.extract import ExtractReport
 from lib_dpo.figures import Row, Tally
 from lib_dpo.inspection import Inspection
@@ -119,9 +120,9 @@ def inspect_text(found: Inspection) -> str:
     lines += [f"note: {note}" for note in found.notes]
     if found.unmatched:
         lines.append(f"{len(found.unmatched)} keys belong to no layer we know, first {found.unmatched[0]}")
-    lines += [f"  {key}: {_short(text)}" for key, text in sorted(found.metadata.items())]
+    lines += [f"  {_short(key)}: {_short(text)}" for key, text in sorted(found.metadata.items())]
     lines.append(f"sha256 {found.sha256}")
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def compat_text(report: CompatReport) -> str:
@@ -168,4 +169,5 @@ def _bar(share: float, width: int = 30) -> str:
 
 
 def _short(text: str, limit: int = 100) -> str:
+    text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

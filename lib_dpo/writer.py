@@ -91,6 +91,8 @@ class SafetensorsWriter:
         self.path = Path(path)
         if self.path.suffix.lower() != ".safetensors":
             raise OutputError(f"{self.path}: expected a name that ends in .safetensors; rename it")
+        if _encodable(str(self.path)) != str(self.path):
+            raise OutputError(f"{self.path}: has a name that is not UTF-8, which the library cannot open; choose another")
         check_output(self.path, overwrite=overwrite)
         self._overwrite = overwrite
         self._start = _up_to_8(8 + max_tensors * _ENTRY_BYTES + max_metadata_bytes)
@@ -131,6 +133,7 @@ class SafetensorsWriter:
         Args:
             check: called with the complete file before it gets its name; an error raised in it discards the file.
         """
+        metadata = {key: _encodable(value) for key, value in metadata.items()}
         header = self._header(metadata)
         room = self._start - 8
         needs_legacy_hash = LEGACY_HASH in metadata.values()
@@ -350,6 +353,11 @@ def _same_file(path: Path, other: Path) -> bool:
 
 def _up_to_8(count: int) -> int:
     return -(-count // 8) * 8
+
+
+def _encodable(text: str) -> str:
+    """Text that UTF-8 can hold: names of files may have bytes that Python shows as surrogates."""
+    return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else text
 
 
 def _mb(count: int) -> str:
