@@ -1,0 +1,187 @@
+"""`make bench`: all contestants on the same full-size pair, then the whole command. Results go to stdout, as Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from bench.command import measure_command
+from bench.contest import prepare
+from bench.table import (
+    command_goals,
+    command_table,
+    contest_goals,
+    contest_json,
+    contest_table,
+    machine,
+    machine_line,
+)
+from lib_dpo.devices import resolve_device
+from lib_dpo.errors import DpoError, OutputError
+from lib_dpo.header import tensor_nbytes
+from lib_dpo.layers import Layer
+from lib_dpo.model import open_model
+from lib_dpo.offset import open_pair
+from lib_dpo.shapes import checkpoint_dtype, checkpoint_shapes, small, unet_name_pairs
+from lib_dpo.synthetic import make_pair
+from lib_dpo.writer import write_text_atomic
+
+ARCHITECTURES = ("sd1", "sdxl")
+_SMALL_RANK = 8
+_ROOM_FOR_LORA = 500_000_000
+_BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks. Returns the exit code: 0 done, 2 refused, 130 cancelled."""
+    args = _arguments(argv)
+    try:
+        figures, text = _run(args)
+        if args.json:
+            write_text_atomic(args.json, json.dumps(figures, indent=2) + "\n")
+        if args.markdown:
+            write_text_atomic(args.markdown, text)
+    except KeyboardInterrupt:
+        print("cancelled; the made-up files are deleted", file=sys.stderr)
+        return 130
+    except DpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
+    parser.add_argument("--rank", type=int, help=f"default: 64, with --small {_SMALL_RANK}")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
+    parser.add_argument("--folder", type=Path, help="where the made-up files go: 5.6 GB for SD 1.5, 17.2 GB for SDXL")
+    parser.add_argument("--keep", action="store_true", help="keep them in --folder, and take those of an earlier run")
+    parser.add_argument("--small", action="store_true", help="a quick run with small widths, whose figures mean nothing")
+    parser.add_argument("--svd-lowrank-samples", type=int, metavar="N", help="layers of each shape (default: all)")
+    parser.add_argument("--json", type=Path, metavar="F", help="write the figures to a file too")
+    parser.add_argument("--markdown", type=Path, metavar="F", help="write what is printed to a file too")
+    args = parser.parse_args(argv)
+    args.rank = args.rank or (_SMALL_RANK if args.small else 64)
+    if args.keep and not args.folder:
+        parser.error("--keep needs --folder")
+    return args
+
+
+def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    device = resolve_device(args.device)
+    facts = machine(device)
+    folder = args.folder or Path(tempfile.gettempdir())
+    _check_disk(args, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [machine_line(facts)]
+    print(parts[0], flush=True)
+    figures: dict[str, Any] = {"machine": facts, "rank": args.rank, "small": args.small, "architectures": {}}
+    for arch in args.arch:
+        figures["architectures"][arch], text = _bench(arch, args, folder, device)
+        parts.append(text)
+        print(f"\n{text}", flush=True)
+    return figures, "\n\n".join(parts) + "\n"
+
+
+def _bench(arch: str, args: argparse.Namespace, folder: Path, device: torch.device) -> tuple[dict[str, Any], str]:
+    """Both tables of one architecture."""
+    begin = time.perf_counter()
+    with _pair_files(arch, args, folder) as (base, tuned), open_model(base) as first, open_model(tuned) as second:
+        made = time.perf_counter()
+        contest = prepare(open_pair(first, second), args.rank, device, _bar)
+        blocks, scores = contest.run(svd_lowrank_samples=args.svd_lowrank_samples)
+        contested = time.perf_counter()
+        command = measure_command(contest.pair, contest.layers, args.rank, device, folder)
+    seconds = {"making the pair": made - begin, "contest": contested - made, "command": time.perf_counter() - contested}
+    goals = [*contest_goals(arch, scores), *command_goals(arch, command)]
+    figures = {
+        "layers": len(contest.layers),
+        "tuned_blocks": blocks,
+        "contest": [contest_json(score) for score in scores],
+        "command": asdict(command) | {"ratio": command.ratio, "device_ratio": command.device_ratio},
+        "goals": [goal.as_json() for goal in goals],
+        "seconds": seconds,
+    }
+    title = contest.pair.architecture.title + (" (small widths, the figures mean nothing)" if args.small else "")
+    took = "Took: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + "."
+    tables = contest_table(args.rank, len(contest.layers), scores), command_table(args.rank, command)
+    return figures, "\n\n".join([f"## {title}", *tables, "\n".join(map(str, goals)), took])
+
+
+@contextmanager
+def _pair_files(arch: str, args: argparse.Namespace, folder: Path) -> Iterator[tuple[Path, Path]]:
+    """A pair, deleted at the end unless it is to be kept."""
+    name = f"{arch}-small" if args.small else arch
+    place = folder / name if args.keep else Path(tempfile.mkdtemp(prefix=f"dpo-bench-{name}-", dir=folder))
+    made = place / "base.safetensors", place / "unet" / "diffusion_pytorch_model.safetensors"
+    try:
+        if not all(path.exists() for path in made):
+            with _bar_of_parameters(f"{arch}: making the pair") as tell:
+                made = make_pair(arch, place, sizes=_sizes(arch, args), overwrite=True, on_progress=tell)
+        yield made
+    finally:
+        if not args.keep:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _sizes(arch: str, args: argparse.Namespace) -> Any:
+    return small(arch) if args.small else None
+
+
+def _check_disk(args: argparse.Namespace, folder: Path) -> None:
+    """Before the first pair is made, whether there is room for the largest; for all of them if they are kept."""
+    nearest = next(each for each in Path(os.path.abspath(folder), "x").parents if each.is_dir())
+    needs = [_pair_bytes(arch, args) for arch in args.arch]
+    needed, free = (sum(needs) if args.keep else max(needs)) + _ROOM_FOR_LORA, shutil.disk_usage(nearest).free
+    if free < needed:
+        raise OutputError(
+            f"{folder}: the benchmark needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some space, or name "
+            "another folder with --folder"
+        )
+
+
+def _pair_bytes(arch: str, args: argparse.Namespace) -> int:
+    shapes = checkpoint_shapes(arch, _sizes(arch, args))
+    tuned = sum(4 * math.prod(shapes[key]) for key in unet_name_pairs(arch))
+    return tuned + sum(tensor_nbytes(checkpoint_dtype(key), shape) for key, shape in shapes.items())
+
+
+def _bar(layers: Iterable[Layer], title: str) -> Iterable[Layer]:
+    """The layers, with a bar on stderr that counts parameters, on a terminal."""
+    layers = list(layers)
+    with _bar_of_parameters(title) as tell:
+        done, total = 0, sum(layer.numel for layer in layers)
+        for layer in layers:
+            yield layer
+            done += layer.numel
+            tell(done, total, "")
+
+
+@contextmanager
+def _bar_of_parameters(title: str) -> Iterator[Any]:
+    with tqdm(total=1, desc=title, disable=None, leave=False, bar_format=_BAR, file=sys.stderr) as bar:
+
+        def tell(done: int, total: int, key: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield tell
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""The benchmark runs to its end on a small pair, and its figures make sense."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.newest  # LyCORIS is one of the contestants
+
+CONTESTANTS = ["randomized", "exact", "auto", "tuned", "svd_lowrank", "full_matrix", "lycoris"]
+
+
+def bench(*arguments: str) -> int:
+    from bench.__main__ import main
+
+    return main(["--small", "--arch", "sd1", *arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+    folder = tmp_path_factory.mktemp("bench")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        code = bench("--folder", str(folder / "pairs"), "--json", str(folder / "f.json"), "--markdown", str(folder / "f.md"))
+    assert code == 0
+    assert list((folder / "pairs").iterdir()) == []
+    return json.loads((folder / "f.json").read_text()), (folder / "f.md").read_text()
+
+
+def test_everyone_has_a_row_with_energies_up_to_the_optimum(run: tuple[dict[str, Any], str]):
+    rows = run[0]["architectures"]["sd1"]["contest"]
+    assert [row["name"] for row in rows] == CONTESTANTS
+    shapes = len(rows[0]["seconds_by_shape"])
+    for row in rows:
+        assert row["layers"] == (shapes if row["samples_per_shape"] == 1 else 282)
+        assert row["seconds"] > 0
+        # the optimum is of a float32 Gram matrix; LyCORIS writes layers whole that have no more than twice the rank
+        assert 0.8 < row["of_optimum"] < 1 + 1e-5
+        assert row["energy_kept"] == pytest.approx(row["of_optimum"] * row["optimum"])
+        assert f"| {row['title']} |" in run[1]
+
+
+def test_ours_is_near_the_optimum_and_the_clamp_is_not(run: tuple[dict[str, Any], str]):
+    share = {row["name"]: row["of_optimum"] for row in run[0]["architectures"]["sd1"]["contest"]}
+    assert share["exact"] == pytest.approx(1, abs=1e-5)
+    assert share["randomized"] > 0.999
+    assert share["tuned"] >= share["svd_lowrank"]
+    assert share["full_matrix"] < 0.995
+
+
+def test_command_is_set_beside_reading_and_multiplying(run: tuple[dict[str, Any], str]):
+    command = run[0]["architectures"]["sd1"]["command"]
+    assert command["wall"] > command["start"] > 0
+    assert command["ratio"] == pytest.approx(command["wall"] / (command["read"] + command["operations"] / command["rate"]))
+    assert command["peak"] > 0
+    kept = next(row for row in run[0]["architectures"]["sd1"]["contest"] if row["name"] == "auto")["energy_kept"]
+    assert command["energy_kept"] == pytest.approx(kept, abs=0.01)  # of fp16 factors, and of biases and norms too
+    assert "| whole command |" in run[1]
+
+
+def test_goals_stand_below_with_what_was_reached(run: tuple[dict[str, Any], str]):
+    goals = run[0]["architectures"]["sd1"]["goals"]
+    lines = [line for line in run[1].splitlines() if line.startswith(("- met: ", "- **missed**: "))]
+    assert len(lines) == len(goals) == 5
+    for goal, line in zip(goals, lines, strict=True):
+        assert goal["met"] is (goal["reached"] >= goal["limit"] if goal["at_least"] else goal["reached"] <= goal["limit"])
+        assert (": " + goal["goal"] + ": " in line, line.startswith("- met")) == (True, goal["met"])
+
+
+def test_clamp_is_a_full_svd_with_both_factors_cut_at_one_quantile():
+    from bench.contestants import full_matrix
+
+    weight = torch.randn(24, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    up, down = full_matrix(weight, 6, 0)
+    U, S, Vh = torch.linalg.svd(weight.flatten(1).double(), full_matrices=False)
+    values = torch.cat(((U[:, :6] * S[:6]).flatten(), Vh[:6].flatten()))
+    bound = torch.quantile(values, 0.99)
+    got = torch.cat((up.flatten(), down.flatten())).double()
+    # signs of singular vectors are free, so sizes alone are compared; 1e-5: float32 against float64
+    torch.testing.assert_close(got.abs().amax(), bound, rtol=1e-3, atol=1e-5)
+    assert float((up.double() @ down.double()).norm()) < float(S[:6].norm())
+
+
+def test_memory_of_a_call_is_seen():
+    from bench.measure import measure
+
+    result, cost = measure(lambda: torch.ones(20_000_000), torch.device("cpu"))
+    assert len(result) == 20_000_000
+    assert cost.peak == pytest.approx(80e6, rel=0.1)
+    assert cost.seconds > 0
+
+
+def test_pairs_are_deleted_on_ctrl_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    import bench.__main__
+
+    def interrupt(*_: object) -> None:
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.__main__, "prepare", interrupt)
+    assert bench.__main__.main(["--small", "--arch", "sd1", "--folder", str(tmp_path)]) == 130
+    assert list(tmp_path.iterdir()) == []
+    assert "deleted" in capsys.readouterr().err
+
+
+def test_full_disk_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from bench.__main__ import main
+
+    usage = namedtuple("usage", "total used free")(10**12, 10**12 - 10**10, 10**10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert main(["--folder", str(tmp_path / "new")]) == 2
+    assert "needs 17.7 GB, 10.0 GB are free" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kept_pairs_serve_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import bench.__main__
+
+    seen = []
+
+    def stop(pair: Any, *_: object) -> None:
+        seen.append(pair.base.path.stat().st_mtime_ns)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench.__main__, "prepare", stop)
+    for _ in range(2):
+        assert bench.__main__.main(["--small", "--arch", "sd1", "--folder", str(tmp_path), "--keep"]) == 130
+    assert seen[0] == seen[1]
