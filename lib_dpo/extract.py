@@ -201,7 +201,7 @@ class _Run:
         self.written = 0
         self.dtype = PRECISION[self.settings.precision]
         largest = max(math.prod(self.pair.base.shape(layer.module.key)) for layer in self.layers)
-        self.scratch = torch.empty(largest, device=device)
+        self.scratch = torch.empty(largest) if device.type == "cpu" else None  # GPUs keep freed memory at hand themselves
         with SafetensorsWriter(
             self.output,
             overwrite=overwrite,
