@@ -24,6 +24,8 @@ Bar = Callable[[Iterable[Layer], str], Iterable[Layer]]
 
 _ROWS = 256  # of a matrix in float64 at once
 
+_TUNING_MARGIN = 1e-3  # of the residual: blocks are tuned on one layer of each shape, and must do for all
+
 
 @dataclass
 class Score:
@@ -116,7 +118,8 @@ class Contest:
             }
             for blocks, (up, down) in approximations.items():
                 residuals[blocks] += counts[layer.shape] * _residual(delta, up, down)
-        return next((blocks for blocks in range(2, most) if residuals[blocks] <= residuals[0]), most)
+        wanted = residuals[0] * (1 - _TUNING_MARGIN)
+        return next((blocks for blocks in range(2, most) if residuals[blocks] <= wanted), most)
 
     def _delta(self, layer: Layer) -> Tensor:
         return self.pair.delta(layer.module.key, self.device)

@@ -33,6 +33,7 @@ _BLOCKS, _BLOCKS_SMALL_RANK, _SMALL_RANK = 8, 10, 48
 # operations of a product, and a product with a thin block (32 to 64 columns) runs at 0.8 of the full rate.
 _EIGH_COST = 11.0
 _THIN_RATE = 0.8
+_ORTHONORMAL = 0.7  # what Gram-Schmidt must leave of a unit column for its rounding errors to stay small (Kahan's rule)
 _KRYLOV_OVERHEAD = 2e8  # operations in the time that its many small calls take
 
 
@@ -226,18 +227,21 @@ def _krylov_subspace(A: Tensor, rank: int, seeds: Sequence[int], blocks: int) ->
 
 
 def _orthonormal(X: Tensor, basis: Tensor) -> Tensor:
-    """Orthonormal columns that span X, orthogonal to `basis`: block Gram-Schmidt and Cholesky QR, three times.
+    """Orthonormal columns that span X, orthogonal to `basis`: block Gram-Schmidt and Cholesky QR, two or three times.
 
     Products only, so that a batch on a GPU stays there. A shift (Fukaya et al. 2020, shifted CholeskyQR) keeps the
     Cholesky factor defined when X has lost rank; such columns come out as noise that the next rounds make orthogonal (two
     rounds are too few from spectra of i^-1.5 on).
     """
-    for _ in range(3):
+    for turn in range(3):
         X = X - basis @ (basis.mT @ X)
-        X = X / X.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+        norms = X.norm(dim=-2, keepdim=True)
+        X = X / norms.clamp_min(torch.finfo(X.dtype).tiny)
         gram = X.mT @ X
         eps = torch.finfo(X.dtype).eps
         gram.diagonal(dim1=-2, dim2=-1).add_(X.shape[-1] * eps)
         L = torch.linalg.cholesky(gram)
         X = torch.linalg.solve_triangular(L, X.mT, upper=False).mT
+        if turn and float(torch.minimum(norms.amin(), L.diagonal(dim1=-2, dim2=-1).amin())) > _ORTHONORMAL:
+            break  # unit columns came in, and neither the basis nor the columns before took much away from any
     return X
