@@ -36,6 +36,7 @@ from lib_dpo.header import tensor_nbytes
 from lib_dpo.layers import Layer
 from lib_dpo.model import open_model
 from lib_dpo.offset import open_pair
+from lib_dpo.settings import DEFAULT_RANK, check
 from lib_dpo.shapes import checkpoint_dtype, checkpoint_shapes, small, unet_name_pairs
 from lib_dpo.synthetic import make_pair
 from lib_dpo.writer import write_text_atomic
@@ -48,15 +49,15 @@ _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks. Returns the exit code: 0 done, 2 refused, 130 cancelled."""
-    args = _arguments(argv)
     try:
+        args = _arguments(argv)
         figures, text = _run(args)
         if args.json:
             write_text_atomic(args.json, json.dumps(figures, indent=2) + "\n")
         if args.markdown:
             write_text_atomic(args.markdown, text)
     except KeyboardInterrupt:
-        print("cancelled; the made-up files are deleted", file=sys.stderr)
+        print("cancelled", file=sys.stderr)
         return 130
     except DpoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
-    parser.add_argument("--rank", type=int, help=f"default: 64, with --small {_SMALL_RANK}")
+    parser.add_argument("--rank", type=int, help=f"default: {DEFAULT_RANK}, with --small {_SMALL_RANK}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--folder", type=Path, help="where the made-up files go: 5.6 GB for SD 1.5, 17.2 GB for SDXL")
     parser.add_argument("--keep", action="store_true", help="keep them in --folder, and take those of an earlier run")
@@ -76,7 +77,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="F", help="write the figures to a file too")
     parser.add_argument("--markdown", type=Path, metavar="F", help="write what is printed to a file too")
     args = parser.parse_args(argv)
-    args.rank = args.rank or (_SMALL_RANK if args.small else 64)
+    args.rank = args.rank if args.rank is not None else _SMALL_RANK if args.small else DEFAULT_RANK
+    check("rank", args.rank)
     if args.keep and not args.folder:
         parser.error("--keep needs --folder")
     return args
