@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.newest  # LyCORIS is one of the contestants
+pytestmark = [pytest.mark.newest, pytest.mark.slow]  # LyCORIS is one of the contestants
 
 CONTESTANTS = ["randomized", "exact", "auto", "tuned", "svd_lowrank", "full_matrix", "lycoris"]
 
