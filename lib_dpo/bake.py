@@ -23,6 +23,8 @@ from lib_dpo.precision import PRECISION, round_once
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.writer import SafetensorsWriter, check_output, write_text_atomic
 
+_PIECE = 1 << 18  # values added at once: their float64 copies stay in the cache
+
 
 @dataclass(frozen=True)
 class BakeReport:
@@ -188,20 +190,28 @@ class _Run:
         if weight == 0:
             return stored.to(to)
         delta = self.offset.read(canonical, torch.float64)
-        change = weight * _fitted(delta, tuple(stored.shape), canonical, self.offset.name, self.target.path.name)
-        exact = stored.double() + change
-        # -0.0 + 0.0 would lose its sign
-        result = round_once(torch.where(change == 0, stored.double(), exact), to)
-        if not bool(torch.isfinite(result.float() if result.element_size() == 1 else result).all()):  # torch lacks float8's
+        change = _fitted(delta, tuple(stored.shape), canonical, self.offset.name, self.target.path.name).reshape(-1)
+        result = torch.empty(stored.shape, dtype=to)
+        for start in range(0, stored.numel(), _PIECE):
+            piece = slice(start, start + _PIECE)
+            self._add(stored.reshape(-1)[piece], weight * change[piece], result.view(-1)[piece])
+        # torch lacks isfinite for float8
+        if not bool(torch.isfinite(result.float() if result.element_size() == 1 else result).all()):
             check_finite(self.target, canonical)
             raise BadTensorError(
                 f"{self.target.path.name}: {key} would hold NaN or Inf as {dtype} after adding {weight:g} x the offset; use "
                 "a smaller strength, or --precision fp32"
             )
         self.changed += 1
+        return result
+
+    def _add(self, stored: Tensor, change: Tensor, result: Tensor) -> None:
+        """result = stored + change, rounded once; counts what was wanted and what rounding took."""
+        exact = stored.double() + change
+        # -0.0 + 0.0 would lose its sign
+        result.copy_(round_once(torch.where(change == 0, stored.double(), exact), result.dtype))
         self.wanted += float(change.square().sum())
         self.lost += float((result.double() - exact).square().sum())
-        return result
 
 
 def _metadata(
