@@ -106,14 +106,13 @@ def _bench(arch: str, args: argparse.Namespace, folder: Path, device: torch.devi
     with _pair_files(arch, args, folder) as (base, tuned), open_model(base) as first, open_model(tuned) as second:
         made = time.perf_counter()
         contest = prepare(open_pair(first, second), args.rank, device, _bar)
-        blocks, scores = contest.run(svd_lowrank_samples=args.svd_lowrank_samples)
+        scores = contest.run(svd_lowrank_samples=args.svd_lowrank_samples)
         contested = time.perf_counter()
         command = measure_command(contest.pair, contest.layers, args.rank, device, folder)
     seconds = {"making the pair": made - begin, "contest": contested - made, "command": time.perf_counter() - contested}
     goals = [*contest_goals(arch, scores), *command_goals(arch, command)]
     figures = {
         "layers": len(contest.layers),
-        "tuned_blocks": blocks,
         "contest": [contest_json(score) for score in scores],
         "command": asdict(command) | {"ratio": command.ratio, "device_ratio": command.device_ratio},
         "goals": [goal.as_json() for goal in goals],

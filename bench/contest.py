@@ -23,6 +23,7 @@ Shape = tuple[int, ...]
 Bar = Callable[[Iterable[Layer], str], Iterable[Layer]]
 
 _ROWS = 256  # of a matrix in float64 at once
+_TUNED_ON = 3  # layers of each shape
 
 _TUNING_MARGIN = 1e-3  # of the residual: blocks are tuned on one layer of each shape, and must do for all
 
@@ -70,12 +71,14 @@ class Contest:
     device: torch.device
     bar: Bar
 
-    def run(self, *, svd_lowrank_samples: int | None = None) -> tuple[int, list[Score]]:
-        """The number of Krylov blocks that was tuned, and a score per contestant."""
+    def run(self, *, svd_lowrank_samples: int | None = None) -> list[Score]:
+        """A score per contestant."""
         with full_precision(), torch.random.fork_rng():
             torch.default_generator.manual_seed(0)  # svd_lowrank draws from it
             blocks = self._fewest_blocks()
-            scores = [Score(each) for each in contestants(blocks, svd_lowrank_samples=svd_lowrank_samples)]
+            # one more, should the sample have been lucky
+            entered = contestants((blocks, blocks + 1), svd_lowrank_samples=svd_lowrank_samples)
+            scores = [Score(each) for each in entered]
             self._warm_up(scores)
             counts, seen = Counter(layer.shape for layer in self.layers), Counter[Shape]()
             order = random.Random(0)  # nobody always comes first
@@ -87,7 +90,7 @@ class Contest:
                     if seen[layer.shape] < samples and not score.failed:
                         self._try(score, layer, delta, energies, counts[layer.shape] / samples)
                 seen[layer.shape] += 1
-        return blocks, scores
+        return _with_one_tuned(scores)
 
     def _try(self, score: Score, layer: Layer, delta: Tensor, energies: tuple[float, float], weight: float) -> None:
         seed = seed_for(0, layer.module.name)
@@ -107,17 +110,21 @@ class Contest:
             measure(lambda run=score.contestant.run: run(delta, self.rank, 0), self.device)  # type: ignore[misc]
 
     def _fewest_blocks(self) -> int:
-        """Krylov blocks that reach the energy of svd_lowrank on one layer of each shape, weighted by their numbers."""
-        counts = Counter(layer.shape for layer in self.layers)
+        """Krylov blocks that reach the energy of svd_lowrank on a sample of each shape, weighted by their numbers."""
+        groups: dict[Shape, list[Layer]] = defaultdict(list)
+        for layer in self.layers:
+            groups[layer.shape].append(layer)
+        sample = [layer for group in groups.values() for layer in group[:_TUNED_ON]]
         residuals: dict[int, float] = defaultdict(float)  # 0: of svd_lowrank
         most = krylov_blocks(self.rank)
-        for layer in self.bar(_one_of_each_shape(self.layers), "tuning"):
+        for layer in self.bar(sample, "tuning"):
             delta, seed = self._delta(layer), seed_for(0, layer.module.name)
             approximations = {0: svd_lowrank(delta, self.rank, seed)} | {
                 blocks: ours(delta, self.rank, seed, method="randomized", blocks=blocks) for blocks in range(2, most + 1)
             }
             for blocks, (up, down) in approximations.items():
-                residuals[blocks] += counts[layer.shape] * _residual(delta, up, down)
+                count = len(groups[layer.shape])
+                residuals[blocks] += count / min(count, _TUNED_ON) * _residual(delta, up, down)
         wanted = residuals[0] * (1 - _TUNING_MARGIN)
         return next((blocks for blocks in range(2, most) if residuals[blocks] <= wanted), most)
 
@@ -134,11 +141,13 @@ def prepare(pair: Pair, rank: int, device: torch.device, bar: Bar) -> Contest:
     return Contest(pair, plan_layers(pair, "portable", ("unet",)), rank, device, bar)
 
 
-def _one_of_each_shape(layers: Iterable[Layer]) -> list[Layer]:
-    first: dict[Shape, Layer] = {}
-    for layer in layers:
-        first.setdefault(layer.shape, layer)
-    return list(first.values())
+def _with_one_tuned(scores: Sequence[Score]) -> list[Score]:
+    """Of those tuned the one with the fewest blocks that keeps as much as svd_lowrank, else the best; and all others."""
+    tuned = [score for score in scores if score.contestant.name == "tuned" and not score.failed]
+    theirs = next(score for score in scores if score.contestant.name == "svd_lowrank")
+    enough = [score for score in tuned if theirs.failed or score.of_optimum >= theirs.of_optimum]
+    chosen = (enough or tuned[-1:])[:1]
+    return [score for score in scores if score.contestant.name != "tuned" or score in chosen]
 
 
 def _square(delta: Tensor) -> float:

@@ -6,7 +6,7 @@ down (r, in*kh*kw), whose product approximates the flattened offset.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,6 +29,7 @@ class Contestant:
     title: str
     run: Callable[[Tensor, int, int], Approximation]
     samples: int | None = None  # layers of each shape that it gets; None: all of them
+    blocks: int | None = None  # Krylov blocks, of those that are tuned by them
 
 
 def ours(weight: Tensor, rank: int, seed: int, *, method: Method, blocks: int | None = None) -> Approximation:
@@ -64,14 +65,19 @@ def svd_lowrank(weight: Tensor, rank: int, seed: int) -> Approximation:
     return U * S, V.mT
 
 
-def contestants(blocks: int, *, svd_lowrank_samples: int | None = None) -> list[Contestant]:
-    """All of them. `blocks`: the Krylov blocks with which ours reaches svd_lowrank's energy."""
+def contestants(blocks: Sequence[int], *, svd_lowrank_samples: int | None = None) -> list[Contestant]:
+    """All of them. `blocks`: numbers of Krylov blocks, one of which reaches svd_lowrank's energy."""
     return [
         Contestant("randomized", "ours, randomized", partial(ours, method="randomized")),
         Contestant("exact", "ours, exact", partial(ours, method="exact")),
         Contestant("auto", "ours, auto", partial(ours, method="auto")),
-        Contestant("tuned", f"ours, tuned: {blocks} Krylov blocks", partial(ours, method="randomized", blocks=blocks)),
+        *(_tuned(number) for number in blocks),
         Contestant("svd_lowrank", "torch.svd_lowrank(q=r, niter=2), as SD.Next", svd_lowrank, svd_lowrank_samples),
         Contestant("full_matrix", "full-matrix SVD, clamped at 0.99, as kohya", full_matrix, 1),
         Contestant("lycoris", "LyCORIS extract_linear, extract_conv", lycoris, 1),
     ]
+
+
+def _tuned(blocks: int) -> Contestant:
+    run = partial(ours, method="randomized", blocks=blocks)
+    return Contestant("tuned", f"ours, tuned: {blocks} Krylov blocks", run, blocks=blocks)

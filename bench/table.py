@@ -153,6 +153,7 @@ def contest_json(score: Score) -> dict[str, Any]:
     return {
         "name": score.contestant.name,
         "title": score.contestant.title,
+        "blocks": score.contestant.blocks,
         "layers": score.layers,
         "samples_per_shape": score.contestant.samples,
         "seconds": score.seconds,
