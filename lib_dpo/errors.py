@@ -10,6 +10,10 @@ DpoError
 ├── OutputError             the output exists, cannot be written, or the disk is full
 ├── MissingExtraError       an optional library is not installed
 ├── NotAllowedError         a download that nobody agreed to
+├── NotFoundError           a name that is in no list
+├── NoModelError            the WebUI has no checkpoint loaded yet
+├── BusyError               the same work is running or waiting already
+├── HostError               something that this WebUI cannot do, or a model that others changed meanwhile
 └── Cancelled               stopped by the user; nothing was left behind
 """
 
@@ -59,6 +63,22 @@ class MissingExtraError(DpoError):
 
 class NotAllowedError(DpoError):
     """Something that needs the user's consent and did not get it."""
+
+
+class NotFoundError(DpoError):
+    """A name that is in none of the lists it may be taken from."""
+
+
+class NoModelError(DpoError):
+    """The WebUI has no checkpoint loaded yet."""
+
+
+class BusyError(DpoError):
+    """The same work is running or waiting already."""
+
+
+class HostError(DpoError):
+    """Something that this WebUI cannot do, or a model that somebody else changed meanwhile."""
 
 
 class Cancelled(DpoError):  # noqa: N818  a decision of the user, not a fault

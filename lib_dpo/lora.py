@@ -24,6 +24,7 @@ from lib_dpo.checkpoint import Checkpoint, open_checkpoint
 from lib_dpo.errors import BadFileError, BadTensorError, MismatchError
 from lib_dpo.header import is_float
 from lib_dpo.keymap import LoraModule, lora_aliases, lora_modules
+from lib_dpo.lowrank import recompress
 from lib_dpo.model import Model
 from lib_dpo.offset import Offset, dense_offset
 from lib_dpo.shapes import checkpoint_shapes
@@ -76,6 +77,11 @@ class LoraFile:
     layers: tuple[LoraLayer, ...]
     unmatched: tuple[str, ...]
 
+    def largest_rank(self) -> int:
+        """The largest rank of its pairs; 0 without any."""
+        downs = (layer.parts["down"] for layer in self.layers if "down" in layer.parts)
+        return max((self.checkpoint.infos[key].shape[0] for key in downs), default=0)
+
 
 def is_lora(keys: Iterable[str]) -> bool:
     """Whether key names are those of a LoRA file."""
@@ -105,6 +111,24 @@ def read_factors(checkpoint: Checkpoint, parts: Mapping[str, str]) -> tuple[Tens
         mid = checkpoint.read(parts["mid"]).float()  # (rank, rank, kh, kw)
         down = torch.einsum("abhw,bi->aihw", mid, down.float().flatten(1))
     return up, down, _scale(checkpoint, parts, down.shape[0])
+
+
+def truncated_factors(lora: LoraFile, parts: Mapping[str, str], rank: int | None) -> tuple[Tensor, Tensor, float]:
+    """The same as `read_factors` with the strongest `rank` components only; alpha / rank, and so the scale, stays.
+
+    Files of ours hold the components in falling order; others are brought into it from their factors alone (float32 then).
+
+    Args:
+        rank: None, or at least the layer's own: all of them.
+    """
+    up, down, scale = read_factors(lora.checkpoint, parts)
+    if rank is None or rank >= down.shape[0]:
+        return up, down, scale
+    if lora.checkpoint.metadata.get("dpo.kind") != "lora":
+        U, S, Vh = recompress(up, down.flatten(1))
+        root = S.sqrt()
+        up, down = (U * root).float(), (root[:, None] * Vh).float().reshape(-1, *down.shape[1:])
+    return up[:, :rank], down[:rank], scale
 
 
 def _scale(checkpoint: Checkpoint, parts: Mapping[str, str], rank: int) -> float:
@@ -203,8 +227,12 @@ def read_lora(checkpoint: Checkpoint, expected: Architecture | None = None) -> L
     return LoraFile(checkpoint, architecture, tuple(layers), tuple(unknown))
 
 
-def lora_offset(lora: LoraFile) -> Offset:
-    """A LoRA as an offset: deltas are made when they are read, up @ down * alpha / rank."""
+def lora_offset(lora: LoraFile, rank: int | None = None) -> Offset:
+    """A LoRA as an offset: deltas are made when they are read, up @ down * alpha / rank.
+
+    Args:
+        rank: keep the strongest components of each layer only, as in `truncated_factors`.
+    """
     by_key: dict[str, list[LoraLayer]] = {}
     biases: dict[str, str] = {}
     for layer in lora.layers:
@@ -225,7 +253,7 @@ def lora_offset(lora: LoraFile) -> Offset:
             if "diff" in layer.parts:
                 rows.add_(lora.checkpoint.read(layer.parts["diff"]).to(dtype).reshape(rows.shape))
             if "up" in layer.parts:
-                up, down, scale = read_factors(lora.checkpoint, layer.parts)
+                up, down, scale = truncated_factors(lora, layer.parts, rank)
                 rows.add_((up.to(dtype) @ down.to(dtype).flatten(1)).reshape(rows.shape), alpha=scale)
         return delta
 
@@ -249,11 +277,19 @@ def open_offset(path: str | Path, expected: Architecture | None = None) -> tuple
     Raises:
         MismatchError: the file is neither.
     """
+    checkpoint, lora = open_lora(path, expected)
+    try:
+        return checkpoint, lora_offset(lora) if lora else dense_offset(Model(checkpoint))
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def open_lora(path: str | Path, expected: Architecture | None = None) -> tuple[Checkpoint, LoraFile | None]:
+    """Open a file and read it as a LoRA, where it is one; the caller closes the checkpoint. Raises as `read_lora`."""
     checkpoint = open_checkpoint(path)
     try:
-        if is_lora(checkpoint.infos):
-            return checkpoint, lora_offset(read_lora(checkpoint, expected))
-        return checkpoint, dense_offset(Model(checkpoint))
+        return checkpoint, read_lora(checkpoint, expected) if is_lora(checkpoint.infos) else None
     except BaseException:
         checkpoint.close()
         raise

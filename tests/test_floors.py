@@ -15,11 +15,12 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "lib_dpo"
 FLOOR = {
     "devices": 0, "errors": 0, "precision": 0, "progress": 0, "settings": 0,
-    "arch": 1, "checkpoint": 1, "hashes": 1, "header": 1, "hub": 1, "lowrank": 1, "ranks": 1, "shapes": 1, "writer": 1,
+    "arch": 1, "checkpoint": 1, "hashes": 1, "header": 1, "hub": 1, "lowrank": 1, "names": 1, "ranks": 1,
+    "shapes": 1, "writer": 1,
     "keymap": 2, "model": 2, "synthetic": 2,
     "offset": 3,
     "analyse": 4, "bake": 4, "compat": 4, "decompose": 4, "dense": 4, "extract": 4, "figures": 4, "hosts": 4,
-    "inspection": 4, "layers": 4, "lora": 4, "resize": 4, "verify": 4,
+    "inspection": 4, "layers": 4, "lora": 4, "patch": 4, "resize": 4, "verify": 4,
     "demo": 5, "grid": 5, "jobs": 5, "plots": 5, "report": 5, "session": 5,
     "api": 6, "cli": 6, "ui": 6,
     "__main__": 7,

@@ -1,0 +1,1 @@
+"""The WebUIs that the library runs in, each behind the same `Host` (base.py)."""
