@@ -1,7 +1,6 @@
 """What the library wants of a WebUI, in its own words. A1111, the Forge family and the fakes of the tests implement it.
 
-Every method that touches the live model is called with the host's lock held, inside `job`, except the three `generation`
-hooks: those are called by the host itself, which holds the lock during a generation.
+A `Host` is what WebUIs have in common (webui.py); its `LiveModel` is what tells them apart (a1111.py, forge.py).
 """
 
 from __future__ import annotations
@@ -108,11 +107,68 @@ class Job(Protocol):
         """Raises Cancelled when the user pressed Interrupt."""
 
 
+class LiveModel(Protocol):
+    """The model in a host's memory: what is baked into it, and what one generation adds to it.
+
+    All but the three `on_…` methods are called with the host's lock held, inside `Host.job`; those three are called by the
+    host itself during a generation, which holds the lock then.
+    """
+
+    def loaded(self) -> LoadedModel | None:
+        """The loaded checkpoint; never loads one. Needs no lock."""
+
+    # ---- bake and undo ----
+    def bake(self, patch: Patch, strength: float, on_progress: Progress | None = None) -> Baked:
+        """Add strength x patch to the live weights, from clean ones; an earlier bake is undone first.
+
+        Raises:
+            MismatchError: other architecture or shapes. NoModelError: nothing loaded.
+            HostError: quantised storage without online patches, or too little memory for undo.
+            BadTensorError: NaN or Inf. The model is as before after any error.
+        """
+
+    def unbake(self, on_progress: Progress | None = None) -> bool:
+        """Put the originals back, bit for bit; False when nothing is baked.
+
+        Raises:
+            HostError: somebody else changed the weights since: what to do is in the message.
+        """
+
+    def baked(self) -> Baked | None:
+        """What is in the live weights now, checked against the weights themselves; forgets what a reload took away.
+
+        Needs no lock, costs milliseconds.
+        """
+
+    def bake_bytes(self, patch: Patch) -> int:
+        """Memory that baking this will keep occupied until Undo."""
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """SHA-256 of the live weights, {"unet": hex, "te": hex}, without what a prompt's LoRAs merged into them."""
+
+    def matched_keys(self, lora: Path) -> tuple[int, int]:
+        """How many tensors of a LoRA file this host's own loader matches to the loaded model, and how many it has."""
+
+    # ---- one generation: called by the always-on script with the host's `p`; patch None: nothing to apply ----
+    def on_networks(self, p: Any, patch: Patch | None, strength: float, extra_network_data: dict[str, Any]) -> None:
+        """In `after_extra_networks_activate`. May be called several times for one batch, in the hires pass too."""
+
+    def on_batch(self, p: Any, patch: Patch | None, strength: float) -> None:
+        """In `process_batch`, before the text encoder runs."""
+
+    def on_sampling(self, p: Any, patch: Patch | None, strength: float) -> None:
+        """In `process_before_every_sampling`; may be called several times before one sampling."""
+
+    def checks(self) -> Sequence[Check]:
+        """Which of the host's hooks that this class needs were found."""
+
+
 class Host(Protocol):
-    """One WebUI."""
+    """One WebUI: its files, its queue and progress bar, its pipeline, and its live model."""
 
     name: str  # "AUTOMATIC1111", "Forge", "reForge", "Forge Classic", "Forge Neo"
     version: str
+    live: LiveModel
 
     # ---- files ----
     @property
@@ -131,67 +187,19 @@ class Host(Protocol):
     def may_use_paths(self) -> bool:
         """Whether raw paths may be given in the place of names: a local WebUI whose user allowed it in the settings."""
 
-    # ---- the live model ----
-    def loaded(self) -> LoadedModel | None:
-        """The loaded checkpoint; never loads one."""
-
+    # ---- work ----
     def job(self, title: str, task_id: str | None = None) -> AbstractContextManager[Job]:
         """Take the host's lock and run its progress bar under `task_id` (the page's), or one of its own."""
 
-    def bake(self, patch: Patch, strength: float, on_progress: Progress | None = None) -> Baked:
-        """Add strength x patch to the live weights, from clean ones; an earlier bake is undone first.
-
-        Raises:
-            MismatchError: other architecture or shapes. NoModelError: nothing loaded.
-            HostError: quantised storage without online patches, or too little memory for undo.
-            BadTensorError: NaN or Inf. The model is as before after any error.
-        """
-
-    def unbake(self, on_progress: Progress | None = None) -> bool:
-        """Put the originals back, bit for bit; False when nothing is baked.
-
-        Raises:
-            HostError: somebody else changed the weights since: what to do is in the message.
-        """
-
-    def baked(self) -> Baked | None:
-        """What is in the live weights now, checked against the weights themselves; forgets what a reload took away."""
-
-    def bake_bytes(self, patch: Patch) -> int:
-        """Memory that baking this will keep occupied until Undo."""
-
-    def fingerprint(self) -> Mapping[str, str]:
-        """SHA-256 of the live weights, {"unet": hex, "te": hex}, without what a prompt's LoRAs merged into them."""
-
-    def matched_keys(self, lora: Path) -> tuple[int, int]:
-        """How many tensors of a LoRA file this host's own loader matches to the loaded model, and how many it has."""
-
-    # ---- one generation: called by the always-on script with the host's `p` ----
-    def applies_text_encoder(self, patch: Patch) -> bool:
-        """Whether the patch changes a text encoder, so that cached conditionings must not be used."""
-
-    def on_networks(self, p: Any, patch: Patch | None, strength: float, networks: dict[str, Any]) -> None:
-        """In `after_extra_networks_activate`; `networks` is the host's extra_network_data. None: nothing to apply."""
-
-    def on_batch(self, p: Any, patch: Patch | None, strength: float) -> None:
-        """In `process_batch`, before the text encoder runs."""
-
-    def on_sampling(self, p: Any, patch: Patch | None, strength: float) -> None:
-        """In `process_before_every_sampling`; may be called several times per sampling."""
-
-    def abort(self, p: Any, message: str) -> None:
-        """Stop the generation and show why: an exception in a script's hook would only be printed."""
-
-    # ---- pictures ----
     def samplers(self) -> list[str]: ...
     def generate(self, request: Request, patch: Patch | None, strength: float) -> Picture:
-        """Make one picture with the host's own pipeline, the patch applied as the always-on script would."""
+        """Make one picture with the host's own pipeline, the patch applied as the always-on script would; inside a job."""
+
+    def abort(self, p: Any, message: str) -> None:
+        """Stop a generation and show why: an exception in a script's hook would only be printed."""
 
     # ---- the rest ----
     def self_test(self) -> Sequence[Check]: ...
-    def axis_options(self) -> tuple[list[Any], Any] | None:
-        """The host's list of XYZ axes and its AxisOption class; None where the XYZ script is not loaded."""
-
     def api_auth(self) -> Mapping[str, str]:
         """User -> password of --api-auth; empty without it."""
 
