@@ -21,12 +21,13 @@ FLOOR = {
     "offset": 3,
     "analyse": 4, "bake": 4, "compat": 4, "decompose": 4, "dense": 4, "extract": 4, "figures": 4, "hosts": 4,
     "inspection": 4, "layers": 4, "lora": 4, "patch": 4, "resize": 4, "verify": 4,
-    "demo": 5, "grid": 5, "jobs": 5, "plots": 5, "report": 5, "session": 5,
-    "api": 6, "cli": 6, "ui": 6,
-    "__main__": 7,
+    "demo": 5, "grid": 5, "jobs": 5, "library": 5, "plots": 5, "report": 5,
+    "session": 6,
+    "api": 7, "axes": 7, "cli": 7, "generation": 7, "ui": 7,
+    "__main__": 8,
 }  # fmt: skip
 OPTIONAL = ["modules", "modules_forge", "backend", "ldm_patched", "networks", "diffusers", "huggingface_hub", "gradio"]
-NEEDS_HOST = {"lib_dpo.hosts.a1111", "lib_dpo.hosts.forge"}
+NEEDS_HOST = {"lib_dpo.hosts.a1111", "lib_dpo.hosts.forge", "lib_dpo.hosts.webui"}
 RUNS = {"lib_dpo.__main__"}  # importing it is running the command line
 
 

@@ -1,0 +1,216 @@
+"""What AUTOMATIC1111's WebUI and the Forge family have in common: lists of files, queue, progress bar, pipeline, options.
+
+Names are those of AUTOMATIC1111 1.10; the forks kept them. Imported inside a running WebUI only.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from modules import call_queue, paths, processing, progress, scripts, sd_models, sd_samplers, shared
+
+from lib_dpo.errors import Cancelled, HostError
+from lib_dpo.hosts.base import Check, FileEntry, LiveModel, Picture, Request
+from lib_dpo.patch import Patch
+
+REFERENCE_DIR, ALLOW_PATHS = "dpo_reference_dir", "dpo_allow_paths"  # our entries in the host's settings
+_PARTS = 1000  # steps of the host's bar for one job
+
+
+class WebUI:
+    """The host that this process is. `live` is what tells A1111 and the Forge family apart."""
+
+    def __init__(self, name: str, version: str, live: LiveModel) -> None:
+        self.name, self.version, self.live = name, version, live
+
+    # ---- files ----
+
+    @property
+    def lora_dir(self) -> Path:
+        return _folder(("lora_dir", "lora_dirs"), Path(paths.models_path) / "Lora")
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        return _folder(("ckpt_dir", "ckpt_dirs"), Path(sd_models.model_path))
+
+    @property
+    def reference_dir(self) -> Path:
+        chosen = str(getattr(shared.opts, REFERENCE_DIR, "") or "").strip()
+        return Path(chosen) if chosen else Path(paths.models_path) / "DPO"
+
+    def checkpoints(self) -> list[FileEntry]:
+        entries = [FileEntry(info.name, Path(info.filename)) for info in list(sd_models.checkpoints_list.values())]
+        return sorted(entries, key=lambda entry: entry.name.casefold())
+
+    def loras(self) -> list[FileEntry]:
+        networks = sys.modules.get("networks")
+        found = dict(getattr(networks, "available_networks", {}))
+        if not found:  # the built-in extension is switched off, or has not listed anything yet
+            files = self.lora_dir.rglob("*.safetensors") if self.lora_dir.is_dir() else ()
+            return sorted((FileEntry(file.stem, file) for file in files), key=lambda entry: entry.name.casefold())
+        entries = [FileEntry(name, Path(network.filename)) for name, network in found.items()]
+        return sorted(entries, key=lambda entry: entry.name.casefold())
+
+    def refresh(self) -> None:
+        sd_models.list_models()
+        networks = sys.modules.get("networks")
+        if networks is not None:
+            networks.list_available_networks()
+            forget = getattr(getattr(networks, "load_lora_state_dict", None), "cache_clear", None)
+            if forget:  # Forge keeps the last files by name
+                forget()
+
+    def may_use_paths(self) -> bool:
+        options = shared.cmd_opts
+        closed = getattr(options, "webui_is_non_local", True) or getattr(options, "hide_ui_dir_config", False)
+        return bool(getattr(shared.opts, ALLOW_PATHS, False)) and not closed
+
+    # ---- work ----
+
+    @contextmanager
+    def job(self, title: str, task_id: str | None = None) -> Iterator[_Job]:
+        task = task_id or progress.create_task_id("dpo")
+        progress.add_task_to_queue(task)
+        try:
+            with call_queue.queue_lock:
+                shared.state.begin(job=task)
+                progress.start_task(task)
+                try:
+                    yield _Job(title)
+                finally:
+                    progress.finish_task(task)
+                    shared.state.end()
+                    shared.state.interrupted = shared.state.skipped = shared.state.stopping_generation = False
+        finally:
+            progress.pending_tasks.pop(task, None)
+
+    def samplers(self) -> list[str]:
+        return [sampler.name for sampler in sd_samplers.samplers]
+
+    def generate(self, request: Request, patch: Patch | None, strength: float) -> Picture:
+        p = processing.StableDiffusionProcessingTxt2Img(
+            sd_model=shared.sd_model,
+            prompt=request.prompt,
+            negative_prompt=request.negative,
+            seed=request.seed,
+            steps=request.steps,
+            cfg_scale=request.cfg_scale,
+            sampler_name=request.sampler or self.samplers()[0],
+            width=request.width,
+            height=request.height,
+            do_not_save_samples=True,
+            do_not_save_grid=True,
+        )
+        with closing(p):
+            p.scripts = _only(_Apply(self.live, patch, strength))
+            p.script_args = ()
+            processed = processing.process_images(p)
+        if shared.state.interrupted or shared.state.stopping_generation:
+            raise Cancelled("stopped by Interrupt; nothing was left behind")
+        if not processed.images:
+            raise HostError(f"{self.name} made no picture: {processed.comments or 'see its console'}")
+        return Picture(processed.images[0], processed.infotexts[0] if processed.infotexts else "")
+
+    def abort(self, p: Any, message: str) -> None:
+        p.comment(message)
+        shared.state.interrupted = True
+
+    # ---- the rest ----
+
+    def self_test(self) -> Sequence[Check]:
+        found = xyz_module() is not None
+        text = "the X/Y/Z plot script was found" if found else "the X/Y/Z plot script was not found: its [DPO] axes are missing"
+        return (*self.live.checks(), Check("X/Y/Z plot", found, text))
+
+    def api_auth(self) -> Mapping[str, str]:
+        pairs = (getattr(shared.cmd_opts, "api_auth", None) or "").split(",")
+        return {user.strip(): password for user, colon, password in (pair.partition(":") for pair in pairs) if colon}
+
+
+class _Job:
+    """The host's bar and its Interrupt button; see `base.Job`."""
+
+    def __init__(self, title: str) -> None:
+        self._title, self._began = title, time.monotonic()
+        shared.state.textinfo = f"{title}…"
+
+    def progress(self, done: int, total: int, key: str) -> None:
+        self.check()
+        share = done / total if total else 1.0
+        state = shared.state
+        state.job_count, state.job_no, state.sampling_steps, state.sampling_step = 1, 0, _PARTS, int(share * _PARTS)
+        left = (time.monotonic() - self._began) * (1 - share) / share if share > 0 else 0.0
+        state.textinfo = f"{self._title}: {100 * share:.0f} %" + (f", {_duration(left)} left" if left >= 1 else "")
+
+    def cells(self, count: int) -> None:
+        shared.state.job_count = count
+
+    def check(self) -> None:
+        state = shared.state
+        if state.interrupted or state.skipped or state.stopping_generation:
+            raise Cancelled(f"{self._title}: stopped by Interrupt; nothing was left behind")
+
+
+class _Apply(scripts.Script):  # type: ignore[misc]  # the host has no types
+    """The hooks of one generation of ours, as the always-on script has them for everybody's."""
+
+    filename = __file__
+    alwayson = True
+    args_from = args_to = 0
+
+    def __init__(self, live: LiveModel, patch: Patch | None, strength: float) -> None:
+        self._live, self._patch, self._strength = live, patch, strength
+
+    def title(self) -> str:
+        return "DPO offset, compare"
+
+    def after_extra_networks_activate(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        self._live.on_networks(p, self._patch, self._strength, kwargs["extra_network_data"])
+
+    def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        self._live.on_batch(p, self._patch, self._strength)
+
+    def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
+        self._live.on_sampling(p, self._patch, self._strength)
+
+
+def _only(script: scripts.Script) -> scripts.ScriptRunner:
+    """A runner with one script, so that other extensions do not change what is compared."""
+    runner = scripts.ScriptRunner()
+    runner.scripts = runner.alwayson_scripts = [script]
+    return runner
+
+
+def host_version() -> str:
+    """What the host calls its version in infotexts."""
+    return str(processing.program_version() or "unknown")
+
+
+def xyz_module() -> ModuleType | None:
+    """The X/Y/Z plot script as the host has loaded it: importing it again would give another, dead copy."""
+    for data in scripts.scripts_data:
+        if Path(data.path).name in ("xyz_grid.py", "xy_grid.py") and hasattr(data.module, "axis_options"):
+            module: ModuleType = data.module
+            return module
+    return None
+
+
+def _folder(options: tuple[str, ...], default: Path) -> Path:
+    for name in options:
+        chosen = getattr(shared.cmd_opts, name, None)
+        if isinstance(chosen, (list, tuple)):  # Forge Neo takes several; files are written to the first
+            chosen = next(iter(chosen), None)
+        if chosen:
+            return Path(chosen)
+    return default
+
+
+def _duration(seconds: float) -> str:
+    minutes = int(seconds // 60)
+    return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"

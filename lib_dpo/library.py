@@ -1,0 +1,165 @@
+"""Which files a WebUI's user can choose: by name, from the host's own lists and the reference folder, never by path.
+
+A *checkpoint* is in the host's list. A *reference* is a tuned model: whole, UNet alone or a diffusers folder, from the
+reference folder, the checkpoints, or what lies among the LoRAs without being one. An *offset* is a LoRA or a dense offset file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Literal
+
+from lib_dpo.checkpoint import open_checkpoint
+from lib_dpo.errors import DpoError, NotFoundError, printable
+from lib_dpo.hosts.base import FileEntry, Host
+from lib_dpo.lora import is_lora
+from lib_dpo.model import Model
+from lib_dpo.names import output_path
+from lib_dpo.offset import is_offset_file
+
+FileKind = Literal["lora", "offset", "model", "other"]
+
+_MODEL_SUFFIXES = (".safetensors", ".ckpt")
+_FOLDER_MARKS = ("unet", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
+_LARGER_THAN_A_LORA = 1_000_000_000  # bytes from which a file among the LoRAs is looked at: a UNet of SD 1.5 in fp16 has 1.7 GB
+_DEPTH = 3  # folders below the reference folder that are looked into
+
+
+class Library:
+    """The lists of one host. Nothing is read for the checkpoints and LoRAs; files of the reference folder are opened once."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._kinds: dict[tuple[str, int, int], FileKind] = {}
+
+    def checkpoints(self) -> list[FileEntry]:
+        """The host's own list."""
+        return self._host.checkpoints()
+
+    def references(self) -> list[FileEntry]:
+        """Tuned models to diff against: the reference folder first, then checkpoints, then large files among the LoRAs."""
+        own = [entry for entry in self._in_reference_dir() if self.kind(entry.path) == "model"]
+        among_loras = [
+            FileEntry(entry.path.name, entry.path)
+            for entry in self._host.loras()
+            if _size(entry.path) > _LARGER_THAN_A_LORA and self.kind(entry.path) == "model"
+        ]
+        return _distinct([*own, *self.checkpoints(), *among_loras])
+
+    def offsets(self) -> list[FileEntry]:
+        """What can be baked or applied: the host's LoRAs, and offset files and LoRAs of the reference folder."""
+        own = [entry for entry in self._in_reference_dir() if self.kind(entry.path) in ("lora", "offset")]
+        return _distinct([*own, *self._host.loras()])
+
+    def checkpoint(self, name: str) -> Path:
+        """The file of a checkpoint's name. Raises NotFoundError."""
+        return self._find(name, "checkpoint", self.checkpoints)
+
+    def reference(self, name: str) -> Path:
+        """The file or folder of a reference's name. Raises NotFoundError."""
+        return self._find(name, "DPO reference", self.references)
+
+    def offset(self, name: str) -> Path:
+        """The file of an offset's name. Raises NotFoundError."""
+        return self._find(name, "offset", self.offsets)
+
+    def any(self, name: str) -> Path:
+        """The file of a name from any of the lists. Raises NotFoundError."""
+        return self._find(name, "file", lambda: [*self.checkpoints(), *self.references(), *self.offsets()])
+
+    def new_lora(self, name: str) -> Path:
+        """Where a new LoRA of that name goes. Raises OutputError for a name that is none."""
+        return output_path(self._host.lora_dir, name)
+
+    def new_checkpoint(self, name: str) -> Path:
+        """Where a new checkpoint of that name goes. Raises OutputError for a name that is none."""
+        return output_path(self._host.checkpoint_dir, name)
+
+    def new_offset(self, name: str) -> Path:
+        """Where a new offset file of that name goes: the reference folder. Raises OutputError for a name that is none."""
+        return output_path(self._host.reference_dir, name)
+
+    def kind(self, path: Path) -> FileKind:
+        """What a file is, from its header; remembered until it changes."""
+        try:
+            stat = path.stat()
+        except OSError:
+            return "other"
+        key = (str(path), stat.st_mtime_ns, stat.st_size)
+        if key not in self._kinds:
+            self._kinds[key] = _kind(path)
+        return self._kinds[key]
+
+    def _find(self, name: str, what: str, entries: Callable[[], Iterable[FileEntry]]) -> Path:
+        wanted = name.strip()
+        listed = list(entries())
+        for entry in listed:
+            if wanted in (entry.name, entry.path.name):
+                return self._there(entry, what)
+        stems = [entry for entry in listed if wanted in (entry.path.stem, entry.name.rsplit(" [", 1)[0], Path(entry.name).stem)]
+        if stems:
+            return self._there(stems[0], what)
+        if wanted and self._host.may_use_paths() and Path(wanted).is_absolute() and Path(wanted).exists():
+            return Path(wanted)
+        if not wanted:
+            raise NotFoundError(f"no {what} is chosen; choose one from the list")
+        raise NotFoundError(
+            f"there is no {what} named {printable(wanted)[:120]!r}; choose one from the list, or refresh it after adding a file"
+        )
+
+    def _there(self, entry: FileEntry, what: str) -> Path:
+        if not entry.path.exists():
+            raise NotFoundError(f"the {what} {entry.name!r} has vanished from the disk; refresh the list and choose another")
+        return entry.path
+
+    def _in_reference_dir(self) -> list[FileEntry]:
+        folder = self._host.reference_dir
+        if not folder.is_dir():
+            return []
+        found = list(_walk(folder, folder, _DEPTH))
+        return sorted(found, key=lambda entry: entry.name.casefold())
+
+
+def _walk(folder: Path, root: Path, depth: int) -> Iterable[FileEntry]:
+    for path in sorted(folder.iterdir()):
+        name = path.relative_to(root).as_posix()
+        if path.name.startswith("."):
+            continue
+        if path.is_file() and path.suffix.lower() in _MODEL_SUFFIXES:
+            yield FileEntry(name, path)
+        elif path.is_dir():
+            if any((path / mark).exists() for mark in _FOLDER_MARKS):
+                yield FileEntry(name, path)
+            elif depth:
+                yield from _walk(path, root, depth - 1)
+
+
+def _kind(path: Path) -> FileKind:
+    try:
+        with open_checkpoint(path) as checkpoint:
+            if is_lora(checkpoint.infos):
+                return "lora"
+            return "offset" if is_offset_file(Model(checkpoint)) else "model"
+    except DpoError:
+        return "other"
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _distinct(entries: Iterable[FileEntry]) -> list[FileEntry]:
+    """The first of each name and of each file."""
+    names: set[str] = set()
+    files: set[Path] = set()
+    found = []
+    for entry in entries:
+        if entry.name not in names and entry.path not in files:
+            names.add(entry.name)
+            files.add(entry.path)
+            found.append(entry)
+    return found

@@ -1,0 +1,273 @@
+"""What people do in a WebUI, in one place for the tab, the API and the always-on script: the only stateful object.
+
+Methods that take a `job` run inside `Jobs.run` or `Jobs.start`, which hold the host's lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lib_dpo.analyse import DiffReport, diff
+from lib_dpo.arch import ARCHITECTURES, Architecture
+from lib_dpo.bake import BakeReport, bake
+from lib_dpo.checkpoint import sha256_in_background
+from lib_dpo.compat import CompatReport, compat
+from lib_dpo.dense import OffsetReport, write_offset
+from lib_dpo.errors import DpoError, MismatchError, NoModelError
+from lib_dpo.extract import ExtractReport, extract
+from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel
+from lib_dpo.inspection import Inspection, inspect
+from lib_dpo.jobs import Jobs
+from lib_dpo.keymap import parse_blocks
+from lib_dpo.library import Library
+from lib_dpo.model import Model, open_model
+from lib_dpo.offset import Pair, open_pair
+from lib_dpo.patch import Patch, open_patch
+from lib_dpo.settings import ExtractSettings, check
+from lib_dpo.writer import check_output
+
+_PATCHES_KEPT = 4  # open offsets: their files are mapped, which costs no memory of its own
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is loaded and what is in it, checked now."""
+
+    model: LoadedModel | None
+    architecture: Architecture | None
+    baked: Baked | None
+    problem: str = ""  # why the loaded file is none of ours
+
+    @property
+    def text(self) -> str:
+        """One line, such as `dreamshaper_8 · SD 1.x · baked: dpo-sd15 × 0.8`."""
+        if self.model is None:
+            return "no checkpoint is loaded yet"
+        title = self.architecture.title if self.architecture else "not supported"
+        state = "clean"
+        if self.baked:
+            state = f"baked: {self.baked.offset} × {self.baked.strength:g}"
+            state += f" ({self.baked.blocks})" if self.baked.blocks else ""
+        return f"{Path(self.model.name).stem} · {title} · {state}"
+
+    def as_json(self) -> dict[str, Any]:
+        model = self.model
+        return {
+            "text": self.text,
+            "model": model and {"name": model.name, "file": model.path.name, "storage": model.storage},
+            "architecture": self.architecture and self.architecture.name,
+            "baked": self.baked and self.baked.as_json(),
+            "problem": self.problem,
+        }
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The verdicts before anything is written: on the pair, and on the loaded model where it is not the base."""
+
+    diff: DiffReport
+    compat: CompatReport | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {"diff": self.diff.as_json(), "compat": self.compat and self.compat.as_json()}
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """A LoRA that was written, and how much of it the host's own loader knows (None: no model to load it into)."""
+
+    name: str
+    report: ExtractReport
+    matched: tuple[int, int] | None
+
+    def as_json(self) -> dict[str, Any]:
+        figures = self.report.as_json() | {"name": self.name, "output": self.report.path.name}
+        figures["matched_keys"] = self.matched and {"matched": self.matched[0], "of": self.matched[1]}
+        return figures
+
+
+class Session:
+    """One host and what was done with it."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.library = Library(host)
+        self.jobs = Jobs(host)
+        self._patches: OrderedDict[tuple[Any, ...], Patch] = OrderedDict()
+        self._architectures: dict[tuple[str, int], Architecture | str] = {}
+        self._lock = threading.Lock()
+
+    # ---- what is there ----
+
+    def status(self) -> Status:
+        """Cheap enough to ask for all the time."""
+        model = self.host.live.loaded()
+        if model is None:
+            return Status(None, None, None)
+        found = self._architecture(model.path)
+        if isinstance(found, str):
+            return Status(model, None, None, found)
+        return Status(model, found, self.host.live.baked())
+
+    def loaded(self) -> LoadedModel:
+        """The loaded checkpoint. Raises NoModelError."""
+        model = self.host.live.loaded()
+        if model is None:
+            raise NoModelError("no checkpoint is loaded yet; choose one in the WebUI, make one picture, and try again")
+        return model
+
+    def patch(self, name: str, *, blocks: str = "", rank: int | None = None) -> Patch:
+        """An offset by name, ready for the loaded model; kept open for the next time.
+
+        Raises:
+            NotFoundError: not in the lists. MismatchError: of another architecture than the loaded model.
+            SettingError: blocks or a rank that make no sense. BadFileError: damaged.
+        """
+        path, model = self.library.offset(name), self.loaded()
+        expected = self._architecture(model.path)
+        if isinstance(expected, str):
+            raise MismatchError(expected)
+        weights = parse_blocks(blocks.replace(";", ","))
+        stat = path.stat()
+        key = (path, stat.st_mtime_ns, stat.st_size, weights, rank, expected.name)
+        with self._lock:
+            patch = self._patches.pop(key, None) or open_patch(path, expected, blocks=weights, rank=rank)
+            if patch.architecture is not expected:
+                raise MismatchError(
+                    f"{name} is an offset for {patch.architecture.title} but {model.name} is {expected.title}; choose an "
+                    "offset of the model's own family"
+                )
+            self._patches[key] = patch
+            while len(self._patches) > _PATCHES_KEPT:
+                self._patches.popitem(last=False)
+        return patch
+
+    def inspect(self, name: str) -> Inspection:
+        """What a file of the lists is. Raises NotFoundError, BadFileError."""
+        return inspect(self.library.any(name))
+
+    # ---- looking before writing ----
+
+    def analyse(self, job: Job, *, base: str, reference: str, spectra: bool = False) -> Analysis:
+        """The verdict on a pair, and on the loaded model as a target where it is another one than the base."""
+        with self._pair(base, reference) as pair:
+            report = diff(pair, spectra=spectra, on_progress=job.progress)
+            model = self.host.live.loaded()
+            if model is None or model.path.resolve() in (pair.base.path.resolve(), pair.tuned.path.resolve()):
+                return Analysis(report, None)
+            if self._architecture(model.path) is not pair.architecture:
+                return Analysis(report, None)
+            with open_model(model.path) as target:
+                return Analysis(report, compat(target, pair, on_progress=job.progress))
+
+    def compat(self, job: Job, *, target: str, base: str, reference: str) -> CompatReport:
+        """Whether the offset of a pair fits a checkpoint (empty: the loaded one)."""
+        with self._pair(base, reference) as pair, self._open_checkpoint(target) as model:
+            return compat(model, pair, on_progress=job.progress)
+
+    # ---- writing files ----
+
+    def extract(
+        self, job: Job, *, base: str, reference: str, name: str, settings: ExtractSettings, overwrite: bool = False
+    ) -> Extracted:
+        """Write a LoRA into the LoRA folder and let the host list it."""
+        output = self.library.new_lora(name)
+        with self._pair(base, reference) as pair:
+            source = self._checked(output, pair, overwrite)
+            report = extract(pair, output, settings, overwrite=overwrite, source=source, on_progress=job.progress)
+        self.host.refresh()
+        matched = self.host.live.matched_keys(output) if self._fits_loaded(report.architecture) else None
+        return Extracted(output.stem, report, matched)
+
+    def write_offset(
+        self, job: Job, *, base: str, reference: str, name: str, precision: str = "fp32", overwrite: bool = False
+    ) -> OffsetReport:
+        """Write the dense offset file into the reference folder."""
+        output = self.library.new_offset(name)
+        with self._pair(base, reference) as pair:
+            source = self._checked(output, pair, overwrite)
+            return write_offset(pair, output, precision=precision, overwrite=overwrite, source=source, on_progress=job.progress)
+
+    def save(
+        self, job: Job, *, name: str, offset: str, strength: float, blocks: str = "", rank: int | None = None,
+        overwrite: bool = False,
+    ) -> BakeReport:  # fmt: skip
+        """Write the loaded checkpoint's file plus strength x offset as a new checkpoint: never from the live weights."""
+        check("strength", strength)
+        output, patch = self.library.new_checkpoint(name), self.patch(offset, blocks=blocks, rank=rank)
+        with open_model(self.loaded().path) as target:
+            check_output(output, overwrite=overwrite, inputs=(*target.checkpoint.files, *patch.checkpoint.files))
+            hashes = [sha256_in_background(target.checkpoint), sha256_in_background(patch.checkpoint)]
+            report = bake(
+                target,
+                patch.offset,
+                output,
+                strength=strength,
+                blocks=patch.blocks,
+                overwrite=overwrite,
+                hashes=lambda: (hashes[0](), hashes[1]()),
+                on_progress=job.progress,
+            )
+        self.host.refresh()
+        return report
+
+    # ---- the live model ----
+
+    def bake(self, job: Job, *, offset: str, strength: float, blocks: str = "", rank: int | None = None) -> Baked:
+        """Add strength x offset to the loaded model until `unbake`."""
+        check("strength", strength)
+        return self.host.live.bake(self.patch(offset, blocks=blocks, rank=rank), strength, job.progress)
+
+    def unbake(self, job: Job) -> bool:
+        """Put the loaded model back as it was, bit for bit; False where nothing was baked."""
+        return self.host.live.unbake(job.progress)
+
+    # ---- helpers ----
+
+    @contextmanager
+    def _pair(self, base: str, reference: str) -> Iterator[Pair]:
+        tuned = self.library.reference(reference)
+        with self._open_checkpoint(base) as model, open_model(tuned) as other:
+            yield open_pair(model, other)
+
+    @contextmanager
+    def _open_checkpoint(self, name: str) -> Iterator[Model]:
+        """The file of a checkpoint; without a name that of the loaded one: live weights may carry a prompt's LoRAs."""
+        with open_model(self.library.any(name) if name else self.loaded().path) as model:
+            yield model
+
+    def _checked(self, output: Path, pair: Pair, overwrite: bool) -> Any:
+        """Refuse the output early, let go of it where it is open, and start hashing beside the work."""
+        check_output(output, overwrite=overwrite, inputs=(*pair.base.checkpoint.files, *pair.tuned.checkpoint.files))
+        with self._lock:  # Windows does not replace a file that is mapped
+            for key in [key for key, patch in self._patches.items() if output in patch.checkpoint.files]:
+                self._patches.pop(key).close()
+        waiting = {
+            "dpo.base_sha256": sha256_in_background(pair.base.checkpoint),
+            "dpo.tuned_sha256": sha256_in_background(pair.tuned.checkpoint),
+        }
+        return lambda: {name: wait() for name, wait in waiting.items()}
+
+    def _architecture(self, path: Path) -> Architecture | str:
+        """The architecture of a checkpoint's file, or why it is none of ours; remembered until the file changes."""
+        try:
+            key = (str(path), path.stat().st_mtime_ns)
+            if key not in self._architectures:
+                with open_model(path) as model:
+                    self._architectures[key] = model.architecture
+            return self._architectures[key]
+        except DpoError as error:
+            self._architectures[key] = str(error)
+            return str(error)
+        except OSError as error:
+            return f"{path.name}: cannot be read ({error.strerror}); it may have been moved: refresh the list"
+
+    def _fits_loaded(self, architecture: str) -> bool:
+        model = self.host.live.loaded()
+        return model is not None and self._architecture(model.path) is ARCHITECTURES[architecture]
