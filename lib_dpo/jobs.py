@@ -73,11 +73,11 @@ class Jobs:
             BusyError: a job of this title is waiting or running already (two clicks at once).
             Cancelled: interrupted. Whatever else the work raises.
         """
-        return self._do(self._register(title), work, task_id)
+        return self.finish(self.register(title), work, task_id)
 
     def start(self, title: str, work: Work[Any]) -> Record:
         """Do work in a thread of its own; `get` tells how it goes. Raises BusyError as `run`."""
-        record = self._register(title)
+        record = self.register(title)
         thread = threading.Thread(target=self._do_quietly, args=(record, work), name=f"dpo {title}", daemon=True)
         thread.start()
         return record
@@ -101,7 +101,8 @@ class Jobs:
         record.stop = True
         return record
 
-    def _register(self, title: str) -> Record:
+    def register(self, title: str) -> Record:
+        """A new job that waits for its turn: its work is done by `finish`. Raises BusyError as `run`."""
         with self._lock:
             if any(record.title == title and not record.is_over for record in self._records.values()):
                 raise BusyError(f"{title}: is running or waiting already; wait for it, or interrupt it")
@@ -111,7 +112,8 @@ class Jobs:
             self._records[record.id] = record
             return record
 
-    def _do(self, record: Record, work: Work[Result], task_id: str | None = None) -> Result:
+    def finish(self, record: Record, work: Work[Result], task_id: str | None = None) -> Result:
+        """Do the work of a registered job in this thread; `run` in two steps, for those who want the record too."""
         try:
             with self._host.job(record.title, task_id) as job:
                 tracked = _Tracked(record, job)
@@ -129,7 +131,7 @@ class Jobs:
 
     def _do_quietly(self, record: Record, work: Work[Any]) -> None:
         try:
-            self._do(record, work)
+            self.finish(record, work)
         except DpoError as error:
             logger.info("%s: %s", record.title, error)
         except Exception:

@@ -68,6 +68,19 @@ class Library:
         """The file of a name from any of the lists. Raises NotFoundError."""
         return self._find(name, "file", lambda: [*self.checkpoints(), *self.references(), *self.offsets()])
 
+    def same_pair(self, name: str, kind: FileKind) -> FileEntry | None:
+        """An offset of that kind made from the same base and reference as the named one: itself, where it is of that kind.
+
+        Told by the hashes in the metadata; None where there is none. Raises NotFoundError for an unknown name.
+        """
+        path = self.offset(name)
+        if self.kind(path) == kind:
+            return FileEntry(name, path)
+        hashes = _pair_hashes(path)
+        if hashes is None:
+            return None
+        return next((e for e in self.offsets() if self.kind(e.path) == kind and _pair_hashes(e.path) == hashes), None)
+
     def new_lora(self, name: str) -> Path:
         """Where a new LoRA of that name goes. Raises OutputError for a name that is none."""
         return output_path(self._host.lora_dir, name)
@@ -143,6 +156,12 @@ def _kind(path: Path) -> FileKind:
             return "offset" if is_offset_file(Model(checkpoint)) else "model"
     except DpoError:
         return "other"
+
+
+def _pair_hashes(path: Path) -> tuple[str, str] | None:
+    with open_checkpoint(path) as checkpoint:
+        hashes = tuple(checkpoint.metadata.get(f"dpo.{which}_sha256", "") for which in ("base", "tuned"))
+    return (hashes[0], hashes[1]) if all(hashes) else None
 
 
 def _size(path: Path) -> int:

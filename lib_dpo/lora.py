@@ -24,7 +24,6 @@ from lib_dpo.checkpoint import Checkpoint, open_checkpoint
 from lib_dpo.errors import BadFileError, BadTensorError, MismatchError
 from lib_dpo.header import is_float
 from lib_dpo.keymap import LoraModule, lora_aliases, lora_modules
-from lib_dpo.lowrank import recompress
 from lib_dpo.model import Model
 from lib_dpo.offset import Offset, dense_offset
 from lib_dpo.shapes import checkpoint_shapes
@@ -125,6 +124,8 @@ def truncated_factors(lora: LoraFile, parts: Mapping[str, str], rank: int | None
     if rank is None or rank >= down.shape[0]:
         return up, down, scale
     if lora.checkpoint.metadata.get("dpo.kind") != "lora":
+        from lib_dpo.lowrank import recompress
+
         U, S, Vh = recompress(up, down.flatten(1))
         root = S.sqrt()
         up, down = (U * root).float(), (root[:, None] * Vh).float().reshape(-1, *down.shape[1:])

@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lib_dpo.analyse import DiffReport, diff
 from lib_dpo.arch import ARCHITECTURES, Architecture
-from lib_dpo.bake import BakeReport, bake
 from lib_dpo.checkpoint import sha256_in_background
-from lib_dpo.compat import CompatReport, compat
-from lib_dpo.dense import OffsetReport, write_offset
-from lib_dpo.errors import DpoError, MismatchError, NoModelError
-from lib_dpo.extract import ExtractReport, extract
-from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel
-from lib_dpo.inspection import Inspection, inspect
+from lib_dpo.errors import DpoError, HostError, MismatchError, NoModelError, SettingError
+from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel, Request
 from lib_dpo.jobs import Jobs
 from lib_dpo.keymap import parse_blocks
 from lib_dpo.library import Library
@@ -31,6 +25,19 @@ from lib_dpo.offset import Pair, open_pair
 from lib_dpo.patch import Patch, open_patch
 from lib_dpo.settings import ExtractSettings, check
 from lib_dpo.writer import check_output
+
+if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts without it
+    from PIL.Image import Image
+
+    from lib_dpo.analyse import DiffReport
+    from lib_dpo.bake import BakeReport
+    from lib_dpo.compat import CompatReport
+    from lib_dpo.dense import OffsetReport
+    from lib_dpo.effects import EffectReport
+    from lib_dpo.extract import ExtractReport
+    from lib_dpo.grid import Cell, Images, Plan
+    from lib_dpo.inspection import Inspection
+    from lib_dpo.pictures import Grid
 
 _PATCHES_KEPT = 4  # open offsets: their files are mapped, which costs no memory of its own
 
@@ -92,6 +99,16 @@ class Extracted:
         return figures
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """A grid of pictures, the pictures themselves, and how strong the effect is."""
+
+    plan: Plan
+    images: Images
+    grid: Grid
+    report: EffectReport
+
+
 class Session:
     """One host and what was done with it."""
 
@@ -150,12 +167,17 @@ class Session:
 
     def inspect(self, name: str) -> Inspection:
         """What a file of the lists is. Raises NotFoundError, BadFileError."""
+        from lib_dpo.inspection import inspect
+
         return inspect(self.library.any(name))
 
     # ---- looking before writing ----
 
     def analyse(self, job: Job, *, base: str, reference: str, spectra: bool = False) -> Analysis:
         """The verdict on a pair, and on the loaded model as a target where it is another one than the base."""
+        from lib_dpo.analyse import diff
+        from lib_dpo.compat import compat
+
         with self._pair(base, reference) as pair:
             report = diff(pair, spectra=spectra, on_progress=job.progress)
             model = self.host.live.loaded()
@@ -168,6 +190,8 @@ class Session:
 
     def compat(self, job: Job, *, target: str, base: str, reference: str) -> CompatReport:
         """Whether the offset of a pair fits a checkpoint (empty: the loaded one)."""
+        from lib_dpo.compat import compat
+
         with self._pair(base, reference) as pair, self._open_checkpoint(target) as model:
             return compat(model, pair, on_progress=job.progress)
 
@@ -177,6 +201,8 @@ class Session:
         self, job: Job, *, base: str, reference: str, name: str, settings: ExtractSettings, overwrite: bool = False
     ) -> Extracted:
         """Write a LoRA into the LoRA folder and let the host list it."""
+        from lib_dpo.extract import extract
+
         output = self.library.new_lora(name)
         with self._pair(base, reference) as pair:
             source = self._checked(output, pair, overwrite)
@@ -189,6 +215,8 @@ class Session:
         self, job: Job, *, base: str, reference: str, name: str, precision: str = "fp32", overwrite: bool = False
     ) -> OffsetReport:
         """Write the dense offset file into the reference folder."""
+        from lib_dpo.dense import write_offset
+
         output = self.library.new_offset(name)
         with self._pair(base, reference) as pair:
             source = self._checked(output, pair, overwrite)
@@ -199,6 +227,8 @@ class Session:
         overwrite: bool = False,
     ) -> BakeReport:  # fmt: skip
         """Write the loaded checkpoint's file plus strength x offset as a new checkpoint: never from the live weights."""
+        from lib_dpo.bake import bake
+
         check("strength", strength)
         output, patch = self.library.new_checkpoint(name), self.patch(offset, blocks=blocks, rank=rank)
         with open_model(self.loaded().path) as target:
@@ -216,6 +246,43 @@ class Session:
             )
         self.host.refresh()
         return report
+
+    # ---- pictures ----
+
+    def compare(
+        self, job: Job, *, offset: str, prompts: Sequence[str], negative: str = "", seeds: str = "1",
+        strengths: str = "0.5, 1, 1.5", blocks: str = "", rank: int | None = None, steps: int = 20, cfg_scale: float = 7.0,
+        sampler: str = "", width: int = 512, height: int = 512,
+    ) -> Comparison:  # fmt: skip
+        """Make prompts x seeds x strengths with the host's own pipeline, the untouched model first.
+
+        Raises:
+            SettingError: lists that cannot be read, or too many pictures. HostError: something is baked into the model.
+        """
+        from lib_dpo.effects import effects
+        from lib_dpo.grid import Plan, parse_seeds, parse_strengths, run, strength_variants
+        from lib_dpo.pictures import draw_grid
+
+        if sampler and sampler not in self.host.samplers():
+            raise SettingError(f"sampler {sampler!r} is unknown; expected one of {', '.join(self.host.samplers())}")
+        plan = Plan(prompts, parse_seeds(seeds), strength_variants(parse_strengths(strengths)), width, height)
+        patch, model = self.patch(offset, blocks=blocks, rank=rank), self.loaded()
+        baked = self.host.live.baked()
+        if baked:
+            raise HostError(
+                f"{baked.offset} is baked into {model.name}, so there is no untouched picture to compare with; undo it first"
+            )
+
+        def make(cell: Cell) -> Image:
+            request = Request(cell.prompt, negative, cell.seed, steps, cfg_scale, sampler, width, height)
+            return self.host.generate(request, patch, cell.variant.value or 0.0).image
+
+        images = run(plan, make, job)
+        report = effects(plan, images)
+        settings = {"Steps": steps, "Sampler": sampler or self.host.samplers()[0], "CFG scale": cfg_scale}
+        settings |= {"Negative prompt": negative} | ({"Blocks": blocks} if blocks else {}) | ({"Rank": rank} if rank else {})
+        grid = draw_grid(plan, images, model=Path(model.name).stem, offset=patch.name, settings=settings, note=report.text)
+        return Comparison(plan, images, grid, report)
 
     # ---- the live model ----
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -10,47 +9,28 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from fake_host import FakeHost
+import webui_files
 from safetensors.torch import load_file
+from webui_files import RANK_4, extract, fake
 
 from lib_dpo.errors import BusyError, Cancelled, MismatchError, NoModelError, NotFoundError, OutputError, SettingError
 from lib_dpo.keymap import UNET
 from lib_dpo.session import Session
 from lib_dpo.settings import ExtractSettings, RankPolicy
 
-RANK_4 = ExtractSettings(RankPolicy(rank=4))
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """base.safetensors and other.safetensors as checkpoints, the reference as a UNet alone, one LoRA of SDXL."""
-    folder = tmp_path_factory.mktemp("session")
-    tiny.save(folder / "Stable-diffusion" / "base.safetensors", tiny.base(), torch.float16)
-    tiny.save(folder / "Stable-diffusion" / "other.safetensors", tiny.base(seed=5), torch.float16)
-    tuned = tiny.in_diffusers("sd1", tiny.only_unet(tiny.tuned(rms=1e-3)))
-    tiny.save(folder / "DPO" / "dpo-sd1" / "unet" / "diffusion_pytorch_model.safetensors", tuned)
-    tiny.save(folder / "xl-base.safetensors", tiny.base("sdxl"), torch.float16)
-    tiny.save(folder / "xl-tuned.safetensors", tiny.tuned("sdxl", rms=1e-3))
-    pair = ("--base", folder / "xl-base.safetensors", "--tuned", folder / "xl-tuned.safetensors")
-    assert tiny.run("extract", *pair, "-o", folder / "Lora" / "xl.safetensors", "--rank", 2) == 0
-    return folder
+    return webui_files.make(tmp_path_factory.mktemp("session"))
 
 
 @pytest.fixture
 def session(files: Path, tmp_path: Path) -> Session:
-    shutil.copytree(files, tmp_path / "models")
-    host = FakeHost(tmp_path / "models")
-    host.live.load(host.checkpoint_dir / "base.safetensors")
-    return Session(host)
+    return webui_files.open_session(files, tmp_path / "models")
 
 
 def live(session: Session) -> dict[str, torch.Tensor]:
-    return session.host.live.weights  # type: ignore[attr-defined]  # the fake's
-
-
-def extract(session: Session, name: str = "dpo", **options: object) -> object:
-    arguments = {"base": "", "reference": "dpo-sd1", "name": name, "settings": RANK_4} | options
-    return session.jobs.run(f"extract {name}", lambda job: session.extract(job, **arguments))  # type: ignore[arg-type]
+    return fake(session).live.weights
 
 
 def test_lists_name_what_can_be_chosen(session: Session):
@@ -72,7 +52,7 @@ def test_paths_are_taken_only_where_the_user_allowed_it(session: Session, files:
     path = files / "xl-base.safetensors"
     with pytest.raises(NotFoundError):
         session.library.checkpoint(str(path))
-    session.host.paths_allowed = True  # type: ignore[attr-defined]
+    fake(session).paths_allowed = True
     assert session.library.checkpoint(str(path)) == path
     with pytest.raises(NotFoundError):
         session.library.checkpoint("relative/xl-base.safetensors")
@@ -91,21 +71,21 @@ def test_the_status_line_is_true(session: Session):
     extract(session)
     session.jobs.run("bake", lambda job: session.bake(job, offset="dpo", strength=0.8))
     assert session.status().text == "base · SD 1.x · baked: dpo × 0.8"
-    session.host.live.load(session.host.checkpoint_dir / "other.safetensors")  # type: ignore[attr-defined]
+    fake(session).live.load(fake(session).checkpoint_dir / "other.safetensors")
     assert session.status().text == "other · SD 1.x · clean"
-    session.host.live.path = None  # type: ignore[attr-defined]
+    fake(session).live.path = None
     assert session.status().text == "no checkpoint is loaded yet"
 
 
 def test_extract_takes_the_loaded_checkpoint_as_base(session: Session):
     found = extract(session)
-    assert found.name == "dpo"  # type: ignore[attr-defined]
-    assert found.matched is not None  # type: ignore[attr-defined]
-    assert found.matched[0] == found.matched[1] > 0  # type: ignore[attr-defined]
-    assert session.host.refreshed == 1  # type: ignore[attr-defined]
+    assert found.name == "dpo"
+    assert found.matched is not None
+    assert found.matched[0] == found.matched[1] > 0
+    assert fake(session).refreshed == 1
     assert [entry.name for entry in session.library.offsets()] == ["dpo", "xl"]
     assert "dpo.base_sha256" in session.patch("dpo").offset.metadata
-    told = session.host.told  # type: ignore[attr-defined]
+    told = fake(session).told
     assert told[-1][0] == told[-1][1]
 
 
@@ -121,15 +101,15 @@ def test_an_existing_lora_is_kept_unless_asked(session: Session):
 
 
 def test_analysis_tells_before_anything_is_written(session: Session):
-    before = tiny.snapshot(session.host.folder)  # type: ignore[attr-defined]
+    before = tiny.snapshot(fake(session).folder)
     found = session.jobs.run("analyse", lambda job: session.analyse(job, base="", reference="dpo-sd1"))
     assert found.diff.verdict.level == "fits"
     assert found.compat is None
-    session.host.live.load(session.host.checkpoint_dir / "other.safetensors")  # type: ignore[attr-defined]
+    fake(session).live.load(fake(session).checkpoint_dir / "other.safetensors")
     found = session.jobs.run("analyse", lambda job: session.analyse(job, base="base", reference="dpo-sd1"))
     assert found.compat is not None
     assert found.compat.level == "weaker"
-    assert tiny.snapshot(session.host.folder) == before  # type: ignore[attr-defined]
+    assert tiny.snapshot(fake(session).folder) == before
 
 
 def test_bake_undo_and_save(session: Session):
@@ -169,19 +149,19 @@ def test_refusals_name_what_to_do(session: Session):
     for name in ("../evil", "con", ""):
         with pytest.raises(OutputError):
             extract(session, name)
-    session.host.live.path = None  # type: ignore[attr-defined]
+    fake(session).live.path = None
     with pytest.raises(NoModelError, match="no checkpoint is loaded yet"):
         session.patch("dpo")
 
 
 def test_a_second_click_is_refused_and_interrupt_leaves_nothing(session: Session):
-    before = tiny.snapshot(session.host.folder)  # type: ignore[attr-defined]
+    before = tiny.snapshot(fake(session).folder)
     running, go_on = threading.Event(), threading.Event()
 
     def work(job: object) -> None:
         running.set()
         go_on.wait(10)
-        session.host.interrupted = True  # type: ignore[attr-defined]
+        fake(session).interrupted = True
         session.extract(job, base="", reference="dpo-sd1", name="dpo", settings=RANK_4)  # type: ignore[arg-type]
 
     record = session.jobs.start("extract dpo", work)
@@ -192,7 +172,7 @@ def test_a_second_click_is_refused_and_interrupt_leaves_nothing(session: Session
     while not record.is_over:
         time.sleep(0.01)
     assert record.state == "cancelled"
-    assert tiny.snapshot(session.host.folder) == before  # type: ignore[attr-defined]
+    assert tiny.snapshot(fake(session).folder) == before
     extract(session)  # and the way is free again
 
 
@@ -223,4 +203,4 @@ def test_a_waiting_job_can_be_cancelled(session: Session):
         time.sleep(0.01)
     assert (first.state, second.state) == ("done", "cancelled")
     with pytest.raises(Cancelled):
-        session.jobs.run("third", lambda job: (setattr(session.host, "interrupted", True), job.check()))
+        session.jobs.run("third", lambda job: (setattr(fake(session), "interrupted", True), job.check()))

@@ -1,0 +1,294 @@
+"""The HTTP API, /dpo/v1: what the tab does, for programs. Names come from the host's lists; files go below its folders.
+
+Every POST starts a job and waits for it; `wait: false` answers at once, and `jobs/{id}` tells how it goes. Handlers are
+plain functions, so that they run in threads and never hold up the server.
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastapi import Depends, FastAPI, HTTPException
+from fastapi.security import HTTPBasic, HTTPBasicCredentials
+from pydantic import BaseModel, Field
+
+from lib_dpo.errors import BusyError, Cancelled, DpoError, NoModelError, NotAllowedError, NotFoundError
+from lib_dpo.jobs import Jobs, Work
+from lib_dpo.session import Session
+from lib_dpo.settings import FIELDS, ExtractSettings, RankPolicy
+
+PREFIX = "/dpo/v1"
+_STATUS: Mapping[type[DpoError], int] = {
+    NotFoundError: 404,
+    BusyError: 409,
+    NoModelError: 409,
+    Cancelled: 409,
+    NotAllowedError: 403,
+}
+_UNPROCESSABLE = 422
+_CREDENTIALS = Depends(HTTPBasic())
+
+_BASE = Field("", description="checkpoint before tuning, by name; empty: the loaded one")
+_REFERENCE = Field(..., description="DPO reference, by name")
+_NAME = Field(..., description="name of the file to write, without folders")
+_OFFSET = Field(..., description="LoRA or offset file, by name")
+_STRENGTH = Field(1.0, description=FIELDS["strength"].help)
+_BLOCKS = Field("", description=FIELDS["blocks"].help)
+_RANK = Field(None, description="keep the strongest components of each layer of a LoRA only")
+_OVERWRITE = Field(False, description="replace an existing file of that name")
+_WAIT = Field(True, description="answer when the job is over; false: at once, then ask for jobs/{id}")
+
+
+class AnalyseRequest(BaseModel):
+    """A pair to look at."""
+
+    base: str = _BASE
+    reference: str = _REFERENCE
+    spectra: bool = Field(False, description="all singular values too: what a LoRA of a given rank or size can keep")
+    wait: bool = _WAIT
+
+
+class ExtractRequest(BaseModel):
+    """A LoRA to extract; one of rank, energy, size_mb."""
+
+    base: str = _BASE
+    reference: str = _REFERENCE
+    name: str = _NAME
+    rank: int | None = Field(None, description=FIELDS["rank"].help)
+    energy: float | None = Field(None, description=FIELDS["energy"].help)
+    size_mb: float | None = Field(None, description=FIELDS["size_mb"].help)
+    conv_rank: int | None = Field(None, description=FIELDS["conv_rank"].help)
+    method: str = Field("auto", description=FIELDS["method"].help)
+    profile: str = Field("portable", description=FIELDS["profile"].help)
+    precision: str = Field("fp16", description=FIELDS["precision"].help)
+    device: str = Field("auto", description=FIELDS["device"].help)
+    seed: int = Field(0, description=FIELDS["seed"].help)
+    overwrite: bool = _OVERWRITE
+    wait: bool = _WAIT
+
+
+class OffsetRequest(BaseModel):
+    """A dense offset file to write into the reference folder."""
+
+    base: str = _BASE
+    reference: str = _REFERENCE
+    name: str = _NAME
+    precision: str = Field("fp32", description=FIELDS["precision"].help)
+    overwrite: bool = _OVERWRITE
+    wait: bool = _WAIT
+
+
+class BakeRequest(BaseModel):
+    """An offset to add to the loaded model."""
+
+    offset: str = _OFFSET
+    strength: float = _STRENGTH
+    blocks: str = _BLOCKS
+    rank: int | None = _RANK
+    wait: bool = _WAIT
+
+
+class WaitRequest(BaseModel):
+    """Nothing but whether to wait."""
+
+    wait: bool = _WAIT
+
+
+class SaveRequest(BaseModel):
+    """A checkpoint to write: the loaded one's file plus strength x offset."""
+
+    name: str = _NAME
+    offset: str = _OFFSET
+    strength: float = _STRENGTH
+    blocks: str = _BLOCKS
+    rank: int | None = _RANK
+    overwrite: bool = _OVERWRITE
+    wait: bool = _WAIT
+
+
+class CompareRequest(BaseModel):
+    """A grid of pictures: prompts x seeds down, the untouched model and the strengths across."""
+
+    offset: str = _OFFSET
+    prompts: list[str] = Field(..., description="one row of pictures for each prompt and seed")
+    negative: str = ""
+    seeds: str = Field("1", description="such as 1, 2 or 100-103; -1 is random")
+    strengths: str = Field("0.5, 1, 1.5", description="such as 0.5, 1 or 0-2 (+0.5)")
+    blocks: str = _BLOCKS
+    rank: int | None = _RANK
+    steps: int = Field(20, ge=1, le=1000)
+    cfg_scale: float = Field(7.0, ge=0, le=100)
+    sampler: str = Field("", description="empty: the host's first")
+    width: int = Field(512, ge=64, le=4096)
+    height: int = Field(512, ge=64, le=4096)
+    wait: bool = _WAIT
+
+
+class CompatRequest(BaseModel):
+    """Does the offset of a pair fit a checkpoint?"""
+
+    target: str = Field("", description="checkpoint by name; empty: the loaded one")
+    base: str = _BASE
+    reference: str = _REFERENCE
+    wait: bool = _WAIT
+
+
+def add_routes(app: FastAPI, session: Session) -> None:
+    """Add all routes to the host's app. They ask for --api-auth where the host has it: it protects only its own routes."""
+    jobs = session.jobs
+    routes: list[tuple[str, str, Callable[..., Any], str]] = []
+
+    def route(method: str, path: str, summary: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def add(handler: Callable[..., Any]) -> Callable[..., Any]:
+            routes.append((method, path, handler, summary))
+            return handler
+
+        return add
+
+    @route("GET", "/status", "what is loaded, what is baked into it, which hooks of the host were found")
+    def status(fingerprint: bool = False) -> dict[str, Any]:
+        host = session.host
+        found = {
+            "host": {"name": host.name, "version": host.version},
+            **session.status().as_json(),
+            "self_test": [{"name": check.name, "ok": check.ok, "text": check.text} for check in host.self_test()],
+            "jobs": [record.as_json() for record in jobs.all() if not record.is_over],
+        }
+        if fingerprint:
+            found["fingerprint"] = dict(_refusing(lambda: jobs.run("fingerprint", lambda job: host.live.fingerprint())))
+        return found
+
+    @route("GET", "/checkpoints", "the names that other routes take: checkpoints, DPO references, offsets")
+    def checkpoints() -> dict[str, list[str]]:
+        library = session.library
+        lists = {"checkpoints": library.checkpoints(), "references": library.references(), "offsets": library.offsets()}
+        return {name: [entry.name for entry in entries] for name, entries in lists.items()}
+
+    @route("POST", "/analyse", "the verdict on a pair, and on the loaded model as a target")
+    def analyse(req: AnalyseRequest) -> dict[str, Any]:
+        options = {"base": req.base, "reference": req.reference, "spectra": req.spectra}
+        return _do(jobs, "analyse", lambda job: session.analyse(job, **options).as_json(), req.wait)
+
+    @route("POST", "/extract", "extract a LoRA into the LoRA folder")
+    def extract(req: ExtractRequest) -> dict[str, Any]:
+        def settings() -> ExtractSettings:
+            policy = RankPolicy(req.rank, req.energy, req.size_mb, req.conv_rank)
+            method: Any = req.method  # checked by ExtractSettings
+            return ExtractSettings(policy, method, req.profile, req.precision, req.device, req.seed)
+
+        chosen = _refusing(settings)
+        _refusing(lambda: session.library.new_lora(req.name))
+        options = {"base": req.base, "reference": req.reference, "name": req.name, "overwrite": req.overwrite}
+        work: Work[Any] = lambda job: session.extract(job, settings=chosen, **options).as_json()  # noqa: E731
+        return _do(jobs, f"extract {req.name}", work, req.wait)
+
+    @route("POST", "/offset", "write the dense offset file into the reference folder")
+    def offset(req: OffsetRequest) -> dict[str, Any]:
+        options = {name: getattr(req, name) for name in ("base", "reference", "name", "precision", "overwrite")}
+
+        def work(job: Any) -> dict[str, Any]:
+            report = session.write_offset(job, **options)
+            return report.as_json() | {"output": report.path.name}
+
+        return _do(jobs, f"write offset {req.name}", work, req.wait)
+
+    @route("POST", "/bake", "add an offset to the loaded model, until unbake")
+    def bake(req: BakeRequest) -> dict[str, Any]:
+        options = {name: getattr(req, name) for name in ("offset", "strength", "blocks", "rank")}
+        return _do(jobs, "bake", lambda job: session.bake(job, **options).as_json(), req.wait)
+
+    @route("POST", "/unbake", "put the loaded model back, bit for bit")
+    def unbake(req: WaitRequest | None = None) -> dict[str, Any]:
+        wait = req.wait if req else True
+        return _do(jobs, "unbake", lambda job: {"undone": session.unbake(job)}, wait)
+
+    @route("POST", "/save", "write the loaded checkpoint plus strength x offset as a new checkpoint")
+    def save(req: SaveRequest) -> dict[str, Any]:
+        _refusing(lambda: session.library.new_checkpoint(req.name))
+        options = {name: getattr(req, name) for name in ("name", "offset", "strength", "blocks", "rank", "overwrite")}
+
+        def work(job: Any) -> dict[str, Any]:
+            report = session.save(job, **options)
+            return report.as_json() | {"output": report.path.name}
+
+        return _do(jobs, f"save {req.name}", work, req.wait)
+
+    @route("POST", "/compare", "one labelled grid, the untouched model first, and how strong the effect is")
+    def compare(req: CompareRequest) -> dict[str, Any]:
+        names = ("offset", "prompts", "negative", "seeds", "strengths", "blocks", "rank", "steps", "cfg_scale", "sampler")
+        options = {name: getattr(req, name) for name in (*names, "width", "height")}
+
+        def work(job: Any) -> dict[str, Any]:
+            found = session.compare(job, **options)
+            return found.report.as_json() | {
+                "grid": base64.b64encode(found.grid.png()).decode(),
+                "infotext": found.grid.infotext,
+            }
+
+        return _do(jobs, "compare", work, req.wait)
+
+    @route("GET", "/inspect", "what a file of the lists is")
+    def inspect(name: str) -> dict[str, Any]:
+        found = _refusing(lambda: session.inspect(name))
+        return {**found.as_json(), "path": found.path.name, "title": found.title}
+
+    @route("POST", "/compat", "whether the offset of a pair fits a checkpoint, and whether DPO is in it already")
+    def compat(req: CompatRequest) -> dict[str, Any]:
+        options = {"target": req.target, "base": req.base, "reference": req.reference}
+        return _do(jobs, "compat", lambda job: session.compat(job, **options).as_json(), req.wait)
+
+    @route("GET", "/jobs", "all jobs that can be asked for")
+    def all_jobs() -> list[dict[str, Any]]:
+        return [record.as_json() for record in jobs.all()]
+
+    @route("GET", "/jobs/{job_id}", "how a job goes")
+    def job_state(job_id: str) -> dict[str, Any]:
+        return _refusing(lambda: jobs.get(job_id)).as_json()
+
+    @route("POST", "/jobs/{job_id}/cancel", "ask a job to stop; it does at the next tensor or picture")
+    @route("DELETE", "/jobs/{job_id}", "the same")
+    def cancel(job_id: str) -> dict[str, Any]:
+        return _refusing(lambda: jobs.cancel(job_id)).as_json()
+
+    guards = [Depends(_guard(session))]
+    for method, path, handler, summary in routes:
+        app.add_api_route(
+            PREFIX + path, handler, methods=[method], summary=f"DPO: {summary}", tags=["dpo"], dependencies=guards,
+            operation_id=f"dpo_{method.lower()}_{path.strip('/').replace('/', '_').replace('{', '').replace('}', '')}",
+        )  # fmt: skip
+
+
+def _do(jobs: Jobs, title: str, work: Work[Any], wait: bool) -> dict[str, Any]:
+    """Run or start a job; its record, with the result when it is over."""
+    if not wait:
+        return _refusing(lambda: jobs.start(title, work)).as_json()
+    record = _refusing(lambda: jobs.register(title))
+    _refusing(lambda: jobs.finish(record, work))
+    return record.as_json()
+
+
+def _refusing(work: Callable[[], Any]) -> Any:
+    """Turn what people are to read into an HTTP error with the sentence as its detail."""
+    try:
+        return work()
+    except DpoError as error:
+        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), _UNPROCESSABLE)
+        raise HTTPException(status_code=status, detail=str(error)) from error
+
+
+def _guard(session: Session) -> Callable[..., None]:
+    """A dependency that asks for the users and passwords of --api-auth, where there are any."""
+    accounts = dict(session.host.api_auth())
+    if not accounts:
+        return lambda: None
+
+    def check(credentials: HTTPBasicCredentials = _CREDENTIALS) -> None:
+        expected = accounts.get(credentials.username, "")
+        same = secrets.compare_digest(credentials.password.encode(), expected.encode())
+        if not (same and credentials.username in accounts):
+            raise HTTPException(status_code=401, detail="Incorrect username or password", headers={"WWW-Authenticate": "Basic"})
+
+    return check

@@ -1,0 +1,155 @@
+"""One generation with an offset: what the always-on script and the XYZ axes ask for, and what the infotext says of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from lib_dpo.errors import DpoError, NotFoundError, SettingError
+from lib_dpo.library import FileKind
+from lib_dpo.patch import Patch
+from lib_dpo.session import Session
+
+logger = logging.getLogger(__name__)
+
+TITLE = "DPO offset"
+NO_OFFSET = "None"
+Method = Literal["off", "LoRA", "exact"]
+METHODS: tuple[Method, ...] = get_args(Method)
+# Keys of the infotext: the host's parser wants words, spaces and dashes only. Never rename one: old pictures carry them.
+INFOTEXT: Mapping[str, str] = {
+    "offset": "DPO offset",
+    "strength": "DPO strength",
+    "blocks": "DPO blocks",
+    "rank": "DPO rank",
+    "method": "DPO method",
+    "baked": "DPO baked",
+}
+AXES, _ACTIVE = "dpo_axes", "dpo_active"  # attributes that we set on the host's `p`
+_WIDEST = 100.0  # a strength beyond it is a slip of the finger
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What one generation is to get. `method` None: the offset as it was chosen."""
+
+    enabled: bool = False
+    offset: str = NO_OFFSET
+    strength: float = 1.0
+    blocks: str = ""
+    rank: int | None = None
+    method: Method | None = None
+
+    @property
+    def is_on(self) -> bool:
+        return self.enabled and self.method != "off"
+
+
+def wish_of(p: Any, enabled: Any = False, offset: Any = NO_OFFSET, strength: Any = 1.0, blocks: Any = "", *_: Any) -> Wish:
+    """The script's own arguments, overridden by what XYZ axes set on `p`. An axis switches a script that is off on.
+
+    Raises:
+        SettingError: a strength that is no number, or absurd.
+    """
+    wish = Wish(bool(enabled), str(offset or NO_OFFSET), _strength(strength), str(blocks or ""))
+    axes: Mapping[str, Any] = getattr(p, AXES, {})
+    return replace(wish, enabled=wish.enabled or bool(axes), **axes) if axes else wish
+
+
+def set_axis(p: Any, name: str, value: Any) -> None:
+    """Let an XYZ axis decide one field of the wish. The host copies `p` shallowly for each cell: never change the dict."""
+    setattr(p, AXES, {**getattr(p, AXES, {}), name: value})
+
+
+def _strength(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise SettingError(f"strength {str(value)[:40]!r} is not a number; expected one such as 0.5 or 1") from None
+    if not math.isfinite(number) or abs(number) > _WIDEST:
+        raise SettingError(f"strength {number:g} is too large; expected a number between {-_WIDEST:g} and {_WIDEST:g}")
+    return number
+
+
+def patch_for(session: Session, wish: Wish) -> Patch:
+    """The offset that a wish is about, opened for the loaded model.
+
+    Raises:
+        NotFoundError: none is chosen, it has vanished, or the method has no file to use.
+        SettingError, MismatchError, BadFileError: as `Session.patch`.
+    """
+    if wish.offset in ("", NO_OFFSET):
+        raise NotFoundError("no offset is chosen; choose a LoRA or an offset file")
+    name = wish.offset
+    if wish.method in ("LoRA", "exact"):
+        kind: FileKind = "lora" if wish.method == "LoRA" else "offset"
+        entry = session.library.same_pair(name, kind)
+        if entry is None:
+            wanted, make = ("LoRA", "Extract DPO LoRA") if kind == "lora" else ("offset file", "Write offset file")
+            raise NotFoundError(f"{name}: no {wanted} of the same base and reference was found; make one with «{make}»")
+        name = entry.name
+    return session.patch(name, blocks=wish.blocks, rank=wish.rank)
+
+
+class Generation:
+    """The hooks of the always-on script, in our words; each is called with the host's `p`."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def process(self, p: Any, *args: Any) -> None:
+        """Once per generation, when the right checkpoint is loaded: decide, and write the infotext."""
+        ours = set(INFOTEXT.values())  # cells of a grid share the dict with one another: start clean
+        p.extra_generation_params = {key: text for key, text in p.extra_generation_params.items() if key not in ours}
+        setattr(p, _ACTIVE, (None, 0.0))
+        with self._refusing(p):
+            wish = wish_of(p, *args)
+            baked = self._session.host.live.baked()
+            if baked:
+                p.extra_generation_params[INFOTEXT["baked"]] = f"{baked.offset} x {baked.strength:g}"
+            if not wish.is_on:
+                return
+            patch = patch_for(self._session, wish)
+            p.extra_generation_params.update(_infotext(wish))
+            if wish.strength:
+                setattr(p, _ACTIVE, (patch, wish.strength))
+
+    def on_networks(self, p: Any, extra_network_data: dict[str, Any]) -> None:
+        patch, strength = getattr(p, _ACTIVE, (None, 0.0))
+        with self._refusing(p):
+            self._session.host.live.on_networks(p, patch, strength, extra_network_data)
+
+    def on_batch(self, p: Any) -> None:
+        patch, strength = getattr(p, _ACTIVE, (None, 0.0))
+        with self._refusing(p):
+            self._session.host.live.on_batch(p, patch, strength)
+
+    def on_sampling(self, p: Any) -> None:
+        patch, strength = getattr(p, _ACTIVE, (None, 0.0))
+        with self._refusing(p):
+            self._session.host.live.on_sampling(p, patch, strength)
+
+    @contextmanager
+    def _refusing(self, p: Any) -> Iterator[None]:
+        """No picture instead of one without the offset: the host would print an exception and go on without us."""
+        try:
+            yield
+        except DpoError as error:
+            logger.info("%s", error)
+            self._session.host.abort(p, f"{TITLE}: {error}")
+        except Exception as error:
+            logger.exception("the DPO offset could not be applied")
+            self._session.host.abort(p, f"{TITLE}: this should not happen: {type(error).__name__}: {error}")
+
+
+def _infotext(wish: Wish) -> dict[str, Any]:
+    """The wish as the infotext has it; what is at its default is left out."""
+    entries: dict[str, Any] = {INFOTEXT["offset"]: wish.offset, INFOTEXT["strength"]: wish.strength}
+    for name in ("blocks", "rank", "method"):
+        if getattr(wish, name):
+            entries[INFOTEXT[name]] = getattr(wish, name)
+    return entries

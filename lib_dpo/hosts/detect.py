@@ -1,0 +1,27 @@
+"""Which WebUI this process is."""
+
+from __future__ import annotations
+
+import sys
+
+from lib_dpo.errors import HostError
+from lib_dpo.hosts.base import Host
+
+
+def current_host() -> Host:
+    """The host of the running WebUI, told from what it has loaded: nothing of a host is imported to find out.
+
+    Raises:
+        HostError: this process is no WebUI.
+    """
+    if "modules.shared" not in sys.modules:
+        raise HostError("no WebUI is running in this process; use `python -m lib_dpo` on the command line")
+    from lib_dpo.hosts.webui import WebUI, host_version
+
+    if "modules_forge" in sys.modules:
+        from lib_dpo.hosts.forge import ForgeLive, fork_name
+
+        return WebUI(*fork_name(), ForgeLive())
+    from lib_dpo.hosts.a1111 import A1111Live
+
+    return WebUI("AUTOMATIC1111", host_version(), A1111Live())

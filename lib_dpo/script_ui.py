@@ -1,0 +1,73 @@
+"""The controls of the always-on script, and how infotexts fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lib_dpo.generation import INFOTEXT, NO_OFFSET, TITLE
+from lib_dpo.session import Session
+
+_WIDEST_SLIDER, _STEP = 2.0, 0.05
+
+
+def script_controls(
+    session: Session, elem_id: Callable[[str], str], accordion: Callable[..., Any]
+) -> tuple[list[Any], list[tuple[Any, Any]], list[str]]:
+    """Components in the order of the script's arguments (enabled, offset, strength, blocks), infotext fields, paste names.
+
+    Called several times by the host, also outside of any page: it may keep nothing.
+
+    Args:
+        elem_id: the host's, unique in each of its tabs.
+        accordion: the host's InputAccordion, whose value is whether it is open.
+    """
+    import gradio as gr
+
+    with accordion(False, label=TITLE, elem_id=elem_id("enabled")) as enabled:
+        with gr.Row():
+            offset = gr.Dropdown(
+                label="Offset",
+                choices=_offsets(session),
+                value=NO_OFFSET,
+                allow_custom_value=True,  # a list of files may be older than the files
+                elem_id=elem_id("offset"),
+            )
+            refresh = gr.Button("🔄", elem_id=elem_id("refresh"), elem_classes=["tool"])
+            strength = gr.Slider(
+                label="Strength",
+                minimum=-_WIDEST_SLIDER,
+                maximum=_WIDEST_SLIDER,
+                step=_STEP,
+                value=1.0,
+                elem_id=elem_id("strength"),
+            )
+        blocks = gr.Textbox(
+            label="Block weights",
+            value="",
+            lines=1,
+            placeholder="everywhere; or such as IN=0.5,MID=0,OUT=1",
+            elem_id=elem_id("blocks"),
+        )
+    offset.do_not_save_to_config = True  # the host would keep a list of files in ui-config.json
+    refresh.click(fn=lambda: gr.update(choices=_offsets(session)), inputs=[], outputs=[offset])
+    fields = [
+        (enabled, _is_on),  # a function: an infotext without our keys switches the script off
+        (offset, INFOTEXT["offset"]),
+        (strength, INFOTEXT["strength"]),
+        (blocks, _blocks),
+    ]
+    return [enabled, offset, strength, blocks], fields, [INFOTEXT["offset"], INFOTEXT["strength"]]
+
+
+def _offsets(session: Session) -> list[str]:
+    return [NO_OFFSET, *(entry.name for entry in session.library.offsets())]
+
+
+def _is_on(infotext: Mapping[str, Any]) -> bool:
+    return INFOTEXT["offset"] in infotext
+
+
+def _blocks(infotext: Mapping[str, Any]) -> str | None:
+    """The block weights; none where the infotext has an offset without them; left alone where it has no offset."""
+    return str(infotext.get(INFOTEXT["blocks"], "")) if _is_on(infotext) else None

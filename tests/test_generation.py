@@ -1,0 +1,210 @@
+"""The always-on script's logic and the X/Y/Z axes, over a host without a WebUI."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import webui_files
+from webui_files import extract, fake
+
+from lib_dpo.axes import add_axes
+from lib_dpo.errors import BadTensorError, SettingError
+from lib_dpo.generation import Generation, set_axis, wish_of
+from lib_dpo.session import Session
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return webui_files.make(tmp_path_factory.mktemp("generation"))
+
+
+@pytest.fixture
+def session(files: Path, tmp_path: Path) -> Session:
+    session = webui_files.open_session(files, tmp_path / "models")
+    extract(session)
+    session.jobs.run("offset", lambda job: session.write_offset(job, base="", reference="dpo-sd1", name="exact"))
+    return session
+
+
+def new_p(**attributes: Any) -> Any:
+    return SimpleNamespace(extra_generation_params={"Other": 1}, calls=[], scripts=None, **attributes)
+
+
+def generate(session: Session, p: Any, *args: Any) -> list[tuple[str, str | None, float]]:
+    """The hooks as a host calls them, the hires pass and its repetitions too; what reached the live model."""
+    hooks = Generation(session)
+    hooks.process(p, *args)
+    hooks.on_networks(p, {})
+    hooks.on_batch(p)
+    hooks.on_sampling(p)
+    hooks.on_networks(p, {})
+    hooks.on_sampling(p)
+    calls: list[tuple[str, str | None, float]] = p.calls
+    return calls
+
+
+def test_off_means_off(session: Session):
+    for args in ((), (False, "dpo", 1.0, ""), (None, None, 1.0, None)):
+        p = new_p()
+        assert {call[1] for call in generate(session, p, *args)} == {None}
+        assert p.extra_generation_params == {"Other": 1}
+
+
+def test_on_reaches_every_hook_and_the_infotext(session: Session):
+    p = new_p()
+    calls = generate(session, p, True, "dpo", 0.5, "IN=0.5;MID=0")
+    assert calls == [(name, "dpo", 0.5) for name in ("networks", "batch", "sampling", "networks", "sampling")]
+    assert p.extra_generation_params == {
+        "Other": 1, "DPO offset": "dpo", "DPO strength": 0.5, "DPO blocks": "IN=0.5;MID=0",
+    }  # fmt: skip
+
+
+def test_strength_0_applies_nothing_and_says_so(session: Session):
+    p = new_p()
+    assert {call[1] for call in generate(session, p, True, "dpo", 0, "")} == {None}
+    assert p.extra_generation_params["DPO strength"] == 0
+
+
+def test_a_bake_is_in_the_infotext(session: Session):
+    session.jobs.run("bake", lambda job: session.bake(job, offset="dpo", strength=0.8))
+    p = new_p()
+    generate(session, p)
+    assert p.extra_generation_params["DPO baked"] == "dpo x 0.8"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((True, "None", 1.0, ""), "no offset is chosen"),
+        ((True, "gone", 1.0, ""), "no offset named 'gone'"),
+        ((True, "xl", 1.0, ""), "is an offset for SDXL"),
+        ((True, "dpo", "much", ""), "is not a number"),
+        ((True, "dpo", float("inf"), ""), "too large"),
+        ((True, "dpo", 1.0, "HEAD=1"), "block weight 'HEAD=1'"),
+    ],
+)
+def test_what_cannot_be_applied_stops_the_generation_with_a_sentence(session: Session, args: Any, message: str):
+    p = new_p()
+    assert {call[1] for call in generate(session, p, *args)} == {None}
+    (told,) = fake(session).aborted
+    assert message in told
+    assert told.startswith("DPO offset: ")
+
+
+def test_errors_while_applying_stop_the_generation(session: Session):
+    def fail(*_: Any) -> None:
+        raise BadTensorError("dpo: a tensor holds NaN")
+
+    session.host.live.on_sampling = fail  # type: ignore[method-assign]
+    generate(session, new_p(), True, "dpo", 1.0, "")
+    assert fake(session).aborted[0] == "DPO offset: dpo: a tensor holds NaN"
+    session.host.live.on_sampling = lambda *_: 1 / 0  # type: ignore[assignment, method-assign, return-value]
+    generate(session, new_p(), True, "dpo", 1.0, "")
+    assert "ZeroDivisionError" in fake(session).aborted[-1]
+
+
+# ---- X/Y/Z ----
+
+
+class AxisOption:
+    """The fields of the host's class, as it takes them."""
+
+    def __init__(self, label, type, apply, format_value=None, confirm=None, cost=0.0, choices=None, prepare=None):
+        self.label, self.type, self.apply, self.confirm, self.cost, self.choices = label, type, apply, confirm, cost, choices
+
+
+def axes_of(session: Session, args: tuple[Any, ...] = (False, "dpo", 1.0, "")) -> dict[str, AxisOption]:
+    module = ModuleType("xyz_grid.py")
+    module.AxisOption, module.axis_options = AxisOption, []  # type: ignore[attr-defined]
+    for _ in range(2):  # Reload script bodies registers twice
+        add_axes(module, session, lambda p: args)
+    return {option.label[len("[DPO] ") :].lower(): option for option in module.axis_options}  # type: ignore[attr-defined]
+
+
+def test_axes_are_added_once(session: Session):
+    assert list(axes_of(session)) == ["strength", "offset", "rank", "blocks", "method"]
+    assert axes_of(session)["offset"].choices() == ["None", "exact.safetensors", "dpo", "xl"]
+    assert axes_of(session)["method"].choices() == ["off", "LoRA", "exact"]
+
+
+def test_cells_of_a_grid_are_independent(session: Session):
+    """The host copies p shallowly for each cell: what one cell set must not reach the next."""
+    axes, p = axes_of(session), new_p()
+    shown = []
+    for strength in (0.0, 1.5, 0.0):
+        cell = copy.copy(p)
+        cell.calls = []
+        axes["strength"].apply(cell, strength, [])
+        calls = generate(session, cell, False, "dpo", 1.0, "")
+        shown.append((calls[0][1], cell.extra_generation_params.get("DPO strength")))
+    assert shown == [(None, 0.0), ("dpo", 1.5), (None, 0.0)]
+    p.calls = []
+    assert {call[1] for call in generate(session, p, False, "dpo", 1.0, "")} == {None}
+    assert p.extra_generation_params == {"Other": 1}
+
+
+def test_axes_override_the_script(session: Session):
+    p = new_p()
+    for name, value in (("strength", 0.25), ("rank", 2), ("blocks", "OUT=0"), ("method", "LoRA")):
+        set_axis(p, name, value)
+    wish = wish_of(p, False, "dpo", 1.0, "")
+    assert (wish.enabled, wish.strength, wish.rank, wish.blocks, wish.method) == (True, 0.25, 2, "OUT=0", "LoRA")
+    generate(session, p, False, "dpo", 1.0, "")
+    assert p.extra_generation_params["DPO rank"] == 2
+
+
+@pytest.mark.parametrize(("chosen", "method", "used"), [
+    ("dpo", "exact", "exact"), ("dpo", "LoRA", "dpo"), ("exact.safetensors", "LoRA", "dpo"), ("dpo", "off", None),
+])  # fmt: skip
+def test_the_method_takes_the_file_of_the_same_pair(session: Session, chosen: str, method: str, used: str | None):
+    p = new_p()
+    axes_of(session)["method"].apply(p, method, [])
+    calls = generate(session, p, True, chosen, 1.0, "")
+    assert {call[1] for call in calls} == {used}
+    assert not fake(session).aborted
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "message"),
+    [
+        ("strength", [0.5, float("nan")], "Strength nan"),
+        ("strength", [1e9], "too large"),
+        ("offset", ["dpo", "gone"], "Offset 'gone': there is no offset named"),
+        ("offset", ["xl"], "is an offset for SDXL"),
+        ("rank", [2, 5], "Rank 5: rank 5 is outside 1 to 4"),
+        ("blocks", ["IN=1", "EAR=2"], "Blocks 'EAR=2'"),
+        ("method", ["LoRA", "magic"], "Method 'magic': unknown; expected one of off, LoRA, exact"),
+    ],
+)
+def test_confirm_refuses_bad_values_by_name(session: Session, axis: str, values: list[Any], message: str):
+    confirm = axes_of(session)[axis].confirm
+    with pytest.raises(RuntimeError, match="DPO") as found:
+        confirm(new_p(), values)
+    assert message in str(found.value)
+
+
+def test_confirm_takes_good_values(session: Session):
+    axes, p = axes_of(session), new_p()
+    for axis, values in (("strength", [0.0, -1.0, 2.0]), ("offset", ["None", "dpo"]), ("rank", [1, 4]),
+                         ("blocks", ["", "IN=0.5;MID=0"]), ("method", ["off", "LoRA", "exact"])):  # fmt: skip
+        axes[axis].confirm(p, values)
+    without = axes_of(session, (False, "None", 1.0, ""))
+    without["rank"].confirm(p, [4])  # another axis brings the offset
+    fake(session).live.path = None
+    with pytest.raises(RuntimeError, match="no checkpoint is loaded"):
+        axes["offset"].confirm(p, ["dpo"])
+
+
+def test_exact_without_an_offset_file_says_how_to_make_one(session: Session):
+    (fake(session).reference_dir / "exact.safetensors").unlink()
+    with pytest.raises(RuntimeError, match="no offset file of the same base and reference"):
+        axes_of(session)["method"].confirm(new_p(), ["exact"])
+
+
+def test_a_strength_that_is_no_number_is_refused():
+    with pytest.raises(SettingError):
+        wish_of(new_p(), True, "dpo", object(), "")
