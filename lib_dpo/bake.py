@@ -140,13 +140,17 @@ def _plan(target: Model, offset: Offset) -> tuple[dict[str, str], tuple[str, ...
                 f"{name}: tensor {source.keys[0]} is stored as {stored}, which no offset can be added to; expected "
                 "floating-point numbers: use an fp16, bf16 or fp32 copy of the file"
             )
-        _fitted(torch.empty(shape, device="meta"), target.shape(key), key, offset.name, name)
+        fitted(torch.empty(shape, device="meta"), target.shape(key), key, offset.name, name)
         plan[source.keys[0]] = key
     return plan, (*not_applied, *offset.unmatched)
 
 
-def _fitted(delta: Tensor, shape: tuple[int, ...], key: str, offset_name: str, target_name: str) -> Tensor:
-    """The delta in the target's shape. A first convolution with more input channels (inpainting) gets zeros for them."""
+def fitted(delta: Tensor, shape: tuple[int, ...], key: str, offset_name: str, target_name: str) -> Tensor:
+    """The delta in the target's shape. A first convolution with more input channels (inpainting) gets zeros for them.
+
+    Raises:
+        MismatchError: it fits no other way.
+    """
     if tuple(delta.shape) == shape:
         return delta
     if delta.numel() == math.prod(shape) and delta.shape[:1] == shape[:1]:
@@ -190,7 +194,7 @@ class _Run:
         if weight == 0:
             return stored.to(to)
         delta = self.offset.read(canonical, torch.float64)
-        change = _fitted(delta, tuple(stored.shape), canonical, self.offset.name, self.target.path.name).reshape(-1)
+        change = fitted(delta, tuple(stored.shape), canonical, self.offset.name, self.target.path.name).reshape(-1)
         result = torch.empty(stored.shape, dtype=to)
         for start in range(0, stored.numel(), _PIECE):
             piece = slice(start, start + _PIECE)
