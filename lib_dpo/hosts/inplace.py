@@ -1,0 +1,277 @@
+"""Live weights edited in place: all is checked and copied before it is touched, any exception puts everything back.
+
+Undo copies the originals back, so it is bit-equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lib_dpo.arch import recognise
+from lib_dpo.bake import fitted
+from lib_dpo.checkpoint import tensor_bytes
+from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, SettingError
+from lib_dpo.hosts.base import Baked
+from lib_dpo.hosts.marks import Marker, Marks
+from lib_dpo.keymap import UNET
+from lib_dpo.patch import Patch
+from lib_dpo.progress import Progress, Steps
+
+Values = tuple[Tensor, ...]
+
+_ROOM = 256 << 20  # for what adding up one tensor takes, and for others
+_LARGEST_LOSS = 0.5  # share of the change that 8-bit storage may round away
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A live tensor, and the more exact copies of it that its host computes from (fp8 storage with cached fp16)."""
+
+    key: str
+    tensor: Tensor
+    copies: tuple[Tensor, ...] = ()
+
+    @property
+    def tensors(self) -> Values:
+        return (self.tensor, *self.copies)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
+
+    def read(self) -> Values:
+        """Real copies in main memory."""
+        return tuple(tensor.detach().to("cpu", copy=True) for tensor in self.tensors)
+
+    def write(self, values: Values) -> None:
+        for tensor, value in zip(self.tensors, values, strict=True):
+            tensor.copy_(value)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The live tensors that an offset changes, and its keys that have no place in the live model."""
+
+    slots: tuple[Slot, ...]
+    not_applied: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for slot in self.slots)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A bake that is in live weights: what undo needs, and how to tell that it is still there."""
+
+    baked: Baked
+    originals: Mapping[str, Values]
+    marks: Marks
+    text_encoder: bool
+
+
+# ---- before ----
+
+
+def plan_edit(patch: Patch, slots: Mapping[str, Slot], name: str) -> Plan:
+    """Match an offset to live tensors; everything that can be known before the first write.
+
+    Args:
+        slots: the whole model by canonical key.
+        name: the model, for messages.
+
+    Raises:
+        MismatchError: another architecture, a UNet tensor missing, or shapes that do not fit.
+        HostError: weights stored as integers. SettingError: nothing would change.
+    """
+    shapes = {key: tuple(slot.tensor.shape) for key, slot in slots.items()}
+    architecture = recognise(shapes, name=name).architecture
+    if architecture is not patch.architecture:
+        raise MismatchError(
+            f"{patch.name} is an offset for {patch.architecture.title} but {name} is {architecture.title}; "
+            "they must be of one architecture"
+        )
+    chosen, missing = [], []
+    for key in patch.changed_keys():
+        slot = slots.get(key)
+        if slot is None and key.startswith(UNET):
+            raise MismatchError(f"{name} lacks the UNet tensor {key}, which {patch.name} changes; expected a complete UNet")
+        if slot is None:
+            missing.append(key)
+            continue
+        if not slot.tensor.is_floating_point():
+            raise HostError(f"{name} holds {key} as {slot.tensor.dtype}; load it in a floating-point format to bake into it")
+        fitted(torch.empty(patch.offset.shapes[key], device="meta"), shapes[key], key, patch.name, name)
+        chosen.append(slot)
+    if not chosen:
+        raise SettingError(f"{patch.name} changes nothing with these block weights ({patch.blocks}); set some above 0")
+    return Plan(tuple(chosen), (*missing, *patch.offset.unmatched))
+
+
+def check_memory(needed: int) -> None:
+    """Refuse an edit whose originals do not fit. Raises HostError saying what to do; says nothing without psutil."""
+    free = available_memory()
+    if free is not None and free < needed + _ROOM:
+        raise HostError(
+            f"to be undone, this bake must keep {needed / 1e9:.1f} GB of original weights, but only {free / 1e9:.1f} GB of "
+            "memory is free; undo an earlier bake, close other programs, bake fewer blocks, or save a baked checkpoint instead"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes of main memory that programs can still have; None where that cannot be found out."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)
+
+
+# ---- the edit ----
+
+
+class Saved:
+    """What live tensors held before an edit."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, tuple[Slot, Values]] = {}
+
+    def keep(self, slot: Slot) -> Values:
+        """Copy what a slot holds now, unless that was done before."""
+        if slot.key not in self._values:
+            self._values[slot.key] = (slot, slot.read())
+        return self._values[slot.key][1]
+
+    def restore(self) -> None:
+        for slot, values in self._values.values():
+            slot.write(values)
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[Saved]:
+    """What is kept in the yielded `Saved` is put back when an exception leaves the block."""
+    saved = Saved()
+    try:
+        yield saved
+    except BaseException:
+        saved.restore()
+        raise
+
+
+def bake(
+    plan: Plan,
+    patch: Patch,
+    strength: float,
+    slots: Mapping[str, Slot],
+    *,
+    earlier: Record | None = None,
+    finish: Callable[[], None] = lambda: None,
+    on_progress: Progress | None = None,
+) -> Record:
+    """Write original + strength x delta into every planned slot, summed in float32 and rounded once.
+
+    Args:
+        slots: the whole model, for the tensors of the earlier bake.
+        earlier: a bake that is in these weights, undone first; any exception brings it back.
+        finish: what the host must still do; an exception there undoes the edit too.
+
+    Raises:
+        BadTensorError: NaN or Inf, in the offset or in the sum. HostError: 8-bit weights that cannot hold the change.
+    """
+    originals: dict[str, Values] = {}
+    adder = _Adder(strength, patch.name)
+    steps = Steps(sum(slot.tensor.numel() for slot in plan.slots), on_progress)
+    with torch.inference_mode(), all_or_nothing() as saved:
+        for key, values in (earlier.originals if earlier else {}).items():
+            saved.keep(slots[key])
+            slots[key].write(values)
+        for slot in plan.slots:
+            kept = saved.keep(slot)
+            originals[slot.key] = earlier.originals.get(slot.key, kept) if earlier else kept
+            delta = fitted(patch.delta(slot.key), tuple(slot.tensor.shape), slot.key, patch.name, "the live model")
+            adder.add(slot, delta)
+            steps.advance(slot.tensor.numel(), slot.key)
+        adder.check_loss()
+        finish()
+    baked = Baked(
+        patch_id=patch.id,
+        offset=patch.name,
+        strength=strength,
+        blocks=str(patch.blocks),
+        rank=patch.rank,
+        tensors=len(plan.slots),
+        not_applied=plan.not_applied,
+        bytes_kept=plan.nbytes,
+    )
+    return Record(baked, originals, adder.marker.marks(), any(not slot.key.startswith(UNET) for slot in plan.slots))
+
+
+def undo(record: Record, slots: Mapping[str, Slot], on_progress: Progress | None = None) -> None:
+    """Copy the originals back. It cannot be stopped half way: a Cancelled from `on_progress` comes too late."""
+    steps = Steps(sum(values[0].numel() for values in record.originals.values()), on_progress)
+    with torch.inference_mode():
+        for key, values in record.originals.items():
+            slots[key].write(values)
+            with suppress(Cancelled):
+                steps.advance(values[0].numel(), key)
+
+
+@dataclass
+class _Adder:
+    """The arithmetic of one bake: what it counts, and the marks it takes."""
+
+    strength: float
+    name: str  # of the offset, for messages
+    marker: Marker = field(default_factory=Marker)
+    wanted: float = 0.0
+    lost: float = 0.0
+
+    def add(self, slot: Slot, delta: Tensor) -> None:
+        """Add strength x delta to a slot. Raises BadTensorError for NaN or Inf."""
+        live = slot.tensor.detach()
+        before = self.marker.before(live)
+        most_exact = slot.copies[0] if slot.copies else live
+        change = delta.to(live.device).mul(self.strength)  # a copy: the delta may be a view of a file
+        exact = most_exact.to(live.device, torch.float32) + change
+        for tensor in slot.tensors:
+            rounded = exact.to(tensor.dtype)
+            self._check_finite(slot.key, rounded)
+            tensor.copy_(rounded)
+        if live.element_size() == 1:
+            self.wanted += float(change.square().sum(dtype=torch.float64))
+            self.lost += float((live.float() - exact).square().sum(dtype=torch.float64))
+        self.marker.after(slot.key, live, before)
+
+    def check_loss(self) -> None:
+        """Refuse a bake that 8-bit storage rounds away. Raises HostError with the share that would be lost."""
+        if self.lost > _LARGEST_LOSS * self.wanted:
+            raise HostError(
+                f"this model is stored in 8 bits, where rounding takes {min(self.lost / self.wanted, 1):.0%} of the change by "
+                f"{self.name}; switch 8-bit (FP8) storage off in the settings, or apply the offset while generating"
+            )
+
+    def _check_finite(self, key: str, tensor: Tensor) -> None:
+        # torch lacks isfinite for float8
+        if not bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()):
+            raise BadTensorError(
+                f"{key} would hold NaN or Inf as {tensor.dtype} after adding {self.strength:g} x {self.name}; "
+                "use a smaller strength"
+            )
+
+
+# ---- what is there ----
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes, by sorted name."""
+    sha256 = hashlib.sha256()
+    for key in sorted(tensors):
+        sha256.update(key.encode())
+        sha256.update(tensor_bytes(tensors[key]))
+    return sha256.hexdigest()
