@@ -94,7 +94,7 @@ def test_looking_at_files(client: TestClient):
 
 
 def test_compare_gives_one_grid(client: TestClient):
-    post(client, "/extract", {**PAIR, "name": "dpo"})
+    post(client, "/extract", {**PAIR, "name": "dpo", "rank": 4})
     body = {"offset": "dpo", "prompts": ["a cat", "a dog"], "seeds": "1, 2", "strengths": "1", "width": 64, "height": 64}
     found = post(client, "/compare", body)["result"]
     image = Image.open(io.BytesIO(base64.b64decode(found["grid"])))
@@ -161,21 +161,21 @@ def test_a_job_can_be_polled_and_cancelled(session: Session, client: TestClient)
         return extract(job, **options)
 
     session.extract = slow  # type: ignore[method-assign]
-    job = post(client, "/extract", {**PAIR, "name": "dpo", "wait": False})
+    job = post(client, "/extract", {**PAIR, "name": "dpo", "rank": 4, "wait": False})
     assert job["state"] in ("waiting", "running")
-    refused(client, "/extract", {**PAIR, "name": "dpo", "wait": False}, 409, "running or waiting already")
+    refused(client, "/extract", {**PAIR, "name": "dpo", "rank": 4, "wait": False}, 409, "running or waiting already")
     assert get(client, "/jobs")[0]["id"] == job["id"]
     assert client.delete(f"{PREFIX}/jobs/{job['id']}").status_code == 200
     held.set()
     while (state := get(client, f"/jobs/{job['id']}"))["state"] not in ("done", "failed", "cancelled"):
         time.sleep(0.02)
-    assert state["state"] == "cancelled"
+    assert (state["state"], state["error"]) == ("cancelled", "")
     assert tiny.snapshot(fake(session).folder) == before
     assert client.get(f"{PREFIX}/jobs/none").status_code == 404
 
 
 def test_api_auth_is_asked_for_on_every_route(session: Session):
-    fake(session).auth = {"me": "secret", "you": "päss"}
+    fake(session).auth = {"me": "secret"}
     client = client_of(session)
     paths = client.get("/openapi.json").json()["paths"]
     assert len(paths) >= 12
@@ -186,7 +186,6 @@ def test_api_auth_is_asked_for_on_every_route(session: Session):
             assert client.request(method, url, json={}, auth=("me", "wrong")).status_code == 401, path
             assert client.request(method, url, json={}, auth=("nobody", "")).status_code == 401, path
     assert client.get(PREFIX + "/status", auth=("me", "secret")).status_code == 200
-    assert client.get(PREFIX + "/status", auth=("you", "päss".encode())).status_code == 200
 
 
 def test_every_route_is_described_and_no_handler_blocks_the_server(session: Session):
