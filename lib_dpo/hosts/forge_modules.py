@@ -1,0 +1,107 @@
+"""Where each fork of Forge keeps what we need of it, and which fork this is: asked of the live modules, never of folders.
+
+Nothing of a host is imported before a function is called, so that this file can be imported on every fork, and without any.
+"""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from lib_dpo.errors import HostError, NoModelError
+
+# Forge and Neo; Classic and reForge; Neo since it vendors ComfyUI
+_LORA = ("backend.patcher.lora", "ldm_patched.modules.lora", "comfy.lora")
+_MEMORY = ("backend.memory_management", "ldm_patched.modules.model_management", "comfy.model_management")
+
+
+def optional(name: str) -> ModuleType | None:
+    """A module of the host, or None where this host has none of that name."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and (name == error.name or name.startswith(error.name + ".")):
+            return None
+        raise
+
+
+def lora_module() -> ModuleType:
+    """The module with `load_lora` and the key maps. Raises HostError."""
+    return _first(_LORA, "load_lora")
+
+
+def memory_module() -> ModuleType:
+    """The module with `load_models_gpu`. Raises HostError."""
+    return _first(_MEMORY, "load_models_gpu")
+
+
+def _first(names: tuple[str, ...], function: str) -> ModuleType:
+    for name in names:
+        module = optional(name)
+        if module is not None and hasattr(module, function):
+            return module
+    raise HostError(
+        f"this WebUI has no {function} in {' or '.join(names)}; update the extension, or use another version of Forge"
+    )
+
+
+def is_forge() -> bool:
+    """Whether this process is Forge or a fork of it."""
+    return optional("modules_forge") is not None
+
+
+def fork_name() -> tuple[str, str]:
+    """The fork's name as in `Host.name`, and what it says of its version."""
+    version = str(getattr(optional("modules_forge.forge_version"), "version", "of unknown version"))
+    base = optional("backend.patcher.base")
+    if base is not None:
+        patches = inspect.signature(base.ModelPatcher.add_patches).parameters["patches"]
+        return "Forge" if patches.kind is patches.KEYWORD_ONLY else "Forge Neo", version
+    if optional("ldm_patched.modules.weight_adapter") is not None:
+        return "reForge", version
+    return ("Forge Classic" if optional("ldm_patched") is not None else "Forge Neo"), version
+
+
+def live_engine() -> Any | None:
+    """The model object with `forge_objects_original`; None before the first load. Never loads: `shared.sd_model` may."""
+    model = import_module("modules.sd_models").model_data.sd_model
+    return model if getattr(model, "forge_objects_original", None) is not None else None
+
+
+def loaded_engine() -> Any:
+    """The same. Raises NoModelError before the first load."""
+    engine = live_engine()
+    if engine is None:
+        raise NoModelError("no checkpoint is loaded yet; choose one and make a picture, then try again")
+    return engine
+
+
+def chosen_engine() -> Any:
+    """The model object of the checkpoint that is chosen now: Forge and Neo load that one only for the next picture.
+
+    Raises:
+        NoModelError: nothing was loaded yet.
+    """
+    sd_models = import_module("modules.sd_models")
+    engine = loaded_engine()
+    if getattr(sd_models.model_data, "forge_loading_parameters", None):
+        del engine  # two models do not fit
+        sd_models.forge_model_reload()  # returns at once where the chosen one is loaded
+    return loaded_engine()
+
+
+def cond_caches(p: Any = None) -> list[list[Any]]:
+    """The host's lists of conditionings made from prompts: those of all generations, and of `p`."""
+    processing = import_module("modules.processing")
+    holders = [processing.StableDiffusionProcessing, processing.StableDiffusionProcessingTxt2Img, p]
+    names = ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc")
+    found = (getattr(holder, name, None) for holder in holders for name in names)
+    return [cache for cache in found if isinstance(cache, list)]
+
+
+def clear_conds(p: Any = None) -> None:
+    """Make the text encoder run again: the caches' keys know neither bakes nor patches (no fork's)."""
+    for cache in cond_caches(p):
+        cache[:] = [None] * len(cache)

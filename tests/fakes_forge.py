@@ -1,0 +1,493 @@
+"""Strict stand-ins for Forge, Classic, reForge and Neo around a real small torch module: what is misspelt fails.
+
+Only what the four do with patchers is here, in our own words and no longer than it must be: when they merge, when they
+restore, what they compare to find out, and in which order a generation calls the hooks.
+"""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Protocol
+
+import pytest
+import tiny
+import torch
+
+from lib_dpo.arch import ARCHITECTURES
+from lib_dpo.keymap import UNET, lora_aliases, lora_modules
+
+FORKS = ("forge", "classic", "reforge", "neo")
+_QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def module_of(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A tree of modules with these parameters."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        *parents, leaf = name.split(".")
+        node = root
+        for parent in parents:
+            if parent not in node._modules:
+                node.add_module(parent, torch.nn.Module())
+            node = node.get_submodule(parent)
+        node.register_parameter(leaf, torch.nn.Parameter(tensor.clone(), requires_grad=False))
+    return root
+
+
+def set_parameter(root: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent), leaf, torch.nn.Parameter(tensor, requires_grad=False))
+
+
+def merged(weight: torch.Tensor, patches: Iterable[Any]) -> torch.Tensor:
+    """The sum in float32, rounded once. Other patches than those that all forks take are refused."""
+    total = weight.float().clone()
+    for strength, patch in patches:
+        if isinstance(patch, Adapter) or patch[0] == "lora":
+            up, down, alpha, mid = patch.weights if isinstance(patch, Adapter) else patch[1]
+            assert mid is None
+            pair = up.float().flatten(1) @ down.float().flatten(1)
+            total += strength * alpha / down.shape[0] * pair.reshape(total.shape)
+        else:
+            assert patch[0] == "diff", patch[0]
+            assert patch[1][0].shape == total.shape
+            total += strength * patch[1][0].float()
+    return total.to(weight.dtype)
+
+
+class Adapter:
+    """What the `load_lora` of reForge and Neo makes of a pair."""
+
+    def __init__(self, up: torch.Tensor, down: torch.Tensor, alpha: float) -> None:
+        self.weights = (up, down, alpha, None)
+
+
+class LoraLoader:
+    """Forge: one to a module, shared by all patchers of it; compares names and strengths, never contents."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.backup: dict[str, torch.Tensor] = {}
+        self.online: dict[str, list[Any]] = {}
+        self.loaded_hash = "[]"
+        self.merges = 0
+
+    def refresh(self, lora_patches: dict[Any, Any]) -> None:
+        wanted = str(list(lora_patches))
+        if wanted == self.loaded_hash:
+            return
+        for name, tensor in self.backup.items():
+            set_parameter(self.model, name, tensor)
+        self.backup, self.online = {}, {}
+        self.merges += bool(lora_patches)
+        together: dict[str, list[Any]] = {}
+        for (_, _, _, online), patches in lora_patches.items():
+            for name, entries in patches.items():
+                (self.online if online else together).setdefault(name, []).extend(entry[:2] for entry in entries)
+        for name, entries in together.items():
+            weight = self.model.get_parameter(name)
+            self.backup[name] = weight.detach()
+            set_parameter(self.model, name, merged(weight, entries))
+        self.loaded_hash = wanted
+
+
+class ForgePatcher:
+    """Forge's ModelPatcher."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.lora_patches: dict[Any, dict[str, list[Any]]] = {}
+        if not hasattr(model, "lora_loader"):
+            model.lora_loader = LoraLoader(model)  # type: ignore[assignment]
+        self.lora_loader: LoraLoader = model.lora_loader  # type: ignore[assignment]
+
+    def clone(self) -> ForgePatcher:
+        other = type(self)(self.model)
+        other.lora_patches = self.lora_patches.copy()
+        return other
+
+    def add_patches(
+        self,
+        *,
+        filename: str,
+        patches: dict[str, Any],
+        strength_patch: float = 1.0,
+        strength_model: float = 1.0,
+        online_mode: bool = False,
+    ) -> set[str]:
+        names = {name for name, _ in self.model.named_parameters()}
+        self.lora_patches[(filename, strength_patch, strength_model, online_mode)] = {
+            name: [[strength_patch, patch, strength_model, None, None]] for name, patch in patches.items() if name in names
+        }
+        return names & patches.keys()
+
+    def merge(self) -> None:
+        self.lora_loader.refresh(self.lora_patches)
+
+    def unmerge(self) -> None:
+        """Forge leaves weights as they are."""
+
+    @property
+    def merges(self) -> int:
+        return self.lora_loader.merges
+
+
+class ComfyPatcher:
+    """The ModelPatcher of Classic; backups belong to each clone, and what is loaded is compared by identity."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.patches: dict[str, list[Any]] = {}
+        self.backup: dict[str, torch.Tensor] = {}
+        if not hasattr(model, "merges"):
+            model.merges = 0  # type: ignore[assignment]
+
+    def clone(self) -> Any:
+        other = type(self)(self.model)
+        other.patches = {name: list(entries) for name, entries in self.patches.items()}
+        return other
+
+    def add_patches(self, patches: dict[str, Any], strength_patch: float = 1.0, strength_model: float = 1.0) -> list[str]:
+        names = self.model.state_dict().keys() & patches.keys()
+        for name in names:
+            self.patches.setdefault(name, []).append((strength_patch, patches[name], strength_model))
+        return list(names)
+
+    def merge(self) -> None:
+        self.model.merges += bool(self.patches)  # type: ignore[operator]
+        for name, entries in self.patches.items():
+            weight = self.model.get_parameter(name)
+            self.backup.setdefault(name, weight.detach())
+            set_parameter(self.model, name, merged(weight, [entry[:2] for entry in entries]))
+
+    def unmerge(self) -> None:
+        for name, tensor in self.backup.items():
+            set_parameter(self.model, name, tensor)
+        self.backup.clear()
+
+    @property
+    def merges(self) -> int:
+        return int(self.model.merges)  # type: ignore[arg-type]
+
+
+class UuidPatcher(ComfyPatcher):
+    """reForge: backups are shared by clones, and what is merged is compared by uuid."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.patches_uuid = uuid.uuid4()
+        if not hasattr(model, "merged_uuid"):
+            model.merged_uuid = None  # type: ignore[assignment]
+
+    def clone(self) -> Any:
+        other = super().clone()
+        other.patches_uuid, other.backup = self.patches_uuid, self.backup
+        return other
+
+    def add_patches(self, patches: dict[str, Any], strength_patch: float = 1.0, strength_model: float = 1.0) -> list[str]:
+        self.patches_uuid = uuid.uuid4()
+        return super().add_patches(patches, strength_patch, strength_model)
+
+    def lowvram_patch_counter(self) -> int:
+        return 0
+
+    def merge(self) -> None:
+        if self.model.merged_uuid != self.patches_uuid:
+            super().unmerge()
+            super().merge()
+            self.model.merged_uuid = self.patches_uuid  # type: ignore[assignment]
+
+    def unmerge(self) -> None:
+        """Weights stay merged until another uuid is loaded."""
+
+
+class NeoPatcher(UuidPatcher):
+    """Neo: reForge's, with Forge's names and online patches in keywords."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__(model)
+        self.online: set[str] = set()
+
+    def add_patches(  # type: ignore[override]
+        self,
+        patches: dict[str, Any],
+        strength_patch: float = 1.0,
+        strength_model: float = 1.0,
+        *,
+        filename: str,
+        online_mode: bool = False,
+    ) -> list[str]:
+        assert filename
+        self.online |= set(patches) if online_mode else set()
+        return super().add_patches(patches, strength_patch, strength_model)
+
+
+class Clip:
+    """The host's CLIP object: a patcher and what belongs to it."""
+
+    def __init__(self, patcher: Any) -> None:
+        self.patcher = patcher
+        self.cond_stage_model = patcher.model
+
+    def clone(self) -> Clip:
+        return Clip(self.patcher.clone())
+
+
+class Objects:
+    """ForgeObjects."""
+
+    def __init__(self, unet: Any, clip: Clip | None) -> None:
+        self.unet, self.clip = unet, clip
+
+    def shallow_copy(self) -> Objects:
+        return Objects(self.unet, self.clip)
+
+
+class FakeInitialModel:
+    """What Forge has before the first generation: true, and without anything."""
+
+
+class Live(Protocol):
+    def on_networks(self, p: Any, patch: Any, strength: float, extra_network_data: dict[str, Any]) -> None: ...
+    def on_batch(self, p: Any, patch: Any, strength: float) -> None: ...
+    def on_sampling(self, p: Any, patch: Any, strength: float) -> None: ...
+
+
+class FakeForge:
+    """One fork with its checkpoints. `picture` makes a generation as that fork does and returns what it depends on."""
+
+    def __init__(self, fork: str, folder: Path, *, arch: str = "sd1", dtype: torch.dtype = torch.float16) -> None:
+        self.fork, self.folder, self.arch, self.dtype = fork, folder, arch, dtype
+        self.patcher = {"forge": ForgePatcher, "classic": ComfyPatcher, "reforge": UuidPatcher, "neo": NeoPatcher}[fork]
+        self.loaded: list[Any] = []  # patchers
+        self.data = SimpleNamespace(sd_model=FakeInitialModel() if fork in ("forge", "neo") else None)
+        if fork in ("forge", "neo"):
+            self.data.forge_loading_parameters = {}
+            self.data.forge_hash = ""
+        self.Processing = type("StableDiffusionProcessing", (), {"cached_c": [None, None], "cached_uc": [None, None]})
+        hires = {"cached_hr_c": [None, None], "cached_hr_uc": [None, None]}
+        self.ProcessingTxt2Img = type("StableDiffusionProcessingTxt2Img", (self.Processing,), hires)
+
+    # ---- modules ----
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeForge:
+        """Put this fork's modules where imports find them, and no other fork's."""
+        lora = _module("lora", load_lora=self.load_lora, **self._key_maps())
+        memory = _module("memory", load_models_gpu=self.load_models_gpu)
+        sd_models = _module("sd_models", model_data=self.data)
+        runner = type("ScriptRunner", (), {"process_before_every_sampling": None})
+        modules = {
+            "modules": _module("modules"),
+            "modules.sd_models": sd_models,
+            "modules.processing": _module(
+                "p", StableDiffusionProcessing=self.Processing, StableDiffusionProcessingTxt2Img=self.ProcessingTxt2Img
+            ),
+            "modules.scripts": _module("scripts", ScriptRunner=runner),
+            "modules_forge": _module("modules_forge"),
+            "modules_forge.forge_version": _module("forge_version", version=f"{self.fork} 1.0"),
+        }
+        if self.fork in ("forge", "neo"):
+            sd_models.forge_model_reload = self.forge_model_reload  # type: ignore[attr-defined]
+            base = _module("base", ModelPatcher=self.patcher)
+            modules |= {"backend": _module("backend"), "backend.patcher": _module("patcher"), "backend.patcher.base": base}
+            modules |= {"backend.patcher.lora": lora, "backend.memory_management": memory}
+        else:
+            modules |= {"ldm_patched": _module("ldm_patched"), "ldm_patched.modules": _module("m")}
+            modules |= {"ldm_patched.modules.lora": lora, "ldm_patched.modules.model_management": memory}
+            if self.fork == "reforge":
+                modules["ldm_patched.modules.weight_adapter"] = _module("weight_adapter")
+        for name in list(sys.modules):
+            if name.split(".")[0] in ("modules", "modules_forge", "backend", "ldm_patched", "comfy"):
+                monkeypatch.delitem(sys.modules, name)
+        for name, module in modules.items():
+            monkeypatch.setitem(sys.modules, name, module)
+        return self
+
+    def load_lora(self, state_dict: dict[str, torch.Tensor], key_map: dict[str, str]) -> Any:
+        found: dict[str, Any] = {}
+        used = set()
+        for name, target in key_map.items():
+            up, down, alpha = (state_dict.get(f"{name}.{part}") for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+            if up is not None and down is not None:
+                scale = down.shape[0] if alpha is None else alpha.item()
+                adapter = self.fork in ("reforge", "neo")
+                found[target] = Adapter(up, down, scale) if adapter else ("lora", (up, down, scale, None))
+                used |= {f"{name}.{part}" for part in ("lora_up.weight", "lora_down.weight", "alpha")}
+            for suffix, kind in (("diff", ""), ("w_norm", ""), ("diff_b", "bias"), ("b_norm", "bias")):
+                if f"{name}.{suffix}" in state_dict:
+                    key = target.removesuffix("weight") + kind if kind else target
+                    found[key] = ("diff", (state_dict[f"{name}.{suffix}"],))
+                    used.add(f"{name}.{suffix}")
+        return found if self.fork == "reforge" else (found, {key: t for key, t in state_dict.items() if key not in used})
+
+    def _key_maps(self) -> dict[str, Any]:
+        arch = ARCHITECTURES[self.arch]
+
+        def unet(model: torch.nn.Module, key_map: dict[str, str]) -> dict[str, str]:
+            for name, _ in model.named_parameters():
+                for module in lora_modules(arch, "model." + name):
+                    key_map |= dict.fromkeys(lora_aliases(arch, module), name)
+            return key_map
+
+        def clip(model: torch.nn.Module, key_map: dict[str, str]) -> dict[str, str]:
+            for name, _ in model.named_parameters():
+                if ".encoder.layers." in name and name.endswith(".weight") and "norm" not in name:
+                    prefix = {"clip_l": "lora_te_", "clip_g": "lora_te2_"}[name.split(".")[0]]
+                    key_map[prefix + name.split(".transformer.")[1].removesuffix(".weight").replace(".", "_")] = name
+            return key_map
+
+        return {"model_lora_keys_unet": unet, "model_lora_keys_clip": clip}
+
+    # ---- models ----
+
+    def checkpoint(self, name: str, seed: int) -> Path:
+        return tiny.save(self.folder / f"{name}.safetensors", tiny.base(self.arch, seed=seed))
+
+    def load(self, path: Path) -> Any:
+        """A new model object of a file; the old one is let go."""
+        from safetensors.torch import load_file
+
+        for patcher in self.loaded:  # all models are unloaded first
+            patcher.unmerge()
+        self.loaded.clear()
+        tensors = load_file(path)
+        unet = {key.removeprefix("model."): tensor.to(self.dtype) for key, tensor in tensors.items() if key.startswith(UNET)}
+        roots = ("clip_l", "clip_g") if self.arch == "sdxl" else ("clip_l",)
+        clip = {
+            f"{root}.transformer.{key}": tensor.half()
+            for root, encoder in zip(roots, ARCHITECTURES[self.arch].text_encoders, strict=True)
+            for key, tensor in tiny.in_transformers(encoder, tensors).items()
+        }
+        module = module_of(unet)
+        if self.fork in ("forge", "neo"):
+            module.storage_dtype = self.dtype  # type: ignore[assignment]
+        objects = Objects(self.patcher(module), Clip(self.patcher(module_of(clip))))
+        engine = SimpleNamespace(
+            forge_objects=objects,
+            forge_objects_original=objects.shallow_copy(),
+            forge_objects_after_applying_lora=objects.shallow_copy(),
+            current_lora_hash="[]",
+            sd_checkpoint_info=SimpleNamespace(filename=str(path)),
+        )
+        self.data.sd_model = engine
+        if self.fork in ("forge", "neo"):
+            self.data.forge_loading_parameters = {"checkpoint": str(path)}
+            self.data.forge_hash = str(self.data.forge_loading_parameters)
+        return engine
+
+    def choose(self, path: Path) -> None:
+        """Forge and Neo load it for the next picture only, the others at once."""
+        if self.fork in ("forge", "neo"):
+            self.data.forge_loading_parameters = {"checkpoint": str(path)}
+        else:
+            self.load(path)
+
+    def forge_model_reload(self) -> tuple[Any, bool]:
+        if str(self.data.forge_loading_parameters) == self.data.forge_hash:
+            return self.data.sd_model, False
+        return self.load(Path(self.data.forge_loading_parameters["checkpoint"])), True
+
+    def load_models_gpu(self, models: list[Any], memory_required: float = 0) -> None:
+        """A patcher that is loaded already is left alone; else all others of its module leave first."""
+        for patcher in models:
+            if any(other is patcher for other in self.loaded):
+                continue
+            for other in [other for other in self.loaded if other.model is patcher.model]:
+                other.unmerge()
+                self.loaded.remove(other)
+            patcher.merge()
+            self.loaded.append(patcher)
+
+    def merges(self) -> int:
+        return int(self.data.sd_model.forge_objects_original.unet.merges)
+
+    # ---- one generation ----
+
+    def picture(
+        self,
+        live: Live,
+        patch: Any = None,
+        strength: float = 0.0,
+        *,
+        loras: Iterable[tuple[Path, float]] = (),
+        prompt: str = "a cat",
+        hires: bool = False,
+    ) -> torch.Tensor:
+        """What the generation saw: conds, and weights at each sampling."""
+        if self.fork in ("forge", "neo"):
+            self.forge_model_reload()
+        engine, loras = self.data.sd_model, list(loras)
+        p = self.ProcessingTxt2Img()
+        p.sd_model, p.is_hr_pass = engine, False
+        engine.forge_objects = engine.forge_objects_original.shallow_copy()
+        self._activate(live, p, patch, strength, loras)
+        engine.forge_objects = engine.forge_objects_after_applying_lora.shallow_copy()
+        live.on_batch(p, patch, strength)
+        seen = [self._conds(p.cached_c, prompt)]
+        engine.forge_objects = engine.forge_objects_after_applying_lora.shallow_copy()
+        live.on_sampling(p, patch, strength)
+        seen.append(self._sample())
+        if hires:
+            p.is_hr_pass = True
+            self._activate(live, p, patch, strength, loras)
+            seen.append(self._conds(p.cached_hr_c, prompt + " in detail"))
+            if self.fork == "forge":  # on objects of the first pass
+                live.on_sampling(p, patch, strength)
+            engine.forge_objects = engine.forge_objects_after_applying_lora.shallow_copy()
+            live.on_sampling(p, patch, strength)
+            seen.append(self._sample())
+        return torch.stack(seen)
+
+    def _activate(self, live: Live, p: Any, patch: Any, strength: float, loras: list[tuple[Path, float]]) -> None:
+        """The built-in Lora: nothing happens while its list of files and strengths stays."""
+        from safetensors.torch import load_file
+
+        engine, wanted = self.data.sd_model, str([[str(path), strength] for path, strength in loras])
+        if engine.current_lora_hash != wanted:
+            engine.current_lora_hash = wanted
+            original = engine.forge_objects_original
+            engine.forge_objects.unet, engine.forge_objects.clip = original.unet, original.clip
+            for path, multiplier in loras:
+                key_map = self._key_maps()["model_lora_keys_unet"](original.unet.model, {})
+                found = self.load_lora(load_file(path), key_map)
+                patcher = engine.forge_objects.unet.clone()
+                arguments: dict[str, Any] = {"patches": found if self.fork == "reforge" else found[0]}
+                if self.fork in ("forge", "neo"):
+                    arguments["filename"] = str(path)
+                patcher.add_patches(**arguments, strength_patch=multiplier)
+                engine.forge_objects.unet = patcher
+            engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
+        live.on_networks(p, patch, strength, {})
+
+    def _conds(self, cache: list[Any], prompt: str) -> torch.Tensor:
+        if cache[0] != (prompt, str(self.data.sd_model.sd_checkpoint_info.filename)):
+            clip = self.data.sd_model.forge_objects.clip
+            self.load_models_gpu([clip.patcher])
+            cache[1] = _sums(clip.patcher)
+            cache[0] = (prompt, str(self.data.sd_model.sd_checkpoint_info.filename))
+        return cache[1]  # type: ignore[no-any-return]
+
+    def _sample(self) -> torch.Tensor:
+        unet = self.data.sd_model.forge_objects.unet
+        self.load_models_gpu([unet])
+        return _sums(unet)
+
+
+def _sums(patcher: Any) -> torch.Tensor:
+    """A number that every parameter, with what is added to it in the forward pass, has a part in."""
+    online = getattr(patcher, "lora_loader", SimpleNamespace(online={})).online
+    total = torch.zeros((), dtype=torch.float64)
+    for number, (name, parameter) in enumerate(patcher.model.named_parameters()):
+        weight = merged(parameter.float(), online[name]) if name in online else parameter
+        total += (weight.double() * torch.arange(1, weight.numel() + 1).reshape(weight.shape)).sum() / (number + 1)
+    return total
+
+
+def _module(name: str, **attributes: Any) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(attributes)
+    return module

@@ -1,0 +1,480 @@
+"""Forge, Classic, reForge and Neo: what they do not have in common with other WebUIs, on strict fakes of their patchers."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+
+import fakes_forge
+import pytest
+import tiny
+import torch
+from fakes_forge import FORKS, FakeForge
+
+from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, NoModelError
+from lib_dpo.hosts import forge_modules
+from lib_dpo.hosts.forge import ForgeLive
+from lib_dpo.keymap import UNET, parse_blocks
+from lib_dpo.patch import Patch, open_patch
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA with norms, a dense offset file, one LoRA with a text encoder part, and one of SDXL."""
+    folder = tmp_path_factory.mktemp("forge")
+    for arch in ("sd1", "sdxl"):
+        base = tiny.save(folder / f"{arch}_base.safetensors", tiny.base(arch))
+        tuned = tiny.save(folder / f"{arch}_tuned.safetensors", tiny.tuned(arch, rms=1e-2))
+        pair = ("--base", base, "--tuned", tuned)
+        assert tiny.run("extract", *pair, "-o", folder / f"{arch}.safetensors", "--rank", 4, "--profile", "webui") == 0
+        if arch == "sd1":
+            assert tiny.run("offset", *pair, "-o", folder / "dense.safetensors") == 0
+    generator = torch.Generator().manual_seed(1)
+    unet = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    te = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    tensors = {}
+    for name, width in ((unet, 32), (te, 16)):
+        tensors[f"{name}.lora_up.weight"] = torch.randn((width, 2), generator=generator)
+        tensors[f"{name}.lora_down.weight"] = torch.randn((2, width), generator=generator)
+        tensors[f"{name}.alpha"] = torch.tensor(1.0)
+    tiny.save(folder / "te.safetensors", tensors)
+    return folder
+
+
+@pytest.fixture(params=FORKS)
+def host(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeForge:
+    fake = FakeForge(request.param, tmp_path).install(monkeypatch)
+    fake.load(fake.checkpoint("a", 0))
+    return fake
+
+
+@pytest.fixture
+def forge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeForge:
+    fake = FakeForge("forge", tmp_path).install(monkeypatch)
+    fake.load(fake.checkpoint("a", 0))
+    return fake
+
+
+@pytest.fixture
+def live() -> ForgeLive:
+    return ForgeLive()
+
+
+def patch_of(files: Path, name: str = "sd1", **options: Any) -> Patch:
+    return open_patch(files / f"{name}.safetensors", **options)
+
+
+def expected(host: FakeForge, patch: Patch, strength: float) -> dict[str, torch.Tensor]:
+    """The UNet as a sum in float32, rounded once."""
+    tensors = {key: tensor.to(host.dtype) for key, tensor in tiny.base(host.arch).items() if key.startswith(UNET)}
+    for key in patch.changed_keys():
+        if key in tensors:
+            tensors[key] = (tensors[key].float() + strength * patch.delta(key)).to(host.dtype)
+    return {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
+
+
+def weights(host: FakeForge) -> dict[str, torch.Tensor]:
+    model = host.data.sd_model.forge_objects_original.unet.model
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def off_by(host: FakeForge, tensors: dict[str, torch.Tensor]) -> float:
+    """The largest difference; one unit of float16 is 1e-3 for weights from 1 to 2, which are the largest."""
+    found = weights(host)
+    return max(float((found[key].float() - tensor.float()).abs().max()) for key, tensor in tensors.items())
+
+
+# ---- generations ----
+
+
+@pytest.mark.parametrize("name", ["sd1", "dense", "te"])
+def test_strength_0_and_afterwards_are_the_base_bit_for_bit(host: FakeForge, live: ForgeLive, files: Path, name: str):
+    patch, base = patch_of(files, name), host.picture(live)
+    first = host.picture(live, patch, 0.8)
+    assert not torch.equal(first, base)
+    assert torch.equal(host.picture(live, patch, 0.0), base)
+    assert torch.equal(host.picture(live, patch, 0.8), first)
+    assert not torch.equal(host.picture(live, patch, -0.8), first)
+    assert torch.equal(host.picture(live), base)
+
+
+@pytest.mark.parametrize("name", ["sd1", "dense"])
+def test_the_weights_of_a_generation_are_the_sum_rounded_once(host: FakeForge, live: ForgeLive, files: Path, name: str):
+    patch = patch_of(files, name, blocks=parse_blocks("IN=0.5,MID=0"))
+    host.picture(live, patch, 0.7)
+    assert off_by(host, expected(host, patch, 0.7)) < 1e-3
+
+
+def test_all_passes_of_hires_get_the_patch_once(host: FakeForge, live: ForgeLive, files: Path):
+    patch = patch_of(files, "te")
+    _, first, _, second = host.picture(live, patch, 0.5, hires=True)
+    assert torch.equal(first, second)
+    conds, _, hires_conds, _ = host.picture(live, patch, 0.5, hires=True)
+    assert torch.equal(conds, hires_conds)
+    base = host.picture(live, hires=True)
+    assert torch.equal(base[1], base[3])
+    assert not torch.equal(base[1], first)
+    assert not torch.equal(base[0], conds)
+
+
+def test_equal_generations_merge_once(host: FakeForge, live: ForgeLive, files: Path):
+    patch = patch_of(files)
+    host.picture(live, patch, 0.5)
+    merges = host.merges()
+    for _ in range(3):
+        host.picture(live, patch, 0.5, hires=True)
+    assert host.merges() == merges
+    host.picture(live, patch, 0.6)
+    assert host.merges() == merges + 1
+
+
+def test_a_change_of_strength_reads_nothing(host: FakeForge, live: ForgeLive, files: Path):
+    patch = patch_of(files)
+    first = host.picture(live, patch, 0.5)
+    patch.close()
+    assert not torch.equal(host.picture(live, patch, 0.6), first)
+
+
+def test_other_contents_at_equal_strength_are_applied(host: FakeForge, live: ForgeLive, files: Path):
+    whole = host.picture(live, patch_of(files), 0.5)
+    assert not torch.equal(host.picture(live, patch_of(files, rank=1), 0.5), whole)
+    assert not torch.equal(host.picture(live, patch_of(files, blocks=parse_blocks("OUT=0")), 0.5), whole)
+    assert torch.equal(host.picture(live, patch_of(files), 0.5), whole)
+
+
+def test_the_text_encoder_is_never_taken_from_the_cache_of_another_patch(host: FakeForge, live: ForgeLive, files: Path):
+    patch, base = patch_of(files, "te"), host.picture(live)[0]
+    conds = host.picture(live, patch, 1.0)[0]
+    assert not torch.equal(conds, base)
+    assert not torch.equal(host.picture(live, patch, 0.5)[0], conds)
+    assert torch.equal(host.picture(live, patch, 1.0)[0], conds)
+    assert torch.equal(host.picture(live, patch_of(files), 1.0)[0], base)  # changes the UNet only
+    host.load(host.checkpoint("a", 0))  # the same file again, in a new model: the host's cache knows no difference
+    assert torch.equal(host.picture(ForgeLive(), patch, 1.0)[0], conds)
+    assert torch.equal(host.picture(ForgeLive())[0], base)
+
+
+def test_conds_stay_cached_while_nothing_changes(host: FakeForge, live: ForgeLive, files: Path):
+    host.picture(live)
+    cached = host.Processing.cached_c[1]
+    for patch, strength in ((None, 0.0), (patch_of(files), 1.0), (patch_of(files, "te"), 0.0)):
+        host.picture(live, patch, strength)
+        assert host.Processing.cached_c[1] is cached
+    host.picture(live, patch_of(files, "te"), 1.0)
+    assert host.Processing.cached_c[1] is not cached
+
+
+def test_a_patch_lives_beside_the_loras_of_the_prompt(host: FakeForge, live: ForgeLive, files: Path):
+    patch, loras = patch_of(files, "dense"), [(files / "sd1.safetensors", 0.6)]
+    base, lora = host.picture(live), host.picture(live, loras=loras)
+    both = host.picture(live, patch, 0.5, loras=loras)
+    assert len({float(picture[1]) for picture in (base, lora, both)}) == 3
+    assert torch.equal(host.picture(live, loras=loras), lora)
+    assert torch.equal(host.picture(live), base)
+    assert torch.equal(host.picture(live, patch, 0.5, loras=loras), both)
+
+
+# ---- bake and undo ----
+
+
+@pytest.mark.parametrize("name", ["sd1", "dense", "te"])
+def test_undo_gives_back_every_bit(host: FakeForge, live: ForgeLive, files: Path, name: str):
+    patch, base, before = patch_of(files, name), host.picture(live), live.fingerprint()
+    assert live.baked() is None
+    assert not live.unbake()
+    baked = live.bake(patch, 0.8)
+    assert live.baked() == baked
+    assert (baked.tensors, baked.not_applied, baked.online) == (len(patch.changed_keys()), (), False)
+    during = live.fingerprint()
+    assert during["unet"] != before["unet"]
+    assert (during["te"] != before["te"]) == patch.changes_text_encoder()
+    assert torch.equal(host.picture(live), host.picture(live))
+    assert not torch.equal(host.picture(live), base)
+    assert live.unbake()
+    assert live.baked() is None
+    assert live.fingerprint() == before
+    assert torch.equal(host.picture(live), base)
+
+
+def test_a_bake_is_the_sum_rounded_once(host: FakeForge, live: ForgeLive, files: Path):
+    patch = patch_of(files, "dense")
+    live.bake(patch, 1.0)
+    assert all(torch.equal(weights(host)[key], tensor) for key, tensor in expected(host, patch, 1.0).items())
+
+
+def test_a_bake_starts_from_clean_weights(host: FakeForge, live: ForgeLive, files: Path):
+    patch, before = patch_of(files), live.fingerprint()
+    live.bake(patch, 0.5)
+    half = live.fingerprint()
+    live.bake(patch_of(files, "dense"), 1.0)
+    live.bake(patch, 0.5)
+    assert live.fingerprint() == half
+    assert live.unbake()
+    assert live.fingerprint() == before
+
+
+def test_prompt_loras_come_and_go_around_a_bake(host: FakeForge, live: ForgeLive, files: Path):
+    patch, loras = patch_of(files, "dense"), [(files / "sd1.safetensors", 0.6)]
+    base, lora, before = host.picture(live), host.picture(live, loras=loras), live.fingerprint()
+    live.bake(patch, 0.5)  # while a LoRA is merged
+    both = host.picture(live, loras=loras)
+    assert not torch.equal(both, lora)
+    during = live.fingerprint()
+    assert torch.equal(host.picture(live, loras=loras), both)
+    baked = host.picture(live)
+    assert live.fingerprint() == during
+    host.picture(live, loras=loras)
+    live.unbake()
+    assert live.fingerprint() == before
+    assert torch.equal(host.picture(live, loras=loras), lora)
+    assert torch.equal(host.picture(live), base)
+    assert not torch.equal(baked, base)
+
+
+def test_looking_at_the_weights_changes_no_picture(host: FakeForge, live: ForgeLive, files: Path):
+    patch, loras = patch_of(files), [(files / "te.safetensors", 0.6)]
+    picture = host.picture(live, patch, 0.5, loras=loras)
+    live.fingerprint()
+    assert torch.equal(host.picture(live, patch, 0.5, loras=loras), picture)
+
+
+def test_the_same_patch_can_be_baked_and_added(host: FakeForge, live: ForgeLive, files: Path):
+    patch = patch_of(files, "dense")
+    live.bake(patch, 0.5)
+    host.picture(live, patch, 0.5)
+    assert off_by(host, expected(host, patch, 1.0)) < 1e-3
+
+
+def test_a_new_model_is_clean_and_the_old_one_is_let_go(host: FakeForge, live: ForgeLive, files: Path):
+    patch, token = patch_of(files), live.loaded().token
+    live.bake(patch, 0.5)
+    host.picture(live, patch, 0.5)
+    old = weakref.ref(host.data.sd_model.forge_objects_original.unet.model)
+    assert live.loaded().token == token
+    host.load(host.folder / "a.safetensors")
+    assert live.loaded().token != token
+    assert live.baked() is None
+    assert not live.unbake()
+    gc.collect()
+    assert old() is None
+
+
+def test_a_kept_model_keeps_its_bake(host: FakeForge, live: ForgeLive, files: Path):
+    live.bake(patch_of(files), 0.5)
+    kept = host.data.sd_model
+    host.load(host.checkpoint("b", 1))
+    assert live.baked() is None
+    host.data.sd_model = kept  # reForge goes back without loading
+    assert live.baked().strength == 0.5
+    assert live.unbake()
+
+
+def test_forge_bakes_what_is_chosen(forge: FakeForge, live: ForgeLive, files: Path):
+    forge.choose(forge.checkpoint("b", 1))
+    assert live.loaded().name == "a"
+    live.bake(patch_of(files), 0.5)
+    assert live.loaded().name == "b"
+    assert live.baked() is not None
+
+
+def test_before_the_first_load(host: FakeForge, live: ForgeLive, files: Path):
+    host.data.sd_model = fakes_forge.FakeInitialModel() if host.fork in ("forge", "neo") else None
+    assert live.loaded() is None
+    assert live.baked() is None
+    assert not live.unbake()
+    assert live.bake_bytes(patch_of(files)) > 0
+    for call in (
+        lambda: live.bake(patch_of(files), 1.0),
+        live.fingerprint,
+        lambda: live.matched_keys(files / "sd1.safetensors"),
+    ):
+        with pytest.raises(NoModelError, match="make a picture"):
+            call()
+
+
+# ---- what goes wrong ----
+
+
+def test_another_architecture_is_refused_by_name(host: FakeForge, live: ForgeLive, files: Path):
+    before = live.fingerprint()
+    for call in (lambda: live.bake(patch_of(files, "sdxl"), 1.0), lambda: host.picture(live, patch_of(files, "sdxl"), 1.0)):
+        with pytest.raises(MismatchError, match=r"an offset for SDXL but the loaded a is SD 1\.x"):
+            call()
+    assert live.fingerprint() == before
+
+
+def test_keys_that_the_model_lacks_are_reported(host: FakeForge, live: ForgeLive, files: Path, tmp_path: Path):
+    name = "lora_te_text_model_encoder_layers_11_mlp_fc1"
+    tensors = {f"{name}.lora_up.weight": torch.ones(64, 1), f"{name}.lora_down.weight": torch.ones(1, 16)}
+    unet = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors |= {f"{unet}.lora_up.weight": torch.ones(32, 1), f"{unet}.lora_down.weight": torch.ones(1, 32, 1, 1)}
+    tensors["something.else.diff"] = torch.ones(1)
+    file = tiny.save(tmp_path / "odd.safetensors", tensors)
+    clip = host.data.sd_model.forge_objects_original.clip.patcher.model
+    del clip.clip_l.transformer.text_model.encoder.layers._modules["11"]
+    baked = live.bake(open_patch(file), 1.0)
+    assert baked.tensors == 1
+    assert baked.not_applied == (
+        "cond_stage_model.transformer.text_model.encoder.layers.11.mlp.fc1.weight",
+        "something.else.diff",
+    )
+
+
+def test_a_unet_of_another_size_is_refused(host: FakeForge, live: ForgeLive, tmp_path: Path):
+    unet = "lora_unet_mid_block_attentions_0_proj_in"
+    tensors = {f"{unet}.lora_up.weight": torch.ones(16, 1), f"{unet}.lora_down.weight": torch.ones(1, 32, 1, 1)}
+    with pytest.raises(MismatchError, match=r"16x32x1x1 in wide but 32x32x1x1 in the loaded model"):
+        live.bake(open_patch(tiny.save(tmp_path / "wide.safetensors", tensors)), 1.0)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_failed_bake_leaves_the_model_as_it_was(host: FakeForge, live: ForgeLive, files: Path, earlier: bool):
+    if earlier:
+        live.bake(patch_of(files, "dense"), 0.5)
+    before, picture, record = live.fingerprint(), host.picture(live), live.baked()
+    with pytest.raises(BadTensorError, match="would hold NaN or Inf as float16"):
+        live.bake(patch_of(files), 1e9)
+
+    def stop(done: int, total: int, key: str) -> None:
+        if done > total // 3:
+            raise Cancelled("stopped")
+
+    with pytest.raises(Cancelled):
+        live.bake(patch_of(files, rank=2), 1.0, stop)
+    assert live.baked() == record
+    assert live.fingerprint() == before
+    assert torch.equal(host.picture(live), picture)
+
+
+def test_undo_notices_that_others_wrote_to_the_weights(host: FakeForge, live: ForgeLive, files: Path):
+    live.bake(patch_of(files, blocks=parse_blocks("OUT=0")), 0.5)
+    with torch.inference_mode():
+        host.data.sd_model.forge_objects_original.unet.model.get_parameter("diffusion_model.out.2.bias").add_(1)
+    with pytest.raises(HostError, match="not those from before the bake"):
+        live.unbake()
+    assert live.baked() is None
+
+
+def test_patches_of_others_on_top_of_a_bake_are_left_alone(host: FakeForge, live: ForgeLive, files: Path):
+    live.bake(patch_of(files), 0.5)
+    original = host.data.sd_model.forge_objects_original
+    ours = original.unet
+    original.unet = ours.clone()
+    assert live.baked() is not None
+    for call in (live.unbake, lambda: live.bake(patch_of(files), 1.0)):
+        with pytest.raises(HostError, match="another extension has patched the model"):
+            call()
+    original.unet = ours
+    assert live.unbake()
+    live.bake(patch_of(files), 0.5)
+    original.unet = host.patcher(original.unet.model)  # theirs alone
+    assert live.baked() is None
+
+
+def test_too_little_memory_is_refused_with_figures(
+    host: FakeForge, live: ForgeLive, files: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 10}))
+    with pytest.raises(HostError, match=r"baking keeps 0\.0 GB of memory until Undo"):
+        live.bake(patch_of(files), 1.0)
+
+
+# ---- quantised models ----
+
+
+@pytest.mark.parametrize("fork", FORKS)
+def test_quantised_weights_are_patched_while_generating_or_refused(
+    fork: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    host, live = FakeForge(fork, tmp_path, dtype=torch.float8_e4m3fn).install(monkeypatch), ForgeLive()
+    host.load(host.checkpoint("a", 0))
+    patch, before, base = patch_of(files), live.fingerprint(), host.picture(live)
+    assert live.loaded().storage == "float8_e4m3fn"
+    if fork in ("classic", "reforge"):
+        for call in (lambda: live.bake(patch, 1.0), lambda: host.picture(live, patch, 1.0)):
+            with pytest.raises(HostError, match="stored as float8_e4m3fn, into which changes this small vanish"):
+                call()
+        assert torch.equal(host.picture(live), base)
+        return
+    if fork == "forge":
+        assert not torch.equal(host.picture(live, patch, 0.01), base)
+        assert torch.equal(host.picture(live), base)
+    baked = live.bake(patch, 0.01)
+    assert baked.online
+    patcher = host.data.sd_model.forge_objects_original.unet
+    if fork == "forge":
+        assert {key[3] for key in patcher.lora_patches} == {True}
+        assert live.fingerprint() == before
+    else:
+        assert patcher.online == patcher.patches.keys()
+    assert live.unbake()
+    assert torch.equal(host.picture(live), base)
+
+
+# ---- names ----
+
+
+def test_sdxl_text_encoders_are_found_by_their_thirds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    host, live = FakeForge("forge", tmp_path, arch="sdxl").install(monkeypatch), ForgeLive()
+    engine = host.load(host.checkpoint("xl", 0))
+    tensors = {}
+    for letter in "qk":
+        name = f"lora_te2_text_model_encoder_layers_3_self_attn_{letter}_proj"
+        tensors |= {f"{name}.lora_up.weight": torch.ones(16, 1), f"{name}.lora_down.weight": torch.ones(1, 16)}
+    patch = open_patch(tiny.save(tmp_path / "te2.safetensors", tensors))
+    baked = live.bake(patch, 0.5)
+    assert (baked.tensors, baked.not_applied) == (1, ())
+    before = tiny.in_transformers(patch.architecture.text_encoders[1], tiny.base("sdxl"))
+    for letter, added in (("q", 0.5), ("k", 0.5), ("v", 0.0)):
+        name = f"text_model.encoder.layers.3.self_attn.{letter}_proj.weight"
+        parameter = engine.forge_objects_original.clip.patcher.model.get_parameter("clip_g.transformer." + name)
+        torch.testing.assert_close(parameter.float(), before[name] + added, atol=1e-3, rtol=1e-3)
+
+
+def test_matched_keys_are_counted_by_the_hosts_own_loader(host: FakeForge, live: ForgeLive, files: Path, tmp_path: Path):
+    matched, total = live.matched_keys(files / "sd1.safetensors")
+    assert matched == total > 500
+    stray = {
+        "lora_unet_no_such_layer.lora_up.weight": torch.ones(1, 1),
+        "lora_unet_no_such_layer.lora_down.weight": torch.ones(1, 1),
+    }
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    stray |= {f"{name}.lora_up.weight": torch.ones(64, 1), f"{name}.lora_down.weight": torch.ones(1, 16)}
+    assert live.matched_keys(tiny.save(tmp_path / "stray.safetensors", stray)) == (2, 4)
+
+
+def test_a_first_convolution_with_more_channels_gets_zeros(forge: FakeForge, live: ForgeLive, files: Path):
+    weight = torch.zeros(tiny.WIDTH, 9, 3, 3, dtype=torch.float16)
+    model = forge.data.sd_model.forge_objects_original.unet.model
+    fakes_forge.set_parameter(model, "diffusion_model.input_blocks.0.0.weight", weight)
+    for name in ("sd1", "dense"):
+        live.bake(patch_of(files, name), 1.0)
+        baked = weights(forge)["diffusion_model.input_blocks.0.0.weight"]
+        assert baked[:, :4].any()
+        assert not baked[:, 4:].any()
+
+
+def test_the_fork_is_told_by_its_modules(host: FakeForge, live: ForgeLive):
+    names = {"forge": "Forge", "classic": "Forge Classic", "reforge": "reForge", "neo": "Forge Neo"}
+    assert forge_modules.fork_name() == (names[host.fork], f"{host.fork} 1.0")
+    found = {check.name: check for check in live.checks()}
+    assert found.pop("quantised models").ok == (host.fork in ("forge", "neo"))
+    assert all(check.ok for check in found.values())
+    assert found["WebUI"].text.startswith(names[host.fork])
+
+
+def test_what_is_missing_is_said(host: FakeForge, live: ForgeLive, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(sys.modules["modules.scripts"].ScriptRunner, "process_before_every_sampling")
+    monkeypatch.delattr(forge_modules.lora_module(), "load_lora")
+    lost = {check.name: check.text for check in live.checks() if not check.ok}
+    assert lost["sampling hook"].startswith("not found: offsets cannot be added to a generation")
+    assert lost["LoRA loader"].startswith("not found: neither")
+
+
+def test_not_a_fork(monkeypatch: pytest.MonkeyPatch):
+    assert not forge_modules.is_forge()
