@@ -17,7 +17,7 @@ import torch
 
 from lib_dpo.arch import recognise
 from lib_dpo.checkpoint import open_checkpoint
-from lib_dpo.errors import HostError, MismatchError
+from lib_dpo.errors import HostError, MismatchError, SettingError
 from lib_dpo.hosts.base import Baked, Check, LoadedModel
 from lib_dpo.hosts.forge_checks import checks
 from lib_dpo.hosts.forge_modules import chosen_engine, clear_conds, live_engine, loaded_engine, lora_module
@@ -35,7 +35,8 @@ from lib_dpo.hosts.forge_patchers import (
     patcher_of,
     storage_of,
 )
-from lib_dpo.hosts.forge_patches import HostPatches, host_patches, patch_bytes, quantised, shape_of
+from lib_dpo.hosts.forge_patches import HostModel, HostPatches, host_patches, patch_bytes, quantised, shape_of
+from lib_dpo.hosts.inplace import check_memory
 from lib_dpo.lora import group_keys
 from lib_dpo.patch import Patch
 from lib_dpo.progress import Progress, Steps
@@ -43,8 +44,8 @@ from lib_dpo.progress import Progress, Steps
 _STATE = "dpo_offset_state"  # our attribute on the host's model object: it goes when the model goes
 _STALE = "dpo-offset:stale"  # a list of LoRAs that no prompt gives: makes the built-in Lora start from our patchers
 _OTHERS = (
-    "another extension has patched the model since, on top of the baked offset; to get the clean model, choose another "
-    "checkpoint and then this one again"
+    "the model was changed by something else since the bake: another extension's patches lie on top; to get the clean model, "
+    "choose another checkpoint and then this one again"
 )
 _PATCHES_KEPT, _BYTES_KEPT = 2, 2 << 30  # host forms of patches, kept for changes of strength alone
 
@@ -96,8 +97,8 @@ class ForgeLive:
         engine = live_engine()
         if engine is None:
             return None
-        path, state = Path(engine.sd_checkpoint_info.filename), _state(engine)
-        return LoadedModel(path.stem, path, state.storage, state.token)
+        state = _state(engine)
+        return LoadedModel(_name(engine), Path(engine.sd_checkpoint_info.filename), state.storage, state.token)
 
     # ---- bake and undo ----
 
@@ -109,7 +110,7 @@ class ForgeLive:
         if earlier and before != earlier.patched:
             raise HostError(_OTHERS)
         clean = earlier.clean if earlier else before
-        _check_memory(self.bake_bytes(patch) - (earlier.baked.bytes_kept if earlier else 0))
+        check_memory(self.bake_bytes(patch) - (earlier.baked.bytes_kept if earlier else 0))
         steps = Steps(_numel(clean) + sum(torch.Size(shape).numel() for shape in patch.offset.shapes.values()), on_progress)
         patches = _prepared(engine, patch, steps)
         try:
@@ -153,8 +154,8 @@ class ForgeLive:
         state.bake = None
         if fingerprint_of(record.clean, Steps(_numel(record.clean), on_progress)) != record.before:
             raise HostError(
-                "the weights are not those from before the bake: something else changed them meanwhile; choose another "
-                "checkpoint and then this one again"
+                "the bake was taken out, but weights that it left alone were changed by something else meanwhile; to get the "
+                "clean model, choose another checkpoint and then this one again"
             )
         return True
 
@@ -209,7 +210,7 @@ class ForgeLive:
             self._in_conds = in_conds
 
     def on_sampling(self, p: Any, patch: Patch | None, strength: float) -> None:
-        if patch is not None and strength:
+        if patch is not None and strength and patch.changed_keys():
             objects = p.sd_model.forge_objects
             objects.unet = self._patched(p.sd_model, "unet", patch, float(strength))
 
@@ -255,30 +256,21 @@ def _bake_name(patch_id: str) -> str:
     return f"dpo-bake:{patch_id}"  # never that of a generation: Forge replaces patches of one name and strength
 
 
-def _check_architecture(engine: Any, patch: Patch) -> None:
-    """Raises MismatchError for another architecture than the patch's, or one that we do not know."""
-    unet = engine.forge_objects_original.unet
-    name = Path(engine.sd_checkpoint_info.filename).stem
-    shapes = {key: shape_of(parameter) for key, parameter in parameters_of(unet).items()}
-    found = recognise(shapes, name=name).architecture
+def _check_fits(engine: Any, patch: Patch) -> None:
+    """Raises MismatchError for another architecture, SettingError where nothing would change."""
+    shapes = {key: shape_of(parameter) for key, parameter in parameters_of(engine.forge_objects_original.unet).items()}
+    found = recognise(shapes, name=_name(engine)).architecture
     if found is not patch.architecture:
         raise MismatchError(
-            f"{patch.name} is an offset for {patch.architecture.title} but the loaded {name} is {found.title}; they must be "
-            "of one architecture"
+            f"{patch.name} is an offset for {patch.architecture.title} but {_name(engine)} is {found.title}; they must be of "
+            "one architecture"
         )
+    if not patch.changed_keys():
+        raise SettingError(f"{patch.name} changes nothing with these block weights ({patch.blocks}); set some above 0")
 
 
-def _check_memory(needed: int) -> None:
-    try:
-        import psutil
-    except ImportError:  # every fork ships it; a host without is not stopped for that
-        return
-    available = int(psutil.virtual_memory().available)
-    if needed > available:
-        raise HostError(
-            f"baking keeps {needed / 1e9:.1f} GB of memory until Undo, but {available / 1e9:.1f} GB are free; close other "
-            "programs, or save a baked checkpoint file instead"
-        )
+def _name(engine: Any) -> str:
+    return Path(engine.sd_checkpoint_info.filename).stem
 
 
 def _prepared(engine: Any, patch: Patch, steps: Steps) -> HostPatches:
@@ -286,9 +278,9 @@ def _prepared(engine: Any, patch: Patch, steps: Steps) -> HostPatches:
     state, original = _state(engine), engine.forge_objects_original
     kept = state.patches.pop(patch.id, None)
     if kept is None:
-        _check_architecture(engine, patch)
-        parameters = parameters_of(original.unet), clip_parameters(original.clip)
-        kept = host_patches(patch, *parameters, lora_module().load_lora, steps), patch_bytes(patch)
+        _check_fits(engine, patch)
+        model = HostModel(_name(engine), parameters_of(original.unet), clip_parameters(original.clip))
+        kept = host_patches(patch, model, lora_module().load_lora, steps), patch_bytes(patch)
     while state.patches and (
         len(state.patches) >= _PATCHES_KEPT or kept[1] + sum(size for _, size in state.patches.values()) > _BYTES_KEPT
     ):

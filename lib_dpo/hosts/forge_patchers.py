@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import uuid
 from collections.abc import Callable, Mapping
@@ -12,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lib_dpo.checkpoint import tensor_bytes
 from lib_dpo.errors import BadTensorError, HostError
 from lib_dpo.hosts.forge_modules import fork_name, memory_module
 from lib_dpo.hosts.forge_patches import HostPatches, quantised
+from lib_dpo.hosts.inplace import digest
 from lib_dpo.progress import Steps
 
 
@@ -125,19 +124,11 @@ def load_now(patchers: Patchers) -> None:
 def fingerprint_of(patchers: Patchers, steps: Steps) -> dict[str, str]:
     """SHA-256 of the weights as these patchers make them."""
     load_now(patchers)
-    return {
-        "unet": _sha256(parameters_of(patchers.unet), steps),
-        "te": _sha256(clip_parameters(patchers.clip), steps),
-    }
-
-
-def _sha256(parameters: Mapping[str, Tensor], steps: Steps) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(parameters):
-        digest.update(name.encode() + b"\0")
-        digest.update(tensor_bytes(parameters[name].data))
-        steps.advance(parameters[name].numel(), name)
-    return digest.hexdigest()
+    found = {}
+    for name, parameters in (("unet", parameters_of(patchers.unet)), ("te", clip_parameters(patchers.clip))):
+        found[name] = digest({key: parameter.data for key, parameter in parameters.items()})
+        steps.advance(sum(parameter.numel() for parameter in parameters.values()), name)
+    return found
 
 
 def check_finite(patchers: Patchers, patches: HostPatches, strength: float) -> None:

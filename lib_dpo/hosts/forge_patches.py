@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lib_dpo.arch import Architecture, TextEncoder
+from lib_dpo.bake import fitted
 from lib_dpo.errors import HostError, MismatchError
 from lib_dpo.keymap import QKV, UNET, text_encoder_to_hf
 from lib_dpo.patch import Patch, Row
@@ -24,6 +25,15 @@ from lib_dpo.progress import Steps
 Parameters = Mapping[str, Tensor]
 _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class HostModel:
+    """What patches are made for: the model's name, and its parameters by the host's names."""
+
+    name: str
+    unet: Parameters
+    clip: Parameters
 
 
 @dataclass(frozen=True)
@@ -68,13 +78,10 @@ def patch_bytes(patch: Patch) -> int:
     return sum(4 * math.prod(patch.offset.shapes[key]) for key in patch.changed_keys())
 
 
-def host_patches(
-    patch: Patch, unet: Parameters, clip: Parameters, load_lora: Callable[[Any, Any], Any], steps: Steps
-) -> HostPatches:
+def host_patches(patch: Patch, model: HostModel, load_lora: Callable[[Any, Any], Any], steps: Steps) -> HostPatches:
     """Read a patch into the host's form. Dense float32 deltas stay views of the file, everything else is copied.
 
     Args:
-        unet, clip: the host's parameters by name.
         load_lora: the host's own.
 
     Raises:
@@ -82,10 +89,19 @@ def host_patches(
         BadTensorError: NaN or Inf, by key.
         HostError: the host's `load_lora` does not understand a pair.
     """
-    parameters = {**unet, **clip}
-    places = {key: _places(patch.architecture, key, parameters) for key in patch.changed_keys()}
+    shapes = {name: shape_of(parameter) for name, parameter in (*model.unet.items(), *model.clip.items())}
+    places = {key: _places(patch.architecture, key, shapes) for key in patch.changed_keys()}
+
+    def fit(delta: Tensor, place: _Place, key: str) -> Tensor:
+        return fitted(delta, shapes[place.name], key, patch.name, model.name)
+
     for key, found in places.items():
-        _check(patch, key, found, parameters)
+        if not found and key.startswith(UNET):
+            raise MismatchError(
+                f"{model.name} lacks the UNet tensor {key}, which {patch.name} changes; expected a complete UNet"
+            )
+        for place in found:
+            fit(_piece(torch.empty(patch.offset.shapes[key], device="meta"), place), place, key)
     low: dict[str, tuple[Tensor, Tensor, float]] = {}
     dense: dict[str, Tensor] = {}
     for row in patch.rows():
@@ -94,19 +110,18 @@ def host_patches(
                 continue
             if place.name in low or place.name in dense:  # several modules of the file change this one: all of them
                 low.pop(place.name, None)
-                dense[place.name] = _fitted(_piece(patch.delta(row.key), place), shape_of(parameters[place.name]))
+                dense[place.name] = fit(_piece(patch.delta(row.key), place), place, row.key)
             elif row.up is not None:
-                low[place.name] = _factors(row, shape_of(parameters[place.name]))
+                low[place.name] = _factors(row, shapes[place.name])
             elif row.diff is not None:
-                diff = _piece(row.diff, place) if row.part is None else row.diff
-                dense[place.name] = _fitted(diff, shape_of(parameters[place.name]))
+                dense[place.name] = fit(_piece(row.diff, place) if row.part is None else row.diff, place, row.key)
         if row.bias is not None:
             dense |= {place.name: row.bias for place in places.get(row.key.removesuffix("weight") + "bias", ())}
         steps.advance(math.prod(patch.offset.shapes.get(row.key, ())), row.key)
     patches = _pairs(low, load_lora) | {name: ("diff", (tensor,)) for name, tensor in dense.items()}
     return HostPatches(
-        unet={name: value for name, value in patches.items() if name in unet},
-        clip={name: value for name, value in patches.items() if name in clip},
+        unet={name: value for name, value in patches.items() if name in model.unet},
+        clip={name: value for name, value in patches.items() if name in model.clip},
         keys={place.name: key for key, found in places.items() for place in found},
         not_applied=(*(key for key, found in places.items() if not found), *patch.offset.unmatched),
     )
@@ -132,21 +147,10 @@ def _factors(row: Row, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, float]:
     assert row.up is not None, "called for LoRA rows"
     assert row.down is not None, "up and down come together"
     down = row.down.clone()
-    if down.ndim == 4 and len(shape) == 4 and down.shape[1] < shape[1]:
-        down = _widened(down, shape[1])
+    if down.ndim == 4 and len(shape) == 4 and down.shape[1] < shape[1]:  # an inpainting model's first convolution
+        extra = down.new_zeros((down.shape[0], shape[1] - down.shape[1], *down.shape[2:]))
+        down = torch.cat((down, extra), dim=1)
     return row.up.clone(), down, row.scale * down.shape[0]
-
-
-def _fitted(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if tensor.numel() == math.prod(shape):
-        return tensor.reshape(shape)
-    return _widened(tensor, shape[1])
-
-
-def _widened(tensor: Tensor, channels: int) -> Tensor:
-    """Zeros for the input channels that only an inpainting model has."""
-    extra = tensor.new_zeros((tensor.shape[0], channels - tensor.shape[1], *tensor.shape[2:]))
-    return torch.cat((tensor, extra), dim=1)
 
 
 def _piece(tensor: Tensor, place: _Place) -> Tensor:
@@ -155,37 +159,19 @@ def _piece(tensor: Tensor, place: _Place) -> Tensor:
     return tensor.T.contiguous() if place.transposed else tensor
 
 
-def _check(patch: Patch, key: str, places: Iterable[_Place], parameters: Parameters) -> None:
-    """Refuse a UNet tensor that the model lacks, and any of another shape."""
-    places, shape = list(places), tuple(patch.offset.shapes[key])
-    if not places and key.startswith(UNET):
-        raise MismatchError(
-            f"the loaded model lacks {key}, which {patch.name} changes; choose an offset for this kind of model"
-        )
-    for place in places:
-        own = shape_of(parameters[place.name])
-        numel = math.prod(shape) // (3 if place.part is not None else 1)
-        wider = key.endswith("input_blocks.0.0.weight") and len(shape) == len(own) == 4 and shape[1] < own[1]
-        if numel != math.prod(own) and not (wider and (shape[0], *shape[2:]) == (own[0], *own[2:])):
-            raise MismatchError(
-                f"{key} is {'x'.join(map(str, shape))} in {patch.name} but {'x'.join(map(str, own))} in the loaded model; "
-                "the offset was made for another model"
-            )
-
-
-def _places(arch: Architecture, key: str, parameters: Parameters) -> list[_Place]:
+def _places(arch: Architecture, key: str, names: Collection[str]) -> list[_Place]:
     """Where a canonical tensor lies; empty for what this host has no place for."""
     if key.startswith(UNET):
         found = [_Place(key.removeprefix("model."))]
     else:
         encoder = next((encoder for encoder in arch.text_encoders if key.startswith(encoder.prefix)), None)
-        found = _text_encoder_places(encoder, key, parameters) if encoder else []
-    return [place for place in found if place.name in parameters]
+        found = _text_encoder_places(encoder, key, names) if encoder else []
+    return [place for place in found if place.name in names]
 
 
-def _text_encoder_places(encoder: TextEncoder, key: str, parameters: Parameters) -> list[_Place]:
+def _text_encoder_places(encoder: TextEncoder, key: str, names: Collection[str]) -> list[_Place]:
     roots = ("clip_l",) if encoder.naming == "hf" else ("clip_g", "clip_h")
-    root = next((root for root in roots if any(name.startswith(root + ".") for name in parameters)), roots[0])
+    root = next((root for root in roots if any(name.startswith(root + ".") for name in names)), roots[0])
     inner = key.removeprefix(encoder.prefix)
     fused = _FUSED.fullmatch(inner) if encoder.naming == "open_clip" else None
     if fused:
