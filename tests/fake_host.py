@@ -159,6 +159,9 @@ class FakeHost:
             self.interrupted = False
             yield FakeJob(self)
 
+    def interrupt(self) -> None:
+        self.interrupted = True
+
     def samplers(self) -> list[str]:
         return ["Euler a", "DPM++ 2M"]
 

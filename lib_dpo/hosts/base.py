@@ -191,6 +191,9 @@ class Host(Protocol):
     def job(self, title: str, task_id: str | None = None) -> AbstractContextManager[Job]:
         """Take the host's lock and run its progress bar under `task_id` (the page's), or one of its own."""
 
+    def interrupt(self) -> None:
+        """Ask what runs now to stop, as the host's own Interrupt button does. Needs no lock."""
+
     def samplers(self) -> list[str]: ...
     def generate(self, request: Request, patch: Patch | None, strength: float) -> Picture:
         """Make one picture with the host's own pipeline, the patch applied as the always-on script would; inside a job."""

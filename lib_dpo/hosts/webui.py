@@ -90,6 +90,9 @@ class WebUI:
         finally:
             progress.pending_tasks.pop(task, None)
 
+    def interrupt(self) -> None:
+        shared.state.interrupt()
+
     def samplers(self) -> list[str]:
         return [sampler.name for sampler in sd_samplers.samplers]
 

@@ -1,0 +1,94 @@
+// The DPO tab: the host's progress bar above our results, and a status line that is true whenever the tab is looked at.
+// Elements are found by their id only; nothing here is needed for the tab to work.
+
+"use strict";
+
+const dpoLookEvery = 2000; // ms between two looks at the loaded model
+
+function dpoElement(id) {
+    const root = typeof gradioApp === "function" ? gradioApp() : document;
+    return root.querySelector(`[id="${id}"]`);
+}
+
+// Called by gradio before a long job: gives it an id under which the host shows how far it is.
+function dpoStart(placeId, values) {
+    const place = dpoElement(placeId);
+    if (place) place.setAttribute("aria-busy", "true");
+    if (place && typeof requestProgress === "function" && typeof randomId === "function") {
+        values[0] = randomId();
+        requestProgress(values[0], place, null, function() {});
+    }
+    return values;
+}
+
+// Called after it: a job that was refused before it began has left a bar that would wait for it.
+function dpoEnd(placeId) {
+    const place = dpoElement(placeId);
+    if (!place) return;
+    place.setAttribute("aria-busy", "false");
+    const bar = place.previousElementSibling;
+    if (bar && bar.classList.contains("progressDiv")) bar.style.display = "none";
+}
+
+// ---- the status line ----
+
+let dpoLookedAt = 0;
+
+function dpoLook() {
+    const button = dpoElement("dpo_shown");
+    if (!button || document.hidden || Date.now() - dpoLookedAt < dpoLookEvery) return;
+    dpoLookedAt = Date.now();
+    button.click();
+}
+
+function dpoWatch() {
+    const top = dpoElement("dpo_top");
+    if (!top) return false;
+    new IntersectionObserver((entries) => {
+        if (entries.some((entry) => entry.isIntersecting)) dpoLook();
+    }).observe(top);
+    document.addEventListener("visibilitychange", () => {
+        if (top.offsetParent) dpoLook();
+    });
+    return true;
+}
+
+// ---- before and after ----
+
+document.addEventListener("input", (event) => {
+    const range = event.target;
+    const wipe = range.closest && range.closest(".dpo-wipe");
+    if (wipe) wipe.style.setProperty("--dpo-at", `${range.value}%`);
+});
+
+// ---- take over what txt2img has ----
+
+function dpoField(id, selector, parse) {
+    const field = dpoElement(id);
+    const input = field && field.querySelector(selector);
+    const value = input && parse(input.value);
+    return value === undefined || value === null || value === "" || Number.isNaN(value) ? null : value;
+}
+
+// Gets the page's own values in this order, and gives those that txt2img has in their place.
+function dpoFromTxt2img(values) {
+    const line = (text) => text.split("\n").map((part) => part.trim()).filter(Boolean).join(" ");
+    const number = 'input[type="number"]';
+    const found = [
+        dpoField("txt2img_prompt", "textarea", line),
+        dpoField("txt2img_neg_prompt", "textarea", line),
+        dpoField("txt2img_seed", "input", (text) => text.trim()),
+        dpoField("txt2img_steps", number, Number),
+        dpoField("txt2img_cfg_scale", number, Number),
+        dpoField("txt2img_sampling", "input", (text) => text.trim()),
+        dpoField("txt2img_width", number, Number),
+        dpoField("txt2img_height", number, Number),
+    ];
+    return values.map((own, i) => found[i] === null || found[i] === undefined ? own : found[i]);
+}
+
+// ---- start ----
+
+(function dpoBegin(tries) {
+    if (!dpoWatch() && tries > 0) setTimeout(dpoBegin, 500, tries - 1); // the page is built after its scripts are read
+})(600);

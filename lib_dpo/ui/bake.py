@@ -1,0 +1,178 @@
+"""The second page: an offset into the loaded model and out again, and as a checkpoint of its own."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from lib_dpo.errors import DpoError, NothingToDoError, SettingError
+from lib_dpo.hosts.base import Baked
+from lib_dpo.session import Session
+from lib_dpo.ui import markup, parts
+from lib_dpo.ui.parts import Tab, field_options
+
+PRESETS = {
+    "Everything": "",
+    "UNet only": "TE=0",
+    "Only the way down (composition)": "ALL=0,IN=1",
+    "Only the middle": "ALL=0,MID=1",
+    "Only the way up (detail, style)": "ALL=0,OUT=1",
+    "Without the middle": "MID=0",
+    "Half on the way up": "OUT=0.5",
+}
+_HINT = "Bake adds the offset to the loaded model in memory, until Undo or until another checkpoint is loaded. No file changes."
+
+
+def page(tab: Tab) -> None:
+    """Controls at the left, what they will do and did at the right."""
+    import gradio as gr
+
+    with parts.page("Bake", "dpo_bake"), gr.Row(elem_classes=["dpo-page"]):
+        with gr.Column(elem_classes=["dpo-controls"]):
+            offset = parts.file_dropdown(
+                tab, parts.offsets, likely=parts.named_dpo, label="Offset", elem_id="dpo_bake_offset",
+                info="A LoRA, or an offset file for the exact change",
+            )  # fmt: skip
+            strength = gr.Slider(
+                minimum=-2.0, maximum=2.0, step=0.05, value=1.0, **field_options("strength"), elem_id="dpo_bake_strength"
+            )
+            with gr.Row():
+                preset = gr.Dropdown(
+                    choices=list(PRESETS), value="Everything", label="Blocks", elem_id="dpo_bake_preset",
+                    info="Which parts of the model change",
+                )  # fmt: skip
+                blocks = gr.Textbox(value="", lines=1, **field_options("blocks"), elem_id="dpo_bake_blocks")
+            with gr.Row(elem_classes=["dpo-buttons"]):
+                go = gr.Button("Bake", variant="primary", elem_id="dpo_bake_go")
+                undo = gr.Button("Undo", elem_id="dpo_bake_undo")
+                parts.interrupt_button(tab, "dpo_bake_interrupt")
+            save_name, overwrite, save_go = _save_controls()
+        with gr.Column(elem_classes=["dpo-answers"]):
+            before = parts.unsaved(gr.HTML("", elem_id="dpo_bake_before"))
+            place = parts.results("dpo_bake_result", _HINT)
+    for unsaved in (preset, blocks, save_name, overwrite):
+        parts.unsaved(unsaved)
+    session, chosen = tab.session, [offset, strength, blocks]
+    parts.on(preset.change, PRESETS.get, [preset], [blocks], queue=False, show_progress="hidden")
+    for changed in (offset.change, blocks.change):
+        parts.on(changed, lambda *values: foresee(session, *values), [offset, blocks], [before], show_progress="hidden")
+    parts.start(tab, go, lambda *values: bake(session, *values), chosen, [place])
+    parts.start(tab, undo, lambda task: unbake(session, task), [], [place])
+    parts.start(
+        tab, save_go, lambda *values: save(session, *values), [*chosen, save_name, overwrite], [place], writes=True
+    )  # fmt: skip
+
+
+def _save_controls() -> tuple[Any, Any, Any]:
+    import gradio as gr
+
+    with gr.Group(elem_classes=["dpo-group"]):
+        gr.HTML(
+            markup.card(
+                "Save as checkpoint",
+                "Writes the loaded checkpoint's file plus the offset, strength and blocks chosen above. It is made from the "
+                "file, not from the weights in memory, so it need not be baked first, and no LoRA of a prompt gets into it.",
+            ),
+            elem_id="dpo_bake_save_help",
+        )
+        name = gr.Textbox(
+            label="Name of the new checkpoint",
+            placeholder="as the loaded one, with -dpo",
+            lines=1,
+            elem_id="dpo_bake_save_name",
+        )
+        overwrite = gr.Checkbox(False, label="Replace a checkpoint of this name", elem_id="dpo_bake_save_overwrite")
+        return name, overwrite, gr.Button("Save as checkpoint", elem_id="dpo_bake_save_go")
+
+
+# ---- what happens ----
+
+
+def foresee(session: Session, offset: str | None, blocks: str | None) -> str:
+    """Before anything is done: whether the offset is one for the loaded model, and what baking it will cost."""
+    title = "Before you bake"
+    if not offset:
+        return ""
+    try:
+        patch = session.patch(offset, blocks=blocks or "")
+        needed = session.host.live.bake_bytes(patch)
+    except DpoError as error:
+        return markup.card(title, str(error), mood="bad")
+    except Exception as error:  # noqa: BLE001  # the edge
+        return parts.error_html(error)
+    kind = "LoRA" if patch.lora else "offset file"
+    family = patch.architecture.title
+    return markup.card(
+        title,
+        f"{patch.name} is a {kind} for {family}, as the loaded model is: it can be baked.",
+        f"Undo needs {markup.size(needed)} of memory, for the {len(patch.changed_keys()):,} weights that change.",
+        "Whether your model is near enough to the base for it, the page Inspect says: Does it fit?",
+        mood="good",
+    )
+
+
+def bake(session: Session, task: str | None, offset: str, strength: float, blocks: str) -> str:
+    """Into the loaded model."""
+    strength = _strength(strength)
+    found = session.jobs.run(
+        "Bake",
+        lambda job: session.bake(job, offset=offset or "", strength=strength, blocks=blocks or ""),
+        task_id=task,
+    )
+    return _baked_html(found)
+
+
+def unbake(session: Session, task: str | None) -> str:
+    """Out of it again."""
+    if not session.jobs.run("Undo", session.unbake, task_id=task):
+        return markup.note("Nothing was baked: the model is as its file has it.")
+    return markup.card("Undone", "The loaded model is again what it was before, bit for bit.", mood="good")
+
+
+def save(
+    session: Session, task: str | None, offset: str, strength: float, blocks: str, name: str, overwrite: bool
+) -> str:  # fmt: skip
+    """A new checkpoint from the loaded one's file."""
+    strength = _strength(strength)
+    if not strength:
+        raise NothingToDoError("strength 0 would copy the checkpoint as it is; choose another strength")
+    new = (name or "").strip() or f"{Path(session.loaded().name).stem}-dpo"
+    found = session.jobs.run(
+        "Save as checkpoint",
+        lambda job: session.save(
+            job, name=new, offset=offset or "", strength=strength, blocks=blocks or "", overwrite=bool(overwrite)
+        ),
+        task_id=task,
+    )
+    lost = f"Rounding to the file's number format took {markup.percent(found.rounding_loss)} of the change."
+    not_applied = f"{len(found.not_applied):,} parts of the offset have no place in it." if found.not_applied else ""
+    body = markup.facts([
+        ("File", found.path), ("Offset", offset), ("Strength", f"{found.strength:g}"), ("Blocks", found.blocks or "everything"),
+        ("Changed", f"{found.changed:,} tensors"), ("Kept as they were", f"{found.kept:,} tensors"),
+    ])  # fmt: skip
+    return markup.card(f"{found.path.stem} is saved", lost, not_applied, mood="good", body=body)
+
+
+def _strength(value: float | None) -> float:
+    if value is None or not math.isfinite(value):
+        raise SettingError("the strength is missing; give a number such as 0.5 or 1")
+    return float(value)
+
+
+def _baked_html(found: Baked) -> str:
+    missing = (
+        f"{len(found.not_applied):,} parts of the offset have no place in this model or WebUI, first {found.not_applied[0]}."
+        if found.not_applied
+        else ""
+    )
+    online = "The weights are quantised, so it is added anew in every step: a little slower." if found.online else ""
+    body = markup.facts([
+        ("Offset", found.offset), ("Strength", f"{found.strength:g}"), ("Blocks", found.blocks or "everything"),
+        ("Changed", f"{found.tensors:,} weights"), ("Memory for Undo", markup.size(found.bytes_kept)),
+    ])  # fmt: skip
+    return markup.card(
+        "Baked into the loaded model",
+        "Every picture you make now has it, until Undo or until another checkpoint is loaded.",
+        missing, online, mood="doubt" if missing else "good", body=body,
+    )  # fmt: skip

@@ -1,0 +1,314 @@
+"""The first page: what DPO changed, and that as a LoRA or an offset file."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from lib_dpo.errors import SettingError
+from lib_dpo.keymap import block_labels
+from lib_dpo.session import Analysis, Extracted, Session
+from lib_dpo.settings import DEFAULT_RANK, FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, RankPolicy
+from lib_dpo.ui import markup, parts
+from lib_dpo.ui.markup import Mood
+from lib_dpo.ui.parts import Tab, field_options
+
+if TYPE_CHECKING:
+    from lib_dpo.analyse import DiffReport, Spectra
+    from lib_dpo.dense import OffsetReport
+
+BY_RANK, BY_SIZE, BY_ENERGY = "Rank", "File size", "Share of the change"
+_MOODS: dict[str, Mood] = {
+    "fits": "good", "base": "good", "doubtful": "doubt", "weaker": "doubt", "contained": "doubt", "wrong": "bad",
+}  # fmt: skip
+_HINT = "Choose a base and a DPO reference, then Analyse: it says whether they belong together before anything is written."
+
+
+def page(tab: Tab) -> None:
+    """Controls at the left, results at the right."""
+    import gradio as gr
+
+    with parts.page("Extract", "dpo_extract"), gr.Row(elem_classes=["dpo-page"]):
+        with gr.Column(elem_classes=["dpo-controls"]):
+            base = parts.file_dropdown(
+                tab, parts.checkpoints, likely=parts.first, label="Base", value=parts.LOADED, elem_id="dpo_extract_base",
+                info="The model before DPO, such as SD 1.5 or SDXL 1.0 itself",
+            )  # fmt: skip
+            reference = parts.file_dropdown(
+                tab, parts.references, likely=parts.named_dpo, label="DPO reference", elem_id="dpo_extract_reference",
+                info="The model after DPO: a checkpoint, or a UNet alone in models/DPO",
+            )  # fmt: skip
+            with gr.Row(elem_classes=["dpo-buttons"]):
+                look = gr.Button("Analyse", elem_id="dpo_extract_analyse")
+                spectra = gr.Checkbox(
+                    False, label="With spectra (slower)", elem_id="dpo_extract_spectra",
+                    info="Adds how much a LoRA of each size keeps",
+                )  # fmt: skip
+            numbers = _size_controls()
+            settings = _advanced_controls()
+            name = gr.Textbox(label="Name of the new file", placeholder="as the reference", lines=1, elem_id="dpo_extract_name")
+            overwrite = gr.Checkbox(False, label="Replace a file of this name", elem_id="dpo_extract_overwrite")
+            with gr.Row(elem_classes=["dpo-buttons"]):
+                go = gr.Button("Extract DPO LoRA", variant="primary", elem_id="dpo_extract_go")
+                dense = gr.Button("Write offset file", elem_id="dpo_extract_dense")
+                parts.interrupt_button(tab, "dpo_extract_interrupt")
+            gr.HTML(markup.note(
+                "An offset file holds all of the change, in float32: for exact bakes. It is as large as a UNet and is "
+                "written into the reference folder."
+            ), elem_id="dpo_extract_dense_help")  # fmt: skip
+        with gr.Column(elem_classes=["dpo-answers"]):
+            place = parts.results("dpo_extract_result", _HINT)
+            plot = parts.picture(label="Where the change lies and how it is spread", visible=False, elem_id="dpo_extract_plot")
+    for unsaved in (name, overwrite, spectra):
+        parts.unsaved(unsaved)
+    session, pair = tab.session, [base, reference]
+    parts.start(tab, look, lambda *values: analyse(session, *values), [*pair, spectra], [place, plot])
+    parts.start(
+        tab, go, lambda *values: extract(session, *values), [*pair, name, overwrite, *numbers, *settings], [place], writes=True
+    )
+    parts.start(
+        tab, dense, lambda *values: write_offset(session, *values), [*pair, name, overwrite], [place], writes=True
+    )  # fmt: skip
+
+
+def _size_controls() -> list[Any]:
+    """How large the LoRA becomes: a choice, and the number that goes with it."""
+    import gradio as gr
+
+    by = gr.Radio(
+        choices=[BY_RANK, BY_SIZE, BY_ENERGY], value=BY_RANK, label="Choose the LoRA's size by", elem_id="dpo_extract_by"
+    )
+    with gr.Row():
+        rank = gr.Slider(
+            minimum=1, maximum=320, step=1, value=DEFAULT_RANK, **field_options("rank"), elem_id="dpo_extract_rank"
+        )
+        conv_rank = gr.Slider(
+            minimum=0, maximum=320, step=1, value=0, label=FIELDS["conv_rank"].label, elem_id="dpo_extract_conv_rank",
+            info="Components per 3x3 convolution; 0 is as rank",
+        )  # fmt: skip
+    size = gr.Number(
+        value=80, label="Size in MB", info="Ranks are chosen per layer, which keeps more in the same file",
+        visible=False, elem_id="dpo_extract_size",
+    )  # fmt: skip
+    energy = gr.Slider(
+        minimum=1, maximum=100, step=1, value=50, label="Share of the change to keep, in %",
+        info="Ranks are chosen per layer; DPO changes are flat, so large shares make large files",
+        visible=False, elem_id="dpo_extract_energy",
+    )  # fmt: skip
+    shown = {rank: BY_RANK, conv_rank: BY_RANK, size: BY_SIZE, energy: BY_ENERGY}
+    parts.on(
+        by.change,
+        lambda choice: [parts.update(visible=name == choice) for name in shown.values()],
+        [by], list(shown), queue=False, show_progress="hidden",
+    )  # fmt: skip
+    return [by, rank, conv_rank, size, energy]
+
+
+def _advanced_controls() -> list[Any]:
+    import gradio as gr
+
+    defaults = ExtractSettings()
+    rows = {"method": METHODS, "profile": PROFILES, "precision": PRECISIONS}
+    with gr.Accordion("Advanced", open=False, elem_id="dpo_extract_advanced"):
+        return [
+            gr.Dropdown(
+                choices=list(choices), value=getattr(defaults, name), **field_options(name), elem_id=f"dpo_extract_{name}"
+            )
+            for name, choices in rows.items()
+        ]
+
+
+# ---- what happens at a click ----
+
+
+def analyse(session: Session, task: str | None, base: str, reference: str, spectra: bool) -> list[Any]:
+    """Verdicts as cards, and the picture where spectra were asked for."""
+    found = session.jobs.run(
+        "Analyse",
+        lambda job: session.analyse(job, base=parts.checkpoint_name(base), reference=reference or "", spectra=bool(spectra)),
+        task_id=task,
+    )
+    shown = (
+        parts.update(value=_plot(found.diff), visible=True) if found.diff.spectra else parts.update(value=None, visible=False)
+    )
+    return [_analysis_html(session, found), shown]
+
+
+def extract(
+    session: Session, task: str | None, base: str, reference: str, name: str, overwrite: bool,
+    by: str, rank: float, conv_rank: float, size: float, energy: float, *advanced: str,
+) -> str:  # fmt: skip
+    """Write the LoRA; its result card."""
+    method, profile, precision = advanced
+    settings = ExtractSettings(
+        _policy(by, rank, conv_rank, size, energy), method=method, profile=profile, precision=precision  # type: ignore[arg-type]
+    )  # fmt: skip
+    found = session.jobs.run(
+        "Extract DPO LoRA",
+        lambda job: session.extract(
+            job, base=parts.checkpoint_name(base), reference=reference or "", name=_name(name, reference, "lora"),
+            settings=settings, overwrite=bool(overwrite),
+        ),
+        task_id=task,
+    )  # fmt: skip
+    return _extracted_html(found)
+
+
+def write_offset(session: Session, task: str | None, base: str, reference: str, name: str, overwrite: bool) -> str:
+    """Write the offset file; its result card."""
+    found = session.jobs.run(
+        "Write offset file",
+        lambda job: session.write_offset(
+            job, base=parts.checkpoint_name(base), reference=reference or "", name=_name(name, reference, "offset"),
+            overwrite=bool(overwrite),
+        ),
+        task_id=task,
+    )  # fmt: skip
+    return _offset_html(found)
+
+
+def _policy(by: str, rank: float | None, conv_rank: float | None, size: float | None, energy: float | None) -> RankPolicy:
+    """The size controls as a rank policy. Raises SettingError."""
+    if by == BY_SIZE:
+        return RankPolicy(size_mb=_number(size, "size in MB"))
+    if by == BY_ENERGY:
+        return RankPolicy(energy=_number(energy, "share of the change") / 100)
+    return RankPolicy(rank=int(_number(rank, "rank")), conv_rank=int(conv_rank or 0) or None)
+
+
+def _number(value: float | None, what: str) -> float:
+    if value is None:
+        raise SettingError(f"the {what} is missing; give a number")
+    return value
+
+
+def _name(name: str | None, reference: str | None, kind: str) -> str:
+    """The name that was typed, or one after the reference."""
+    typed = (name or "").strip()
+    stem = PurePosixPath((reference or "").rsplit(" [", 1)[0].replace("\\", "/")).name.removesuffix(".safetensors")
+    return typed or (f"{stem.removesuffix('.ckpt')}-{kind}" if stem else "")
+
+
+# ---- in words ----
+
+
+def _analysis_html(session: Session, found: Analysis) -> str:
+    report = found.diff
+    verdict = report.verdict
+    cards = [
+        markup.card("Is it the right base?", verdict.text, mood=_MOODS[verdict.level]),
+        _fit_card(session, found),
+        markup.card("LoRA or bake?", *_lora_or_bake(report.spectra)),
+        markup.card("Which strength to start with?", _strength(found)),
+    ]
+    return "".join(cards) + _figures(report)
+
+
+def _fit_card(session: Session, found: Analysis) -> str:
+    title = "Does it fit the loaded model?"
+    if found.compat:
+        return markup.card(title, found.compat.text, mood=_MOODS[found.compat.level])
+    status = session.status()
+    if status.model is None:
+        return markup.card(title, "No checkpoint is loaded, so this cannot be said yet.")
+    if status.architecture is None or status.architecture.name != found.diff.architecture:
+        own = status.architecture.title if status.architecture else "not a model that DPO is known for"
+        of_pair = found.diff.tally.architecture.title
+        return markup.card(title, f"No: {status.model.name} is {own} and this pair is {of_pair}.", mood="bad")
+    return markup.card(title, f"Yes: {status.model.name} is one of the two files itself.", mood="good")
+
+
+def _lora_or_bake(spectra: Spectra | None) -> list[str]:
+    general = (
+        "Start with a LoRA: it is small and you can turn it up and down in the prompt. When you know the strength you like, "
+        "bake it from an offset file: that holds all of the change and costs nothing when you generate."
+    )
+    if not spectra:
+        return [general, "How much of the change a LoRA of each size keeps, Analyse shows with spectra."]
+    best = dict(zip(spectra.ranks, zip(spectra.energy_at_rank, spectra.size_mb_at_rank, strict=True), strict=True))
+    kept, size = best[DEFAULT_RANK]
+    return [
+        f"A LoRA of rank {DEFAULT_RANK} keeps at best {markup.percent(kept)} of this change ({markup.in_words(kept)}), in "
+        f"{size:.3g} MB.",
+        general,
+    ]
+
+
+def _strength(found: Analysis) -> str:
+    if not found.compat:
+        return "1, the full change; 0.5 to 1.5 is worth comparing (page Compare)."
+    start = found.compat.suggested_strength
+    if not start:
+        return "0: the model has all of it already."
+    return f"{start:.2g}; compare a little less and a little more (page Compare)."
+
+
+def _figures(report: DiffReport) -> str:
+    tally = report.tally
+    parts_ = [
+        (name, f"{markup.percent(row.relative_change)} of {row.numel / 1e6:.1f} M weights' size; rounding alone explains "
+               f"{markup.percent(row.noise_floor)}")
+        for name, row in tally.components.items()
+    ]  # fmt: skip
+    rows = [(name, tally.blocks[name]) for name in block_labels(tally.architecture) if name in tally.blocks]
+    changed = [(name, row.relative_change, markup.percent(row.relative_change)) for name, row in rows if row.offset]
+    body = markup.facts([*parts_, ("VAE", report.vae)])
+    body += markup.bars("Size of the change by block, in % of the weights", changed)
+    return markup.folded("The figures", body)
+
+
+def _extracted_html(found: Extracted) -> str:
+    report = found.report
+    kept = report.tally.total.energy_kept
+    used = [rank for rank in report.ranks.values() if rank]
+    ranks = "" if not used else str(used[0]) if min(used) == max(used) else f"{min(used)} to {max(used)}"
+    sentences = [f"The LoRA keeps {markup.in_words(kept)} of what DPO changed: {markup.percent(kept)} of the energy."]
+    if report.energy_wanted is not None and kept < report.energy_wanted - 1e-4:
+        sentences.append(
+            f"You asked for {markup.percent(report.energy_wanted)}: beyond this, factors would be larger than the layers "
+            "themselves. An offset file holds all of it."
+        )
+    rows: list[tuple[str, object]] = [
+        ("File", report.path), ("Size", markup.size(report.file_bytes)), ("Layers", report.layers),
+        ("Ranks", ranks or "no pairs"),
+    ]  # fmt: skip
+    mood: Mood = "good"
+    if found.matched is None:
+        rows.append(("Loaded model", "of another family: the LoRA is not for it"))
+    else:
+        matched, of = found.matched
+        mood = "good" if matched == of else "doubt"
+        rows.append(("This WebUI's loader", f"knows {matched:,} of its {of:,} keys"))
+    body = markup.facts(rows) + "<p>In the prompt:</p>" + markup.code(f"<lora:{found.name}:1>")
+    body += markup.note("Or choose it in «DPO offset» below the prompt, or on the page Bake.")
+    cards = markup.card(f"{found.name} is written", *sentences, mood=mood, body=body)
+    if report.verdict.level != "fits":
+        cards += markup.card("But look at the base", report.verdict.text, mood=_MOODS[report.verdict.level])
+    return cards
+
+
+def _offset_html(found: OffsetReport) -> str:
+    left_out = "The text encoders differ too; an offset file holds the UNet only." if found.text_encoder_left_out else ""
+    body = markup.facts([("File", found.path), ("Size", markup.size(found.file_bytes)), ("Tensors", found.tensors)])
+    cards = markup.card(
+        f"{found.path.stem} is written",
+        "It holds all of what DPO changed. Choose it on the page Bake, or in «DPO offset» below the prompt.",
+        left_out, mood="good", body=body,
+    )  # fmt: skip
+    if found.verdict.level != "fits":
+        cards += markup.card("But look at the base", found.verdict.text, mood=_MOODS[found.verdict.level])
+    return cards
+
+
+def _plot(report: DiffReport) -> Any:
+    """The picture of `diff --plot`, in memory."""
+    from PIL import Image
+
+    from lib_dpo.plots import plot_diff
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "diff.png"
+        plot_diff(report, path)
+        with Image.open(path) as picture:
+            return picture.copy()
