@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, HTTPException
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
@@ -21,6 +21,7 @@ from lib_dpo.session import Session
 from lib_dpo.settings import FIELDS, ExtractSettings, RankPolicy
 
 PREFIX = "/dpo/v1"
+Result = TypeVar("Result")
 _STATUS: Mapping[type[DpoError], int] = {
     NotFoundError: 404,
     BusyError: 409,
@@ -169,7 +170,7 @@ def add_routes(app: FastAPI, session: Session) -> None:
 
     @route("POST", "/analyse", "the verdict on a pair, and on the loaded model as a target")
     def analyse(req: AnalyseRequest) -> dict[str, Any]:
-        options = {"base": req.base, "reference": req.reference, "spectra": req.spectra}
+        options = _fields(req, "base", "reference", "spectra")
         return _do(jobs, "analyse", lambda job: session.analyse(job, **options).as_json(), req.wait)
 
     @route("POST", "/extract", "extract a LoRA into the LoRA folder")
@@ -181,13 +182,13 @@ def add_routes(app: FastAPI, session: Session) -> None:
 
         chosen = _refusing(settings)
         _refusing(lambda: session.library.new_lora(req.name))
-        options = {"base": req.base, "reference": req.reference, "name": req.name, "overwrite": req.overwrite}
+        options = _fields(req, "base", "reference", "name", "overwrite")
         work: Work[Any] = lambda job: session.extract(job, settings=chosen, **options).as_json()  # noqa: E731
         return _do(jobs, f"extract {req.name}", work, req.wait)
 
     @route("POST", "/offset", "write the dense offset file into the reference folder")
     def offset(req: OffsetRequest) -> dict[str, Any]:
-        options = {name: getattr(req, name) for name in ("base", "reference", "name", "precision", "overwrite")}
+        options = _fields(req, "base", "reference", "name", "precision", "overwrite")
 
         def work(job: Any) -> dict[str, Any]:
             report = session.write_offset(job, **options)
@@ -197,7 +198,7 @@ def add_routes(app: FastAPI, session: Session) -> None:
 
     @route("POST", "/bake", "add an offset to the loaded model, until unbake")
     def bake(req: BakeRequest) -> dict[str, Any]:
-        options = {name: getattr(req, name) for name in ("offset", "strength", "blocks", "rank")}
+        options = _fields(req, "offset", "strength", "blocks", "rank")
         return _do(jobs, "bake", lambda job: session.bake(job, **options).as_json(), req.wait)
 
     @route("POST", "/unbake", "put the loaded model back, bit for bit")
@@ -208,7 +209,7 @@ def add_routes(app: FastAPI, session: Session) -> None:
     @route("POST", "/save", "write the loaded checkpoint plus strength x offset as a new checkpoint")
     def save(req: SaveRequest) -> dict[str, Any]:
         _refusing(lambda: session.library.new_checkpoint(req.name))
-        options = {name: getattr(req, name) for name in ("name", "offset", "strength", "blocks", "rank", "overwrite")}
+        options = _fields(req, "name", "offset", "strength", "blocks", "rank", "overwrite")
 
         def work(job: Any) -> dict[str, Any]:
             report = session.save(job, **options)
@@ -218,15 +219,13 @@ def add_routes(app: FastAPI, session: Session) -> None:
 
     @route("POST", "/compare", "one labelled grid, the untouched model first, and how strong the effect is")
     def compare(req: CompareRequest) -> dict[str, Any]:
-        names = ("offset", "prompts", "negative", "seeds", "strengths", "blocks", "rank", "steps", "cfg_scale", "sampler")
-        options = {name: getattr(req, name) for name in (*names, "width", "height")}
+        what = ("offset", "prompts", "negative", "seeds", "strengths", "blocks", "rank")
+        options = _fields(req, *what, "steps", "cfg_scale", "sampler", "width", "height")
 
         def work(job: Any) -> dict[str, Any]:
             found = session.compare(job, **options)
-            return found.report.as_json() | {
-                "grid": base64.b64encode(found.grid.png()).decode(),
-                "infotext": found.grid.infotext,
-            }
+            grid = {"grid": base64.b64encode(found.grid.png()).decode(), "infotext": found.grid.infotext}
+            return {**found.report.as_json(), **grid}
 
         return _do(jobs, "compare", work, req.wait)
 
@@ -237,7 +236,7 @@ def add_routes(app: FastAPI, session: Session) -> None:
 
     @route("POST", "/compat", "whether the offset of a pair fits a checkpoint, and whether DPO is in it already")
     def compat(req: CompatRequest) -> dict[str, Any]:
-        options = {"target": req.target, "base": req.base, "reference": req.reference}
+        options = _fields(req, "target", "base", "reference")
         return _do(jobs, "compat", lambda job: session.compat(job, **options).as_json(), req.wait)
 
     @route("GET", "/jobs", "all jobs that can be asked for")
@@ -246,12 +245,12 @@ def add_routes(app: FastAPI, session: Session) -> None:
 
     @route("GET", "/jobs/{job_id}", "how a job goes")
     def job_state(job_id: str) -> dict[str, Any]:
-        return _refusing(lambda: jobs.get(job_id)).as_json()
+        return _refusing(lambda: jobs.get(job_id).as_json())
 
     @route("POST", "/jobs/{job_id}/cancel", "ask a job to stop; it does at the next tensor or picture")
     @route("DELETE", "/jobs/{job_id}", "the same")
     def cancel(job_id: str) -> dict[str, Any]:
-        return _refusing(lambda: jobs.cancel(job_id)).as_json()
+        return _refusing(lambda: jobs.cancel(job_id).as_json())
 
     guards = [Depends(_guard(session))]
     for method, path, handler, summary in routes:
@@ -261,16 +260,20 @@ def add_routes(app: FastAPI, session: Session) -> None:
         )  # fmt: skip
 
 
+def _fields(req: BaseModel, *names: str) -> dict[str, Any]:
+    return {name: getattr(req, name) for name in names}
+
+
 def _do(jobs: Jobs, title: str, work: Work[Any], wait: bool) -> dict[str, Any]:
     """Run or start a job; its record, with the result when it is over."""
     if not wait:
-        return _refusing(lambda: jobs.start(title, work)).as_json()
+        return _refusing(lambda: jobs.start(title, work).as_json())
     record = _refusing(lambda: jobs.register(title))
     _refusing(lambda: jobs.finish(record, work))
     return record.as_json()
 
 
-def _refusing(work: Callable[[], Any]) -> Any:
+def _refusing(work: Callable[[], Result]) -> Result:
     """Turn what people are to read into an HTTP error with the sentence as its detail."""
     try:
         return work()

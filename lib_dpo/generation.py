@@ -28,6 +28,7 @@ INFOTEXT: Mapping[str, str] = {
     "rank": "DPO rank",
     "method": "DPO method",
     "baked": "DPO baked",
+    "error": "DPO error",
 }
 AXES, _ACTIVE = "dpo_axes", "dpo_active"  # attributes that we set on the host's `p`
 _WIDEST = 100.0  # a strength beyond it is a slip of the finger
@@ -140,10 +141,14 @@ class Generation:
             yield
         except DpoError as error:
             logger.info("%s", error)
-            self._session.host.abort(p, f"{TITLE}: {error}")
+            self._abort(p, str(error))
         except Exception as error:
             logger.exception("the DPO offset could not be applied")
-            self._session.host.abort(p, f"{TITLE}: this should not happen: {type(error).__name__}: {error}")
+            self._abort(p, f"this should not happen: {type(error).__name__}: {error}")
+
+    def _abort(self, p: Any, why: str) -> None:
+        p.extra_generation_params[INFOTEXT["error"]] = why  # API callers see the infotext, not the page's comments
+        self._session.host.abort(p, f"{TITLE}: {why}")
 
 
 def _infotext(wish: Wish) -> dict[str, Any]:

@@ -6,10 +6,11 @@ The host executes this file at its start and again at every Reload UI, as a modu
 from modules import script_callbacks, scripts, shared
 from modules.ui_components import InputAccordion
 
-from lib_dpo import api, axes, generation, script_ui, ui
+from lib_dpo import api, axes, generation, ui
 from lib_dpo.hosts.detect import current_host
 from lib_dpo.hosts.webui import ALLOW_PATHS, REFERENCE_DIR, xyz_module
 from lib_dpo.session import Session
+from lib_dpo.ui.script import script_controls
 
 session = Session(current_host())
 hooks = generation.Generation(session)
@@ -26,9 +27,7 @@ class DpoOffset(scripts.Script):
         return scripts.AlwaysVisible
 
     def ui(self, is_img2img):
-        components, self.infotext_fields, self.paste_field_names = script_ui.script_controls(
-            session, self.elem_id, InputAccordion
-        )
+        components, self.infotext_fields, self.paste_field_names = script_controls(session, self.elem_id, InputAccordion)
         return components
 
     def process(self, p, *args):

@@ -7,6 +7,7 @@ from typing import Any
 
 from lib_dpo.generation import INFOTEXT, NO_OFFSET, TITLE
 from lib_dpo.session import Session
+from lib_dpo.ui import parts
 
 _WIDEST_SLIDER, _STEP = 2.0, 0.05
 
@@ -49,7 +50,7 @@ def script_controls(
             placeholder="everywhere; or such as IN=0.5,MID=0,OUT=1",
             elem_id=elem_id("blocks"),
         )
-    offset.do_not_save_to_config = True  # the host would keep a list of files in ui-config.json
+    parts.unsaved(offset)
     refresh.click(fn=lambda: gr.update(choices=_offsets(session)), inputs=[], outputs=[offset])
     fields = [
         (enabled, _is_on),  # a function: an infotext without our keys switches the script off
