@@ -59,7 +59,7 @@ class _Axes:
                 try:
                     self._check(p, name, value)
                 except DpoError as error:
-                    raise RuntimeError(f"[DPO] {name.capitalize()} {value!r}: {error}") from error
+                    raise RuntimeError(f"[DPO] {name.capitalize()} {value!r}: {error}") from None
 
         return confirm
 

@@ -51,14 +51,18 @@ class Wish:
 
 
 def wish_of(p: Any, enabled: Any = False, offset: Any = NO_OFFSET, strength: Any = 1.0, blocks: Any = "", *_: Any) -> Wish:
-    """The script's own arguments, overridden by what XYZ axes set on `p`. An axis switches a script that is off on.
+    """The script's own arguments, overridden by what XYZ axes set on `p`.
+
+    An axis switches a script that is off on; the offset "None" of an axis is the model without one.
 
     Raises:
         SettingError: a strength that is no number, or absurd.
     """
     wish = Wish(bool(enabled), str(offset or NO_OFFSET), _strength(strength), str(blocks or ""))
     axes: Mapping[str, Any] = getattr(p, AXES, {})
-    return replace(wish, enabled=wish.enabled or bool(axes), **axes) if axes else wish
+    if not axes:
+        return wish
+    return replace(wish, **axes, enabled=axes.get("offset") != NO_OFFSET)
 
 
 def set_axis(p: Any, name: str, value: Any) -> None:

@@ -168,6 +168,16 @@ def test_the_method_takes_the_file_of_the_same_pair(session: Session, chosen: st
     assert not fake(session).aborted
 
 
+def test_no_offset_is_a_value_of_the_offset_axis(session: Session):
+    axes, shown = axes_of(session), []
+    for name in ("None", "dpo", "None"):
+        p = new_p()
+        axes["offset"].apply(p, name, [])
+        shown.append((generate(session, p, True, "dpo", 1.0, "")[0][1], p.extra_generation_params.get("DPO offset")))
+    assert shown == [(None, None), ("dpo", "dpo"), (None, None)]
+    assert not fake(session).aborted
+
+
 @pytest.mark.parametrize(
     ("axis", "values", "message"),
     [
