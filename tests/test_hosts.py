@@ -1,0 +1,438 @@
+"""The contract of live models: bake, undo and generation, the same for every host, against strict fakes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from fakes_a1111 import A1111
+from harness import Harness, Tensors
+
+from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, NoModelError, SettingError
+from lib_dpo.keymap import UNET, VAE, parse_blocks
+from lib_dpo.patch import Patch, open_patch
+
+HOSTS: dict[str, Callable[[pytest.MonkeyPatch, Path], Harness]] = {"a1111": A1111}
+QKV = "conditioner.embedders.1.model.transformer.resblocks.0.attn."
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair of SD 1.5, its LoRA (with norms), its dense offset, and LoRAs that somebody else made."""
+    folder = tmp_path_factory.mktemp("hosts")
+    for arch in ("sd1", "sdxl"):
+        pair = [tiny.save(folder / f"{arch}_base.safetensors", tiny.base(arch))]
+        pair.append(tiny.save(folder / f"{arch}_tuned.safetensors", tiny.tuned(arch, rms=1e-3)))
+        of = ("--base", pair[0], "--tuned", pair[1])
+        assert tiny.run("extract", *of, "-o", folder / f"{arch}_lora.safetensors", "--rank", 8, "--profile", "webui") == 0
+        assert tiny.run("offset", *of, "-o", folder / f"{arch}_dense.safetensors") == 0
+        half = tiny.save(folder / f"{arch}_tuned_fp16.safetensors", tiny.tuned(arch, rms=1e-3), torch.float16)
+        assert tiny.run("offset", "--base", pair[0], "--tuned", half, "-o", folder / f"{arch}_dense_fp16.safetensors") == 0
+    unet = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tiny.save(
+        folder / "prompt_lora.safetensors", pair_of(unet, 8, 8) | pair_of("lora_te_text_model_encoder_layers_0_mlp_fc1", 64, 16)
+    )
+    tiny.save(folder / "te_lora.safetensors", pair_of("lora_te_text_model_encoder_layers_1_mlp_fc1", 64, 16))
+    clip_g = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
+    tiny.save(folder / "clip_g_lora.safetensors", pair_of(clip_g, 16, 16))
+    return folder
+
+
+def pair_of(name: str, rows: int, columns: int, rank: int = 2) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(len(name))
+    up, down = (torch.randn(shape, generator=generator) * 0.05 for shape in ((rows, rank), (rank, columns)))
+    return {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(float(rank))}
+
+
+@pytest.fixture(params=HOSTS)
+def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Harness]:
+    def start(arch: str = "sd1", **options: bool) -> Harness:
+        host = HOSTS[request.param](monkeypatch, tmp_path, **options)
+        host.add("base", tiny.base(arch))
+        host.add("other", tiny.base(arch, seed=5))
+        host.load("base")
+        return host
+
+    return start
+
+
+def opened(files: Path, name: str, blocks: str = "", rank: int | None = None) -> Patch:
+    return open_patch(files / f"{name}.safetensors", blocks=parse_blocks(blocks), rank=rank)
+
+
+def check_sum(found: Tensors, before: Tensors, patch: Patch, strength: float, *, roundings: int = 1) -> None:
+    """found = before + strength x patch, rounded; all other tensors bit for bit."""
+    changed = set(patch.changed_keys())
+    assert changed <= before.keys()
+    for key, tensor in before.items():
+        if key not in changed:
+            assert torch.equal(found[key], tensor), key
+            continue
+        exact = tensor.double() + strength * patch.delta(key).double().reshape(tensor.shape)
+        half_step = torch.finfo(tensor.dtype).eps / 2
+        bound = roundings * (exact.abs() * half_step + 2**-25) * 1.01  # 2^-25: half of the smallest float16
+        assert bool(((found[key].double() - exact).abs() <= bound).all()), key
+
+
+def check_equal(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key], tensor), key
+
+
+# ---- bake and undo ----
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "blocks", "rank"),
+    [
+        ("sd1_lora", 1.0, "", None),
+        ("sd1_lora", -0.7, "IN=0.5,MID=0", None),
+        ("sd1_lora", 2.5, "", 3),
+        ("sd1_dense", 0.3, "OUT=-1,TIME=0", None),
+        ("te_lora", 1.0, "", None),
+    ],
+)
+def test_a_bake_is_the_sum_and_undo_is_bit_equal(start, files: Path, name, strength, blocks, rank):
+    host = start()
+    before, prints = host.weights(), host.live.fingerprint()
+    patch = opened(files, name, blocks, rank)
+    baked = host.live.bake(patch, strength)
+    check_sum(host.weights(), before, patch, strength)
+    check_sum(host.generate(), before, patch, strength)
+    assert host.live.baked() == baked
+    assert (baked.patch_id, baked.strength, baked.blocks, baked.rank) == (patch.id, strength, str(patch.blocks), rank)
+    assert baked.tensors == len(patch.changed_keys())
+    assert baked.bytes_kept == host.live.bake_bytes(patch) > 0
+    changed = "te" if name == "te_lora" else "unet"
+    assert {part for part, value in host.live.fingerprint().items() if value != prints[part]} == {changed}
+    assert host.live.unbake() is True
+    assert host.live.baked() is None
+    check_equal(host.weights(), before)
+    check_equal(host.generate(), before)
+    assert host.live.fingerprint() == prints
+    assert host.live.unbake() is False
+
+
+@pytest.mark.parametrize("arch", ["sd1", "sdxl"])
+def test_the_dense_offset_at_strength_1_makes_the_tuned_model(start, files: Path, arch: str):
+    host = start(arch)
+    host.live.bake(opened(files, f"{arch}_dense_fp16"), 1.0)  # its differences are exact, those of float32 weights are not
+    tuned = tiny.tuned(arch, rms=1e-3)
+    check_equal(
+        host.weights(), {key: tensor if key.startswith(VAE) else tuned[key].half() for key, tensor in host.weights().items()}
+    )
+
+
+def test_a_second_bake_replaces_the_first(start, files: Path):
+    host = start()
+    before, lora, dense = host.weights(), opened(files, "sd1_lora", "IN=0"), opened(files, "sd1_dense", "OUT=0")
+    host.live.bake(lora, 1.0)
+    host.live.bake(dense, 0.5)
+    check_sum(host.weights(), before, dense, 0.5)
+    host.live.bake(lora, 0.25)
+    check_sum(host.weights(), before, lora, 0.25)
+    host.live.unbake()
+    check_equal(host.weights(), before)
+
+
+def failing(patch: Patch, error: BaseException | None) -> Patch:
+    """The patch, whose tensor in the middle cannot be read, or holds NaN."""
+    bad, read = patch.changed_keys()[len(patch.changed_keys()) // 2], patch.offset.read_delta
+
+    def read_delta(key: str, dtype: torch.dtype) -> torch.Tensor:
+        if key != bad:
+            return read(key, dtype)
+        if error:
+            raise error
+        return torch.full(patch.offset.shapes[key], float("nan"), dtype=dtype)
+
+    return replace(patch, offset=replace(patch.offset, read_delta=read_delta))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize(
+    ("error", "strength", "expected"),
+    [
+        (None, 1.0, BadTensorError),
+        (OSError("disk"), 1.0, OSError),
+        (KeyboardInterrupt(), 1.0, KeyboardInterrupt),
+        (MemoryError(), 1.0, MemoryError),
+        ("overflow", 1e9, BadTensorError),
+        ("cancelled", 1.0, Cancelled),
+    ],
+)
+def test_any_exception_leaves_the_model_as_it_was(start, files: Path, error, strength, expected, earlier: bool):
+    host = start()
+    patch = opened(files, "sd1_dense")
+    if earlier:
+        host.live.bake(opened(files, "sd1_lora"), 0.5)
+    before, baked = host.weights(), host.live.baked()
+    calls = []
+
+    def on_progress(done: int, total: int, key: str) -> None:
+        calls.append(done)
+        if error == "cancelled" and done > total / 2:
+            raise Cancelled("stopped")
+
+    with pytest.raises(expected):
+        host.live.bake(patch if isinstance(error, str) else failing(patch, error), strength, on_progress)
+    check_equal(host.weights(), before)
+    check_equal(host.generate(), before)
+    assert host.live.baked() == baked
+    assert error == "overflow" or len(calls) > 100
+    if earlier:
+        assert host.live.unbake()
+        check_equal(host.weights(), {key: t if key.startswith(VAE) else t.half() for key, t in vae_and(host).items()})
+
+
+def vae_and(host: Harness) -> Tensors:
+    """The base checkpoint in the tensors that the live model has."""
+    base = tiny.base()
+    return {key: base[key] for key in host.weights()}
+
+
+def test_what_does_not_fit_is_refused_untouched(start, files: Path, tmp_path: Path):
+    host = start()
+    before = host.weights()
+    with pytest.raises(MismatchError, match=r"an offset for SDXL but base is SD 1\.x"):
+        host.live.bake(opened(files, "sdxl_lora"), 1.0)
+    wide = tiny.save(
+        tmp_path / "wide.safetensors", pair_of("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", 64, 64)
+    )
+    with pytest.raises(MismatchError, match="middle_block"):
+        host.live.bake(open_patch(wide), 1.0)
+    with pytest.raises(MismatchError, match="an offset for SDXL"):
+        host.generate(opened(files, "sdxl_lora"))
+    with pytest.raises(SettingError, match="changes nothing"):
+        host.live.bake(opened(files, "sd1_lora", "ALL=0"), 1.0)
+    check_equal(host.weights(), before)
+    check_equal(host.generate(), before)
+    assert host.live.baked() is None
+
+
+def test_an_inpainting_model_keeps_its_extra_channels(start, files: Path):
+    host = start()
+    host.add("inpainting", tiny.base(in_channels=9))
+    host.load_beside("inpainting")
+    before = host.weights()
+    for patch in (opened(files, "sd1_dense"), opened(files, "sd1_lora")):
+        host.live.bake(patch, 1.0)
+        check_conv_in(host.weights(), before, patch)
+        host.live.unbake()
+        check_conv_in(host.generate(patch), before, patch)
+        check_equal(host.generate(), before)
+
+
+def check_conv_in(found: Tensors, before: Tensors, patch: Patch) -> None:
+    key = UNET + "input_blocks.0.0.weight"
+    assert torch.equal(found[key][:, 4:], before[key][:, 4:])
+    change = found[key][:, :4].float() - before[key][:, :4].float()
+    torch.testing.assert_close(change, patch.delta(key), atol=1e-3, rtol=0)  # float16 steps of weights up to 1
+    assert bool(change.any())
+
+
+def test_too_little_memory_is_refused_untouched(start, files: Path):
+    host = start()
+    before = host.weights()
+    host.starve()
+    with pytest.raises(HostError, match="memory is free"):
+        host.live.bake(opened(files, "sd1_lora"), 1.0)
+    check_equal(host.weights(), before)
+    assert host.live.baked() is None
+
+
+def test_without_a_model_it_says_so(start, files: Path, monkeypatch, tmp_path: Path, request):
+    host = HOSTS[request.node.callspec.params["start"]](monkeypatch, tmp_path)
+    assert host.live.loaded() is None
+    assert host.live.baked() is None
+    assert host.live.unbake() is False
+    with pytest.raises(NoModelError, match="no checkpoint is loaded"):
+        host.live.bake(opened(files, "sd1_lora"), 1.0)
+    with pytest.raises(NoModelError):
+        host.live.fingerprint()
+
+
+# ---- the host goes on living ----
+
+
+def test_reloading_the_checkpoint_forgets_the_bake(start, files: Path):
+    host = start()
+    before = host.weights()
+    host.live.bake(opened(files, "sd1_lora"), 1.0)
+    token = host.live.loaded().token
+    host.reload()
+    assert host.live.loaded().token != token
+    assert host.live.baked() is None
+    assert host.live.unbake() is False
+    check_equal(host.weights(), before)
+
+
+def test_another_checkpoint_in_place_is_never_mixed_with_the_first(start, files: Path):
+    host = start()
+    host.live.bake(opened(files, "sd1_lora"), 1.0)
+    token = host.live.loaded().token
+    host.load("other")
+    before = host.weights()
+    assert host.live.loaded().name == "other"
+    assert host.live.loaded().token != token
+    assert host.live.unbake() is False
+    check_equal(host.weights(), before)
+    patch = opened(files, "sd1_lora")
+    host.live.bake(patch, 0.5)
+    check_sum(host.weights(), before, patch, 0.5)
+
+
+def test_another_vae_keeps_the_bake(start, files: Path):
+    host = start()
+    before = {key: t for key, t in host.weights().items() if not key.startswith(VAE)}
+    baked = host.live.bake(opened(files, "sd1_lora"), 1.0)
+    host.switch_vae()
+    assert host.live.baked() == baked
+    assert host.live.unbake()
+    check_equal({key: t for key, t in host.weights().items() if not key.startswith(VAE)}, before)
+
+
+def test_two_models_in_memory_have_a_bake_each(start, files: Path):
+    host = start()
+    lora, dense = opened(files, "sd1_lora"), opened(files, "sd1_dense")
+    before = host.weights()
+    first = host.live.bake(lora, 1.0)
+    host.load_beside("other")
+    other = host.weights()
+    assert host.live.baked() is None
+    second = host.live.bake(dense, -0.5)
+    check_sum(host.weights(), other, dense, -0.5)
+    host.load("base")
+    assert host.live.baked() == first
+    check_sum(host.weights(), before, lora, 1.0)
+    assert host.live.unbake()
+    check_equal(host.weights(), before)
+    host.load("other")
+    assert host.live.baked() == second
+    assert host.live.unbake()
+    check_equal(host.weights(), other)
+
+
+def test_weights_that_somebody_else_changed_are_not_mixed(start, files: Path):
+    host = start()
+    patch = opened(files, "sd1_lora")
+    host.live.bake(patch, 1.0)
+    host.disturb(patch.changed_keys()[7])
+    before = host.weights()
+    for action in (host.live.unbake, lambda: host.live.bake(patch, 0.5)):
+        with pytest.raises(HostError, match="changed by something else"):
+            action()
+    check_equal(host.weights(), before)
+    host.reload()
+    assert host.live.baked() is None
+    check_equal(host.weights(), {key: t if key.startswith(VAE) else t.half() for key, t in vae_and(host).items()})
+
+
+def test_the_prompts_loras_before_during_and_after_a_bake(start, files: Path):
+    host = start()
+    patch, loras = opened(files, "sd1_lora"), [(files / "prompt_lora.safetensors", 0.8)]
+    lora = opened(files, "prompt_lora")
+    before, prints = host.weights(), host.live.fingerprint()
+    check_sum(host.generate(loras=loras), before, lora, 0.8)  # stays merged
+    assert host.live.fingerprint() == prints
+    baked = host.live.bake(patch, 1.0)
+    with_bake = host.weights()
+    check_sum(with_bake, before, patch, 1.0)
+    check_sum(host.generate(loras=loras), with_bake, lora, 0.8)
+    assert host.live.baked() == baked
+    check_equal(host.generate(), with_bake)
+    host.generate(loras=loras)
+    assert host.live.unbake()
+    check_equal(host.weights(), before)
+    check_sum(host.generate(loras=loras), before, lora, 0.8)
+    check_equal(host.generate(), before)
+    assert host.live.fingerprint() == prints
+
+
+# ---- generation ----
+
+
+@pytest.mark.parametrize(
+    ("name", "strength", "blocks", "rank"),
+    [
+        ("sd1_lora", 1.0, "", None),
+        ("sd1_lora", -1.5, "IN=0.5,MID=0,OUT11=2", None),
+        ("sd1_lora", 0.5, "", 3),
+        ("sd1_dense", 0.7, "TIME=-1", None),
+        ("te_lora", 1.0, "", None),
+    ],
+)
+def test_a_generation_draws_with_the_sum(start, files: Path, name, strength, blocks, rank):
+    host = start()
+    before = host.weights()
+    patch = opened(files, name, blocks, rank)
+    check_sum(host.generate(patch, strength), before, patch, strength)
+    check_sum(host.generate(patch, strength, hires=True), before, patch, strength)
+    check_equal(host.weights(), before)
+    check_sum(host.generate(patch, strength / 2), before, patch, strength / 2)
+    check_equal(host.generate(), before)
+    assert host.live.baked() is None
+
+
+def test_strength_0_and_no_offset_change_no_bit(start, files: Path):
+    host = start()
+    before = host.weights()
+    patch = opened(files, "sd1_lora")
+    for options in ((None, 1.0), (patch, 0.0), (opened(files, "sd1_lora", "ALL=0"), 1.0)):
+        if options[0] is None or not options[1]:
+            check_equal(host.generate(*options), before)
+        host.generate(patch, 1.0)
+        check_equal(host.generate(None), before)
+        host.generate(patch, 1.0)
+        check_equal(host.generate(patch, 0.0), before)
+
+
+def test_offsets_and_the_prompts_loras_add_up(start, files: Path):
+    host = start()
+    patch, loras = opened(files, "sd1_lora"), [(files / "prompt_lora.safetensors", 0.5)]
+    before = host.weights()
+    with_lora = host.generate(loras=loras)
+    check_sum(host.generate(patch, 1.0, loras=loras), with_lora, patch, 1.0, roundings=3)
+    check_equal(host.generate(loras=loras), with_lora)
+    check_equal(host.generate(), before)
+
+
+def test_a_generation_on_top_of_a_bake(start, files: Path):
+    host = start()
+    dense, lora = opened(files, "sd1_dense"), opened(files, "sd1_lora")
+    baked = host.live.bake(dense, 0.5)
+    with_bake = host.weights()
+    check_sum(host.generate(lora, -0.5), with_bake, lora, -0.5)
+    assert host.live.baked() == baked
+    check_equal(host.generate(), with_bake)
+
+
+@pytest.mark.parametrize("name", ["sdxl_lora", "sdxl_dense", "clip_g_lora"])
+def test_sdxl_with_both_its_text_encoders(start, files: Path, name: str):
+    host = start("sdxl")
+    before = host.weights()
+    patch = opened(files, name)
+    check_sum(host.generate(patch, 0.5), before, patch, 0.5)
+    check_equal(host.generate(), before)
+    host.live.bake(patch, 0.5)
+    check_sum(host.weights(), before, patch, 0.5)
+    host.live.unbake()
+    check_equal(host.weights(), before)
+
+
+def test_what_the_hosts_own_loader_matches(start, files: Path):
+    host = start()
+    matched, total = host.live.matched_keys(files / "sd1_lora.safetensors")
+    assert matched == total > 500
+    assert host.live.matched_keys(files / "clip_g_lora.safetensors")[0] == 0
+
+
+def test_every_hook_is_found(start):
+    checks = start().live.checks()
+    assert checks
+    assert all(check.ok for check in checks), [check for check in checks if not check.ok]
