@@ -6,6 +6,7 @@ restore, what they compare to find out, and in which order a generation calls th
 
 from __future__ import annotations
 
+import re
 import sys
 import uuid
 from collections.abc import Iterable, Mapping
@@ -16,12 +17,14 @@ from typing import Any, Protocol
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
 from lib_dpo.arch import ARCHITECTURES
-from lib_dpo.keymap import UNET, lora_aliases, lora_modules
+from lib_dpo.hosts import inplace
+from lib_dpo.hosts.forge import ForgeLive
+from lib_dpo.keymap import UNET, lora_aliases, lora_modules, text_encoder_from_hf
 
 FORKS = ("forge", "classic", "reforge", "neo")
-_QUANTISED = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def module_of(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
@@ -144,7 +147,7 @@ class ComfyPatcher:
         self.patches: dict[str, list[Any]] = {}
         self.backup: dict[str, torch.Tensor] = {}
         if not hasattr(model, "merges"):
-            model.merges = 0  # type: ignore[assignment]
+            model.merges, model.pristine = 0, {}  # type: ignore[assignment]
 
     def clone(self) -> Any:
         other = type(self)(self.model)
@@ -163,11 +166,13 @@ class ComfyPatcher:
             weight = self.model.get_parameter(name)
             self.backup.setdefault(name, weight.detach())
             set_parameter(self.model, name, merged(weight, [entry[:2] for entry in entries]))
+        self.model.pristine = dict(self.backup)  # type: ignore[assignment]
 
     def unmerge(self) -> None:
         for name, tensor in self.backup.items():
             set_parameter(self.model, name, tensor)
         self.backup.clear()
+        self.model.pristine = {}  # type: ignore[assignment]
 
     @property
     def merges(self) -> int:
@@ -349,8 +354,6 @@ class FakeForge:
 
     def load(self, path: Path) -> Any:
         """A new model object of a file; the old one is let go."""
-        from safetensors.torch import load_file
-
         for patcher in self.loaded:  # all models are unloaded first
             patcher.unmerge()
         self.loaded.clear()
@@ -391,6 +394,13 @@ class FakeForge:
             return self.data.sd_model, False
         return self.load(Path(self.data.forge_loading_parameters["checkpoint"])), True
 
+    def take_back(self, engine: Any) -> None:
+        """Return to a model that was kept, as reForge does: nothing is loaded."""
+        self.data.sd_model = engine
+        if self.fork in ("forge", "neo"):
+            self.data.forge_loading_parameters = {"checkpoint": engine.sd_checkpoint_info.filename}
+            self.data.forge_hash = str(self.data.forge_loading_parameters)
+
     def load_models_gpu(self, models: list[Any], memory_required: float = 0) -> None:
         """A patcher that is loaded already is left alone; else all others of its module leave first."""
         for patcher in models:
@@ -427,63 +437,78 @@ class FakeForge:
         self._activate(live, p, patch, strength, loras)
         engine.forge_objects = engine.forge_objects_after_applying_lora.shallow_copy()
         live.on_batch(p, patch, strength)
-        seen = [self._conds(p.cached_c, prompt)]
+        clip = self._conds(p.cached_c, (prompt, loras))
+        seen = [_sum(clip)]
         engine.forge_objects = engine.forge_objects_after_applying_lora.shallow_copy()
         live.on_sampling(p, patch, strength)
-        seen.append(self._sample())
+        unet, extra = self._sample()
+        seen.append(_sum(unet) + extra)
         if hires:
             p.is_hr_pass = True
             self._activate(live, p, patch, strength, loras)
-            seen.append(self._conds(p.cached_hr_c, prompt + " in detail"))
+            clip = self._conds(p.cached_hr_c, (prompt + " in detail", loras))
+            seen.append(_sum(clip))
             if self.fork == "forge":  # on objects of the first pass
                 live.on_sampling(p, patch, strength)
             engine.forge_objects = engine.forge_objects_after_applying_lora.shallow_copy()
             live.on_sampling(p, patch, strength)
-            seen.append(self._sample())
+            unet, extra = self._sample()
+            seen.append(_sum(unet) + extra)
+        self.drawn_with = unet, clip
         return torch.stack(seen)
 
     def _activate(self, live: Live, p: Any, patch: Any, strength: float, loras: list[tuple[Path, float]]) -> None:
         """The built-in Lora: nothing happens while its list of files and strengths stays."""
-        from safetensors.torch import load_file
-
         engine, wanted = self.data.sd_model, str([[str(path), strength] for path, strength in loras])
         if engine.current_lora_hash != wanted:
             engine.current_lora_hash = wanted
             original = engine.forge_objects_original
             engine.forge_objects.unet, engine.forge_objects.clip = original.unet, original.clip
             for path, multiplier in loras:
-                key_map = self._key_maps()["model_lora_keys_unet"](original.unet.model, {})
-                found = self.load_lora(load_file(path), key_map)
-                patcher = engine.forge_objects.unet.clone()
-                arguments: dict[str, Any] = {"patches": found if self.fork == "reforge" else found[0]}
-                if self.fork in ("forge", "neo"):
-                    arguments["filename"] = str(path)
-                patcher.add_patches(**arguments, strength_patch=multiplier)
-                engine.forge_objects.unet = patcher
+                engine.forge_objects.unet = self._with_lora("unet", engine.forge_objects.unet, path, multiplier)
+                clip = engine.forge_objects.clip.clone()
+                clip.patcher = self._with_lora("clip", clip.patcher, path, multiplier)
+                engine.forge_objects.clip = clip
             engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
         live.on_networks(p, patch, strength, {})
 
-    def _conds(self, cache: list[Any], prompt: str) -> torch.Tensor:
-        if cache[0] != (prompt, str(self.data.sd_model.sd_checkpoint_info.filename)):
-            clip = self.data.sd_model.forge_objects.clip
-            self.load_models_gpu([clip.patcher])
-            cache[1] = _sums(clip.patcher)
-            cache[0] = (prompt, str(self.data.sd_model.sd_checkpoint_info.filename))
+    def _with_lora(self, which: str, base: Any, path: Path, strength: float) -> Any:
+        found = self.load_lora(load_file(path), self._key_maps()[f"model_lora_keys_{which}"](base.model, {}))
+        named = {"filename": str(path)} if self.fork in ("forge", "neo") else {}
+        patcher = base.clone()
+        patcher.add_patches(patches=found if self.fork == "reforge" else found[0], strength_patch=strength, **named)
+        return patcher
+
+    def _conds(self, cache: list[Any], key: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+        """What the text encoder made, here its weights; the cache's key is what the hosts' is."""
+        key = (*key, str(self.data.sd_model.sd_checkpoint_info.filename))
+        if cache[0] != key:
+            patcher = self.data.sd_model.forge_objects.clip.patcher
+            self.load_models_gpu([patcher])
+            cache[:] = key, weights_of(patcher)
         return cache[1]  # type: ignore[no-any-return]
 
-    def _sample(self) -> torch.Tensor:
+    def _sample(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """The weights, and a number that online patches have a part in."""
         unet = self.data.sd_model.forge_objects.unet
         self.load_models_gpu([unet])
-        return _sums(unet)
+        online = unet.lora_loader.online if isinstance(unet, ForgePatcher) else {}
+        return weights_of(unet), _sum({name: merged(torch.zeros(shape_of(unet, name)), online[name]) for name in online})
 
 
-def _sums(patcher: Any) -> torch.Tensor:
-    """A number that every parameter, with what is added to it in the forward pass, has a part in."""
-    online = getattr(patcher, "lora_loader", SimpleNamespace(online={})).online
+def shape_of(patcher: Any, name: str) -> torch.Size:
+    return patcher.model.get_parameter(name).shape  # type: ignore[no-any-return]
+
+
+def weights_of(patcher: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in patcher.model.named_parameters()}
+
+
+def _sum(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A number that every value has a part in."""
     total = torch.zeros((), dtype=torch.float64)
-    for number, (name, parameter) in enumerate(patcher.model.named_parameters()):
-        weight = merged(parameter.float(), online[name]) if name in online else parameter
-        total += (weight.double() * torch.arange(1, weight.numel() + 1).reshape(weight.shape)).sum() / (number + 1)
+    for number, tensor in enumerate(tensors.values()):
+        total += (tensor.double() * torch.arange(1, tensor.numel() + 1).reshape(tensor.shape)).sum() / (number + 1)
     return total
 
 
@@ -491,3 +516,97 @@ def _module(name: str, **attributes: Any) -> ModuleType:
     module = ModuleType(name)
     vars(module).update(attributes)
     return module
+
+
+# ---- what the contract tests ask of a fork ----
+
+
+class Harness:
+    """A fork behind the `Harness` of the contract tests: its checkpoints and weights by canonical keys."""
+
+    dtype = torch.float16
+    merges_in_float32 = True
+
+    def __init__(self, fork: str, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.monkeypatch = monkeypatch
+        self.fake = FakeForge(fork, folder).install(monkeypatch)
+        self.live = ForgeLive()
+        self.kept: dict[str, Any] = {}
+        self.chosen = ""
+
+    def add(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.fake.arch = "sdxl" if any(key.startswith("conditioner.") for key in tensors) else "sd1"
+        tiny.save(self.fake.folder / f"{name}.safetensors", tensors)
+
+    def load(self, name: str) -> None:
+        self.chosen = name
+        if name in self.kept:
+            self.fake.take_back(self.kept[name])
+        else:
+            self.reload()
+
+    def load_beside(self, name: str) -> None:
+        self.kept[self.chosen] = self.fake.data.sd_model
+        self.load(name)
+        self.kept[name] = self.fake.data.sd_model
+
+    def reload(self) -> None:
+        self.fake.load(self.fake.folder / f"{self.chosen}.safetensors")
+
+    def switch_vae(self) -> None:
+        """No fork touches UNet or text encoder for that, nor their patchers."""
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        original = self.fake.data.sd_model.forge_objects_original
+        return self._canonical(_as_patched(original.unet), _as_patched(original.clip.patcher))
+
+    def generate(
+        self, patch: Any = None, strength: float = 1.0, *, loras: Iterable[tuple[Path, float]] = (), hires: bool = False
+    ) -> dict[str, torch.Tensor]:
+        self.fake.picture(self.live, patch, strength, loras=loras, hires=hires)
+        return self._canonical(*self.fake.drawn_with)
+
+    def disturb(self, key: str) -> None:
+        """The way of these hosts: another extension puts a patched clone of its own over what is there."""
+        original, name = self.fake.data.sd_model.forge_objects_original, key.removeprefix("model.")
+        theirs = original.unet.clone()
+        added = ("diff", (torch.ones(theirs.model.get_parameter(name).shape),))
+        named = {"filename": "theirs"} if self.fake.fork in ("forge", "neo") else {}
+        theirs.add_patches(patches={name: added}, **named)
+        original.unet = theirs
+
+    def starve(self) -> None:
+        self.monkeypatch.setattr(inplace, "available_memory", lambda: 0)
+
+    def _canonical(self, unet: Mapping[str, torch.Tensor], clip: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = {"model." + name: tensor for name, tensor in unet.items()}
+        for root, encoder in zip(("clip_l", "clip_g"), ARCHITECTURES[self.fake.arch].text_encoders, strict=False):
+            head = f"{root}.transformer."
+            own = {name.removeprefix(head): tensor for name, tensor in clip.items() if name.startswith(head)}
+            for name, tensor in own.items():
+                third = re.fullmatch(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.q_proj\.(weight|bias)", name)
+                if encoder.naming == "open_clip" and third:
+                    thirds = [own[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+                    tensors[f"{encoder.prefix}transformer.resblocks.{third[1]}.attn.in_proj_{third[2]}"] = torch.cat(thirds)
+                elif name == "text_projection.weight":
+                    tensors[encoder.prefix + "text_projection"] = tensor.T
+                elif encoder.naming == "hf" or not re.search(r"\.[kv]_proj\.", name):
+                    tensors[str(text_encoder_from_hf(encoder, name))] = tensor
+        return tensors
+
+
+def _as_patched(patcher: Any) -> dict[str, torch.Tensor]:
+    """The weights as this patcher would merge them, from the backups where others are merged; changes nothing."""
+    backup = patcher.lora_loader.backup if isinstance(patcher, ForgePatcher) else patcher.model.pristine
+    if isinstance(patcher, ForgePatcher):
+        patches: dict[str, list[Any]] = {}
+        for layer in patcher.lora_patches.values():
+            for name, entries in layer.items():
+                patches.setdefault(name, []).extend(entries)
+    else:
+        patches = patcher.patches
+    found = {}
+    for name, parameter in patcher.model.named_parameters():
+        weight = backup.get(name, parameter).detach()
+        found[name] = merged(weight, [entry[:2] for entry in patches[name]]) if name in patches else weight.clone()
+    return found

@@ -111,7 +111,8 @@ class ForgeLive:
             raise HostError(_OTHERS)
         clean = earlier.clean if earlier else before
         check_memory(self.bake_bytes(patch) - (earlier.baked.bytes_kept if earlier else 0))
-        steps = Steps(_numel(clean) + sum(torch.Size(shape).numel() for shape in patch.offset.shapes.values()), on_progress)
+        to_read = sum(torch.Size(patch.offset.shapes[key]).numel() for key in patch.changed_keys())
+        steps = Steps(to_read + (0 if earlier else _numel(clean)), on_progress)
         patches = _prepared(engine, patch, steps)
         try:
             digest = earlier.before if earlier else fingerprint_of(clean, steps)

