@@ -231,8 +231,10 @@ class A1111:
 
     merges_in_float32 = True
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, *, lora: bool = True, fp8: bool = False) -> None:
-        self.monkeypatch, self.folder, self.fp8 = monkeypatch, folder, fp8
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, *, lora: bool = True, fp8: bool = False, cached: bool = True
+    ) -> None:
+        self.monkeypatch, self.folder, self.fp8, self.cached = monkeypatch, folder, fp8, cached
         self.dtype = torch.float8_e4m3fn if fp8 else torch.float16
         self.files: dict[str, dict[str, torch.Tensor]] = {}
         self.modules = self._install(lora)
@@ -354,8 +356,9 @@ class A1111:
     def _to_fp8(self, model: Any) -> None:
         for module in model.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                module.fp16_weight = module.weight.data.clone()
-                if module.bias is not None:
+                if self.cached:
+                    module.fp16_weight = module.weight.data.clone()
+                if self.cached and module.bias is not None:
                     module.fp16_bias = module.bias.data.clone()
                 module.to(torch.float8_e4m3fn)
 

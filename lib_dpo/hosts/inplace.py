@@ -26,7 +26,7 @@ from lib_dpo.progress import Progress, Steps
 Values = tuple[Tensor, ...]
 
 _ROOM = 256 << 20  # for what adding up one tensor takes, and for others
-_LARGEST_LOSS = 0.5  # share of the change that 8-bit storage may round away
+_SMALLEST_SHARE = 0.5  # of the change that 8-bit storage must take up
 
 
 @dataclass(frozen=True)
@@ -229,8 +229,8 @@ class _Adder:
     strength: float
     name: str  # of the offset, for messages
     marker: Marker = field(default_factory=Marker)
-    wanted: float = 0.0
-    lost: float = 0.0
+    wanted: float = 0.0  # sum of squares of the change to 8-bit tensors
+    kept: float = 0.0  # the same of what their values moved by, along the change
 
     def add(self, slot: Slot, delta: Tensor) -> None:
         """Add strength x delta to a slot. Raises BadTensorError for NaN or Inf."""
@@ -238,22 +238,33 @@ class _Adder:
         before = self.marker.before(live)
         most_exact = slot.copies[0] if slot.copies else live
         change = delta.to(live.device).mul(self.strength)  # a copy: the delta may be a view of a file
-        exact = most_exact.to(live.device, torch.float32) + change
+        start = most_exact.to(live.device, torch.float32)
+        is_8_bit = live.element_size() == 1
+        stored = live.float() if is_8_bit else live
+        exact = torch.where(change == 0, start, start + change)  # -0.0 + 0.0 would lose its sign
         for tensor in slot.tensors:
             rounded = exact.to(tensor.dtype)
             self._check_finite(slot.key, rounded)
             tensor.copy_(rounded)
-        if live.element_size() == 1:
+        if is_8_bit:
             self.wanted += float(change.square().sum(dtype=torch.float64))
-            self.lost += float((live.float() - exact).square().sum(dtype=torch.float64))
+            self.kept += float((live.float() - stored).mul_(change).sum(dtype=torch.float64))
         self.marker.after(slot.key, live, before)
 
     def check_loss(self) -> None:
-        """Refuse a bake that 8-bit storage rounds away. Raises HostError with the share that would be lost."""
-        if self.lost > _LARGEST_LOSS * self.wanted:
+        """Refuse a bake that 8-bit storage rounds away, as it does with small changes where it keeps no exact copy.
+
+        Rounding an exact sum moves some values by a whole step and most not at all, which on average is the change.
+
+        Raises:
+            HostError: with the share that is lost.
+        """
+        if self.kept < _SMALLEST_SHARE * self.wanted:
+            lost = f"{1 - self.kept / self.wanted:.0%}"
             raise HostError(
-                f"this model is stored in 8 bits, where rounding takes {min(self.lost / self.wanted, 1):.0%} of the change by "
-                f"{self.name}; switch 8-bit (FP8) storage off in the settings, or apply the offset while generating"
+                f"this model is stored in 8 bits, which round {lost} of the change by {self.name} away; "
+                "switch FP8 weights off in the settings, or let it keep FP16 copies for LoRAs there, or apply the offset while "
+                "generating"
             )
 
     def _check_finite(self, key: str, tensor: Tensor) -> None:

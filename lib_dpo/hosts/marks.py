@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Literal
@@ -11,12 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lib_dpo.arch import Shape
-
 Verdict = Literal["edited", "gone", "mixed"]
 
 _SAMPLES, _CANDIDATES = 16, 4096  # values kept of each tensor, and those they are chosen from
-_DIMENSIONS = 4  # of the largest tensors, convolutions
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
@@ -25,7 +22,7 @@ class Marks:
     """The values that edits changed most, as bits."""
 
     keys: tuple[str, ...]
-    index: Tensor  # (n, dimensions, k)
+    index: Tensor  # (n, k), positions in row-major order
     before: Tensor  # (n, k)
     after: Tensor  # (n, k)
 
@@ -44,21 +41,22 @@ class Marks:
         return "mixed" if bool((same & telling).any()) else "gone"
 
     def _sample(self, read: Callable[[str], Iterable[Tensor]]) -> Tensor:
-        """(n, k) bits; one transfer for each device that holds weights."""
-        indexes: dict[torch.device, Tensor] = {}
-        rows: dict[torch.device, list[Tensor]] = {}
-        numbers: dict[torch.device, list[int]] = {}
-        for n, key in enumerate(self.keys):
-            for tensor in read(key):
-                device = tensor.device
-                if device not in indexes:
-                    indexes[device] = self.index.to(device)
-                row = _bits_at(tensor, indexes[device][n]).long()
-            rows.setdefault(device, []).append(row)
-            numbers.setdefault(device, []).append(n)
-        found = torch.empty_like(self.after)
-        for device, own in rows.items():
-            found[numbers[device]] = torch.stack(own).cpu()
+        """(n, k) bits; one transfer for each device and dtype that holds weights."""
+        indexes: dict[torch.device, Sequence[Tensor]] = {}
+        rows: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        numbers: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        with torch.no_grad():
+            for n, key in enumerate(self.keys):
+                for tensor in read(key):
+                    place = tensor.device, tensor.dtype
+                    if tensor.device not in indexes:
+                        indexes[tensor.device] = self.index.to(tensor.device).unbind()
+                    row = _bits_at(tensor, indexes[tensor.device][n])
+                rows.setdefault(place, []).append(row)
+                numbers.setdefault(place, []).append(n)
+            found = torch.empty_like(self.after)
+            for place, own in rows.items():
+                found[numbers[place]] = torch.stack(own).cpu().long()
         return found
 
 
@@ -70,7 +68,8 @@ class Marker:
     _rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def before(self, tensor: Tensor) -> Tensor:
-        return _bits_at(tensor, _candidates(tuple(tensor.shape)).to(tensor.device))
+        """Bits of a tensor that is about to be written to."""
+        return _bits_at(tensor, _candidates(tensor.numel()).to(tensor.device))
 
     def after(self, key: str, tensor: Tensor, before: Tensor) -> None:
         """Keep the candidates that changed most.
@@ -78,32 +77,27 @@ class Marker:
         Args:
             before: what `before` gave for this tensor.
         """
-        candidates = _candidates(tuple(tensor.shape))  # (dimensions, candidates)
+        candidates = _candidates(tensor.numel())
         after = _bits_at(tensor, candidates.to(tensor.device))
         change = after.view(tensor.dtype).float() - before.view(tensor.dtype).float()
         most = change.abs().topk(min(_SAMPLES, change.numel())).indices.cpu()
         most = most.repeat(math.ceil(_SAMPLES / most.numel()))[:_SAMPLES]
         self._keys.append(key)
-        self._rows.append((candidates[:, most], before.cpu()[most].long(), after.cpu()[most].long()))
+        self._rows.append((candidates[most], before.cpu()[most].long(), after.cpu()[most].long()))
 
     def marks(self) -> Marks:
+        """All marks taken so far."""
         index, before, after = (torch.stack(column) for column in zip(*self._rows, strict=True))
         return Marks(tuple(self._keys), index, before, after)
 
 
 @lru_cache(maxsize=256)
-def _candidates(shape: Shape) -> Tensor:
-    """Positions spread over a tensor of this shape, (dimensions, candidates); rows beyond its own dimensions are 0."""
-    numel = math.prod(shape)
-    flat = torch.arange(min(numel, _CANDIDATES)) * numel // min(numel, _CANDIDATES)
-    index = torch.zeros(_DIMENSIONS, len(flat), dtype=torch.long)
-    for dimension in reversed(range(len(shape))):
-        index[dimension] = flat % shape[dimension]
-        flat = flat // shape[dimension]
-    return index
+def _candidates(numel: int) -> Tensor:
+    """Positions spread over a tensor with so many values."""
+    count = min(numel, _CANDIDATES)
+    return torch.arange(count) * numel // count
 
 
-def _bits_at(tensor: Tensor, index: Tensor) -> Tensor:
-    """Bits of single values, as integers of the same size; the memory format of the tensor does not matter."""
-    bits = tensor.detach().view(_BITS[tensor.element_size()])
-    return bits[tuple(index[: bits.ndim])]
+def _bits_at(tensor: Tensor, positions: Tensor) -> Tensor:
+    """Bits of single values, as integers of the same size; `take` counts in row-major order whatever the memory format."""
+    return tensor.view(_BITS[tensor.element_size()]).take(positions)

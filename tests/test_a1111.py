@@ -1,0 +1,293 @@
+"""What only A1111 does: cond caches, the Lora extension's list, 8-bit storage, other UNets; against the strict fake."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from fakes_a1111 import A1111
+
+from lib_dpo.errors import HostError, NoModelError
+from lib_dpo.patch import Patch, open_patch
+
+TE_KEY = "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight"
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> A1111:
+    return started(A1111(monkeypatch, tmp_path))
+
+
+def started(host: A1111, arch: str = "sd1") -> A1111:
+    host.add("base", tiny.base(arch))
+    host.load("base")
+    return host
+
+
+@pytest.fixture(scope="module")
+def unet(tmp_path_factory: pytest.TempPathFactory) -> Patch:
+    return lora_patch(
+        tmp_path_factory.mktemp("unet"), "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", 32, 32
+    )
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Patch:
+    return lora_patch(tmp_path_factory.mktemp("text"), "lora_te_text_model_encoder_layers_1_mlp_fc1", 64, 16)
+
+
+def lora_patch(folder: Path, name: str, rows: int, columns: int, size: float = 0.05) -> Patch:
+    generator = torch.Generator().manual_seed(1)
+    up, down = (torch.randn(shape, generator=generator) * size for shape in ((rows, 2), (2, columns)))
+    tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(2.0)}
+    return open_patch(tiny.save(folder / f"{name}.safetensors", tensors))
+
+
+def dense_patch(folder: Path, keys: list[str], size: float = 0.01) -> Patch:
+    """A dense offset file of a whole UNet that changes these keys of the checkpoint only."""
+    base = tiny.base()
+    tensors = {key: torch.zeros_like(t) for key, t in base.items() if t.is_floating_point() and key.startswith("model.")}
+    tensors |= {key: torch.full_like(base[key], size) for key in keys}
+    return open_patch(tiny.save(folder / "dense.safetensors", tensors))
+
+
+# ---- prompts that the host has encoded ----
+
+
+def fill_caches(host: A1111) -> list[list[object]]:
+    first, second = host.modules.processing.StableDiffusionProcessing, host.modules.processing.StableDiffusionProcessingTxt2Img
+    caches = [first.cached_c, first.cached_uc, second.cached_hr_c, second.cached_hr_uc]
+    for cache in caches:
+        cache[:] = ["key", "cond"]
+    return caches
+
+
+def test_a_changed_text_encoder_throws_encoded_prompts_away(host: A1111, unet: Patch, text: Patch):
+    caches = fill_caches(host)
+    empty = host.model.cond_stage_model_empty_prompt
+    host.live.bake(unet, 1.0)
+    assert caches == [["key", "cond"]] * 4
+    assert host.model.cond_stage_model_empty_prompt is empty
+    host.live.bake(text, 1.0)
+    assert caches == [[None, None]] * 4
+    host.live.bake(unet, 1.0)  # takes the change of the text encoder back
+    assert host.empty_prompts == 3
+    fill_caches(host)
+    host.live.bake(text, 1.0)
+    fill_caches(host)
+    host.live.unbake()
+    assert caches == [[None, None]] * 4
+    assert not host.model.cond_stage_model_empty_prompt.is_inference()
+    host.live.bake(text, 1.0)
+    fill_caches(host)
+    host.reload()
+    assert host.live.baked() is None
+    assert caches == [[None, None]] * 4
+
+
+def test_encoded_prompts_are_told_apart_by_what_changes_the_text_encoder(host: A1111, unet: Patch, text: Patch):
+    def key(patch: Patch | None, strength: float = 1.0) -> list[list[str]]:
+        host.generate(patch, strength, hires=True)
+        data = (host.p.extra_network_data, host.p.hr_extra_network_data)
+        return [entry.items for one in data for entry in one.get("dpo_offset", [])]
+
+    assert key(None) == key(unet) == key(text, 0.0) == []
+    keys = [key(text), key(text, 0.5)]
+    host.live.bake(text, 0.25)
+    keys += [key(None), key(text), key(unet)]
+    assert keys[2] == keys[4]
+    assert len({str(k) for k in keys}) == 4
+    assert all(len(k) == 2 and k[0] == k[1] for k in keys)  # of both passes
+
+
+def test_the_hires_prompts_are_marked_before_their_pass(host: A1111, text: Patch):
+    p = SimpleNamespace(extra_network_data={}, hr_extra_network_data={}, comment=host.comments.append)
+    host.live.on_networks(p, text, 1.0, p.extra_network_data)
+    assert p.hr_extra_network_data.keys() == {"dpo_offset"}
+    host.live.on_networks(p, None, 1.0, p.extra_network_data)
+    assert p.extra_network_data == p.hr_extra_network_data == {}
+
+
+# ---- the list of networks ----
+
+
+def test_the_network_is_kept_for_another_strength_and_dropped_with_the_patch(host: A1111, unet: Patch, text: Patch):
+    networks = host.modules.networks.loaded_networks
+    state = torch.get_rng_state()
+    host.generate(unet, 1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    (network,) = networks
+    host.generate(unet, 0.5)
+    host.generate(unet, 0.0)
+    host.generate(unet, 0.5)
+    assert networks == [network]
+    assert (network.te_multiplier, network.unet_multiplier) == (0.5, 0.5)
+    assert (network.network_on_disk.shorthash, network.bundle_embeddings) == ("", {})
+    host.live.on_networks(host.p, unet, 0.7, {})  # again within one batch
+    assert networks == [network]
+    host.generate(text, 1.0)
+    assert networks != [network]
+    assert len(networks) == 1
+    host.generate(None)
+    assert networks == []
+    assert not hasattr(host.model, "_dpo_network")
+
+
+def test_what_cannot_be_applied_while_generating_is_said(host: A1111, tmp_path: Path):
+    embedding = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
+    norm = "model.diffusion_model.out.0.bias"
+    patch = dense_patch(tmp_path, [norm])
+    before = host.weights()
+    found = host.generate(patch, 1.0)
+    assert torch.allclose(found[norm], before[norm] + 0.01, atol=1e-3)
+    assert host.comments == []
+    offset = patch.offset
+    offset.shapes[embedding] = tuple(before[embedding].shape)  # type: ignore[index]
+    read = offset.read_delta
+    object.__setattr__(
+        offset, "read_delta", lambda key, dtype: torch.ones(16, 16, dtype=dtype) if key == embedding else read(key, dtype)
+    )
+    object.__setattr__(patch, "id", "other")
+    assert torch.equal(host.generate(patch, 1.0)[embedding], before[embedding])
+    assert "1 of its tensors cannot be applied" in host.comments[0]
+    host.live.bake(patch, 1.0)
+    assert torch.equal(host.weights()[embedding], before[embedding] + 1)
+    host.live.unbake()
+    assert torch.equal(host.weights()[embedding], before[embedding])
+
+
+def test_without_the_lora_extension_a_bake_works_and_a_generation_says_why_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, unet: Patch
+):
+    host = started(A1111(monkeypatch, tmp_path, lora=False))
+    before = host.weights()
+    assert host.live.bake(unet, 1.0)
+    assert host.live.unbake()
+    host.generate(None)
+    host.generate(unet, 0.0)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in host.weights().items())
+    with pytest.raises(HostError, match="Lora extension is switched off"):
+        host.generate(unet, 1.0)
+    with pytest.raises(HostError, match="Lora extension is switched off"):
+        host.live.matched_keys(tmp_path / "any")
+    missing = [check for check in host.live.checks() if not check.ok]
+    assert {check.name.split(".")[0] for check in missing} == {"networks"}
+    assert all("not found: " in check.text for check in missing)
+
+
+def test_a_file_that_the_loader_rejects_matches_nothing(host: A1111, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    bias_alone = {"lora_unet_conv_in.diff_b": torch.zeros(8), "lora_unet_conv_out.diff": torch.zeros(4, 8, 3, 3)}
+    file = tiny.save(tmp_path / "alone.safetensors", bias_alone)
+    assert host.live.matched_keys(file) == (0, 2)
+    assert "rejects" in caplog.text
+
+
+# ---- the model ----
+
+
+def test_it_is_told_by_its_file_and_storage(host: A1111):
+    loaded = host.live.loaded()
+    assert loaded is not None
+    assert (loaded.name, loaded.path, loaded.storage) == ("base", host.folder / "base.safetensors", "float16")
+    host.switch_vae()
+    assert host.live.loaded() == loaded
+
+
+def test_a_model_that_was_thrown_away_is_none(host: A1111, unet: Patch):
+    host.live.bake(unet, 1.0)
+    host.throw_away()
+    assert host.live.loaded() is None
+    assert host.live.baked() is None
+    assert host.live.unbake() is False
+    with pytest.raises(NoModelError):
+        host.live.bake_bytes(unet)
+
+
+def test_a_tensorrt_unet_is_refused(host: A1111, unet: Patch):
+    host.modules.sd_unet.current_unet = object()
+    with pytest.raises(HostError, match="SD Unet"):
+        host.live.bake(unet, 1.0)
+
+
+def test_a_bake_under_a_poll_of_the_status(host: A1111, unet: Patch, text: Patch):
+    first = host.live.bake(unet, 1.0)
+    seen = []
+    host.live.bake(text, 1.0, lambda done, total, key: seen.append(host.live.baked()))
+    assert seen == [first]
+
+
+def test_weights_in_channels_last_and_made_in_inference_mode(host: A1111, tmp_path: Path):
+    key = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    host.model.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        for module in host.model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(parameter.clone()))
+    before = host.weights()
+    assert not before[key].is_contiguous()
+    patch = dense_patch(tmp_path, [key])
+    with torch.inference_mode():
+        baked = host.live.bake(patch, 1.0)
+    assert host.live.baked() == baked
+    assert torch.allclose(host.weights()[key], before[key] + 0.01, atol=1e-3)
+    assert host.live.loaded() is not None
+    host.live.unbake()
+    assert all(torch.equal(tensor, before[k]) for k, tensor in host.weights().items())
+
+
+# ---- 8-bit storage ----
+
+
+def caches(host: A1111) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}.{kind}": getattr(module, kind).clone()
+        for name, module in host.model.named_modules()
+        for kind in ("fp16_weight", "fp16_bias")
+        if hasattr(module, kind)
+    }
+
+
+def same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
+    return all(torch.equal(found[key].float(), expected[key].float()) for key in expected)
+
+
+TO_Q = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+TO_Q_KEY = "model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+
+
+@pytest.mark.parametrize("size", [0.02, 0.5])  # far below the steps of 8 bits, and above
+def test_fp8_weights_and_their_exact_copies_are_baked_and_restored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: float
+):
+    host = started(A1111(monkeypatch, tmp_path, fp8=True))
+    loaded = host.live.loaded()
+    assert loaded is not None
+    assert loaded.storage == "float8_e4m3fn"
+    before, exact = host.weights(), caches(host)
+    patch = lora_patch(tmp_path, TO_Q, 32, 32, size=size)
+    baked = host.live.bake(patch, 1.0)
+    assert host.live.baked() == baked
+    assert baked.bytes_kept == 32 * 32 * 3
+    copy = TO_Q_KEY.replace(".weight", ".fp16_weight")
+    wanted = exact[copy].float() + patch.delta(TO_Q_KEY)
+    torch.testing.assert_close(host.weights()[TO_Q_KEY].float(), wanted, rtol=2**-4, atol=2**-10)  # steps of 3 bits
+    torch.testing.assert_close(caches(host)[copy].float(), wanted, rtol=2**-11, atol=2**-25)
+    assert host.live.unbake()
+    assert same(host.weights(), before)
+    assert same(caches(host), exact)
+
+
+def test_a_change_that_fp8_rounds_away_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    host = started(A1111(monkeypatch, tmp_path, fp8=True, cached=False))
+    before = host.weights()
+    with pytest.raises(HostError, match=r"round \d+% of the change .* away; switch FP8 weights off"):
+        host.live.bake(lora_patch(tmp_path, TO_Q, 32, 32, size=0.01), 1.0)
+    assert same(host.weights(), before)
+    assert host.live.baked() is None
+    assert host.live.bake(lora_patch(tmp_path, TO_Q, 32, 32, size=0.5), 1.0)
+    assert host.live.unbake()
+    assert same(host.weights(), before)
