@@ -120,7 +120,7 @@ class Generation:
                 return
             patch = patch_for(self._session, wish)
             p.extra_generation_params.update(_infotext(wish))
-            if wish.strength:
+            if wish.strength and patch.changed_keys():  # blocks that are all 0 leave nothing
                 setattr(p, _ACTIVE, (patch, wish.strength))
 
     def on_networks(self, p: Any, extra_network_data: dict[str, Any]) -> None:

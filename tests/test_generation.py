@@ -63,6 +63,13 @@ def test_on_reaches_every_hook_and_the_infotext(session: Session):
     }  # fmt: skip
 
 
+def test_blocks_that_are_all_0_apply_nothing(session: Session):
+    p = new_p()
+    assert {call[1] for call in generate(session, p, True, "dpo", 1.0, "ALL=0")} == {None}
+    assert p.extra_generation_params["DPO blocks"] == "ALL=0"
+    assert not fake(session).aborted
+
+
 def test_strength_0_applies_nothing_and_says_so(session: Session):
     p = new_p()
     assert {call[1] for call in generate(session, p, True, "dpo", 0, "")} == {None}

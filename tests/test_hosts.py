@@ -10,13 +10,15 @@ import pytest
 import tiny
 import torch
 from fakes_a1111 import A1111
+from fakes_standalone import Standalone
 from harness import Harness, Tensors
 
 from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, NoModelError, SettingError
 from lib_dpo.keymap import UNET, VAE, parse_blocks
 from lib_dpo.patch import Patch, open_patch
 
-HOSTS: dict[str, Callable[[pytest.MonkeyPatch, Path], Harness]] = {"a1111": A1111}
+HOSTS: dict[str, Callable[[pytest.MonkeyPatch, Path], Harness]] = {"a1111": A1111, "standalone": Standalone}
+NEEDS_DIFFUSERS = ("standalone",)
 QKV = "conditioner.embedders.1.model.transformer.resblocks.0.attn."
 
 
@@ -48,7 +50,7 @@ def pair_of(name: str, rows: int, columns: int, rank: int = 2) -> dict[str, torc
     return {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.alpha": torch.tensor(float(rank))}
 
 
-@pytest.fixture(params=HOSTS)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.newest] * (name in NEEDS_DIFFUSERS)) for name in HOSTS])
 def start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Harness]:
     def start(arch: str = "sd1", **options: bool) -> Harness:
         host = HOSTS[request.param](monkeypatch, tmp_path, **options)

@@ -1,0 +1,150 @@
+"""The standalone host: a pipeline from one file, against diffusers' own loader, and pictures that a strength changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from fakes_standalone import tokenizer
+
+from lib_dpo.errors import Cancelled, MismatchError, MissingExtraError, NoModelError, SettingError
+from lib_dpo.hosts.base import Request
+from lib_dpo.hosts.standalone import SAMPLERS, Standalone
+from lib_dpo.keymap import UNET, VAE
+from lib_dpo.model import open_model
+from lib_dpo.patch import open_patch
+from lib_dpo.pipeline import open_pipeline
+from lib_dpo.session import Session
+
+pytestmark = [
+    pytest.mark.newest,
+    pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning"),  # diffusers with numpy 2
+]
+REQUEST = Request("a b c", negative="c", seed=3, steps=2, cfg_scale=4.0, width=32, height=32)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models as the standalone host has it, with a strong offset."""
+    folder = tmp_path_factory.mktemp("models")
+    base, tuned = folder / "Stable-diffusion" / "base.safetensors", folder / "tuned.safetensors"
+    tiny.save(base, tiny.base())
+    tiny.save(tuned, tiny.tuned(rms=3e-2))
+    (folder / "Lora").mkdir()
+    assert tiny.run("extract", "--base", base, "--tuned", tuned, "-o", folder / "Lora" / "dpo.safetensors", "--rank", 8) == 0
+    tokenizer(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def host(models: Path) -> Standalone:
+    host = Standalone(models, models / "tokenizer", device="cpu")
+    host.live.load(host.checkpoint_dir / "base.safetensors")
+    return host
+
+
+@pytest.mark.parametrize("arch", ["sd1", "sd2", "sdxl"])
+def test_a_pipeline_holds_every_weight_of_the_file(arch: str, tmp_path: Path):
+    file = tiny.save(tmp_path / "model.safetensors", tiny.base(arch))
+    with open_model(file) as model:
+        weights = open_pipeline(model, tokenizer(tmp_path / "tokenizer"))
+        unet = {key for key in model.keys("unet") if key.startswith(UNET)}
+        assert unet <= weights.tensors.keys()
+        own = {parameter.data_ptr() for part in ("unet", "text_encoder", "text_encoder_2")
+               if (module := getattr(weights.pipeline, part, None)) for parameter in module.parameters()}  # fmt: skip
+        for key, tensor in weights.tensors.items():
+            assert torch.equal(tensor.reshape(-1), model.read(key).float().reshape(-1)) or tensor.shape != model.shape(key), key
+        starts = {tensor.data_ptr() for tensor in weights.tensors.values()}
+        assert starts <= own | {0}
+        picture = weights.pipeline("a b", num_inference_steps=1, width=32, height=32, output_type="np").images[0]
+    assert np.isfinite(picture).all()
+
+
+def test_the_text_encoder_gives_what_transformers_gives(tmp_path: Path):
+    """The same weights loaded by transformers from a diffusers folder give the same embeddings."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    file = tiny.save(tmp_path / "model.safetensors", tiny.base())
+    with open_model(file) as model:
+        pipeline = open_pipeline(model, tokenizer(tmp_path / "tokenizer")).pipeline
+    config = CLIPTextConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=64, num_hidden_layers=12, num_attention_heads=1, eos_token_id=49407
+    )
+    theirs = CLIPTextModel(config).eval()
+    names = {name if name.startswith("text_model.") else f"text_model.{name}": name for name in theirs.state_dict()}
+    prefix = "cond_stage_model.transformer."
+    theirs.load_state_dict(
+        {names[key[len(prefix) :]]: t for key, t in tiny.base().items() if key[len(prefix) :] in names}, strict=False
+    )
+    tokens = torch.tensor([[7, 0, 1, 2, 8, 8, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(pipeline.text_encoder(tokens)[0], theirs(tokens)[0])
+
+
+def test_strengths_change_the_picture_and_0_is_the_untouched_one(host: Standalone):
+    patch = open_patch(host.lora_dir / "dpo.safetensors")
+    untouched, prints = host.generate(REQUEST, None, 0.0), host.live.fingerprint()
+    half, full = (host.generate(REQUEST, patch, strength) for strength in (0.5, 1.0))
+    difference = [np.abs(np.asarray(each.image, float) - np.asarray(untouched.image, float)).mean() for each in (half, full)]
+    assert 0 < difference[0] < difference[1]
+    assert np.array_equal(host.generate(REQUEST, patch, 0.0).image, untouched.image)
+    assert host.live.fingerprint() == prints
+    assert "DPO strength: 0.5" in half.infotext
+    assert "Negative prompt: c" in half.infotext
+
+
+def test_a_bake_draws_what_the_saved_checkpoint_draws(host: Standalone, models: Path):
+    session = Session(host)
+    try:
+        session.jobs.run("save", lambda job: session.save(job, name="saved", offset="dpo", strength=1.0))
+        session.jobs.run("bake", lambda job: session.bake(job, offset="dpo", strength=1.0))
+        baked = host.generate(REQUEST, None, 0.0)
+        assert session.status().text == "base · SD 1.x · baked: dpo × 1"
+        host.live.load(host.checkpoint_dir / "saved.safetensors")
+        assert session.status().text == "saved · SD 1.x · clean"
+        difference = np.asarray(host.generate(REQUEST, None, 0.0).image, float) - np.asarray(baked.image, float)
+        assert np.abs(difference).max() <= 1  # float32 sums, in another order
+    finally:
+        (host.checkpoint_dir / "saved.safetensors").unlink(missing_ok=True)
+
+
+def test_compare_makes_a_grid(host: Standalone):
+    session = Session(host)
+    found = session.jobs.run("compare", lambda job: session.compare(
+        job, offset="dpo", prompts=["a b"], seeds="1", strengths="1", steps=1, width=32, height=32))  # fmt: skip
+    assert len(found.images) == 2
+    assert found.report.effects[0].difference > 0
+
+
+def test_samplers_and_interrupt(host: Standalone):
+    pictures = {name: host.generate(Request("a", sampler=name, steps=2, width=32, height=32), None, 0.0) for name in SAMPLERS}
+    assert all(f"Sampler: {name}" in picture.infotext for name, picture in pictures.items())
+    with pytest.raises(SettingError, match="sampler 'Magic' is unknown"):
+        host.generate(Request("a", sampler="Magic"), None, 0.0)
+    host.interrupt()
+    with pytest.raises(Cancelled):
+        host.generate(REQUEST, None, 0.0)
+    with host.job("again") as job:
+        job.check()
+
+
+def test_what_makes_no_pictures_is_refused(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    host = Standalone(models, models / "tokenizer", device="cpu")
+    with pytest.raises(NoModelError, match="choose one"):
+        host.generate(REQUEST, None, 0.0)
+    for tensors, message in (
+        (tiny.only_unet(tiny.base()), "lacks te1, vae"),
+        (tiny.base("sdxl-refiner"), "is a refiner"),
+        ({key: t for key, t in tiny.base().items() if key != f"{VAE}decoder.conv_in.weight"}, "lacks 1 tensors, first decoder"),
+        ({key: t for key, t in tiny.base().items() if "layers.3.mlp.fc1.bias" not in key}, "lacks 1 tensors of TE1"),
+    ):
+        file = tiny.save(tmp_path / "part.safetensors", tensors)
+        with pytest.raises(MismatchError, match=message):
+            host.live.load(file)
+        assert host.live.loaded() is None
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'sd-webui-dpo\[standalone\]'"):
+        host.live.load(host.checkpoint_dir / "base.safetensors")
