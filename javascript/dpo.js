@@ -44,6 +44,7 @@ function dpoLook() {
 function dpoWatch() {
     const top = dpoElement("dpo_top");
     if (!top) return false;
+    dpoName();
     new IntersectionObserver((entries) => {
         if (entries.some((entry) => entry.isIntersecting)) dpoLook();
     }).observe(top);
@@ -88,6 +89,13 @@ function dpoFromTxt2img(values) {
 }
 
 // ---- start ----
+
+function dpoName() {
+    for (const button of dpoElement("dpo_tab").querySelectorAll("button.dpo-tool")) {
+        button.title = "Look for new files";
+        button.setAttribute("aria-label", button.title);
+    }
+}
 
 (function dpoBegin(tries) {
     if (!dpoWatch() && tries > 0) setTimeout(dpoBegin, 500, tries - 1); // the page is built after its scripts are read

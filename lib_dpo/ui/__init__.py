@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lib_dpo.session import Session
-from lib_dpo.ui import bake, extract, inspect, lists, markup, parts
+from lib_dpo.ui import bake, compare, extract, inspect, lists, markup, parts
 
-_NOT_LOOKED_YET = "The loaded model has not been looked at yet: press 🔄."
+_NOT_LOOKED_YET = "The loaded model has not been looked at yet: press ↻."
 
 
 def build(session: Session) -> Any:
@@ -22,7 +22,7 @@ def build(session: Session) -> Any:
         task = parts.unsaved(gr.Textbox(label="Task of the DPO tab", visible=False, elem_id="dpo_task"))
         tab = parts.Tab(session, status, task, rescans=[rescan])
         with gr.Tabs(elem_id="dpo_pages"):
-            for module in (extract, bake, inspect):
+            for module in (extract, bake, compare, inspect):
                 module.page(tab)
         foot = parts.unsaved(gr.HTML("", elem_id="dpo_foot"))
         lists.wire(tab, shown, foot)

@@ -42,7 +42,7 @@ def page(tab: Tab) -> None:
                     choices=list(PRESETS), value="Everything", label="Blocks", elem_id="dpo_bake_preset",
                     info="Which parts of the model change",
                 )  # fmt: skip
-                blocks = gr.Textbox(value="", lines=1, **field_options("blocks"), elem_id="dpo_bake_blocks")
+                blocks = gr.Textbox(value="", lines=1, max_lines=1, **field_options("blocks"), elem_id="dpo_bake_blocks")
             with gr.Row(elem_classes=["dpo-buttons"]):
                 go = gr.Button("Bake", variant="primary", elem_id="dpo_bake_go")
                 undo = gr.Button("Undo", elem_id="dpo_bake_undo")
@@ -67,9 +67,9 @@ def page(tab: Tab) -> None:
 def _save_controls() -> tuple[Any, Any, Any]:
     import gradio as gr
 
-    with gr.Group(elem_classes=["dpo-group"]):
+    with gr.Column(elem_classes=["dpo-group"]):
         gr.HTML(
-            markup.card(
+            markup.headed(
                 "Save as checkpoint",
                 "Writes the loaded checkpoint's file plus the offset, strength and blocks chosen above. It is made from the "
                 "file, not from the weights in memory, so it need not be baked first, and no LoRA of a prompt gets into it.",
@@ -80,6 +80,7 @@ def _save_controls() -> tuple[Any, Any, Any]:
             label="Name of the new checkpoint",
             placeholder="as the loaded one, with -dpo",
             lines=1,
+            max_lines=1,
             elem_id="dpo_bake_save_name",
         )
         overwrite = gr.Checkbox(False, label="Replace a checkpoint of this name", elem_id="dpo_bake_save_overwrite")

@@ -42,12 +42,13 @@ def page(tab: Tab) -> None:
             with gr.Row(elem_classes=["dpo-buttons"]):
                 look = gr.Button("Analyse", elem_id="dpo_extract_analyse")
                 spectra = gr.Checkbox(
-                    False, label="With spectra (slower)", elem_id="dpo_extract_spectra",
-                    info="Adds how much a LoRA of each size keeps",
+                    False, label="With what each size keeps (slower)", elem_id="dpo_extract_spectra"
                 )  # fmt: skip
             numbers = _size_controls()
             settings = _advanced_controls()
-            name = gr.Textbox(label="Name of the new file", placeholder="as the reference", lines=1, elem_id="dpo_extract_name")
+            name = gr.Textbox(
+                label="Name of the new file", placeholder="as the reference", lines=1, max_lines=1, elem_id="dpo_extract_name"
+            )
             overwrite = gr.Checkbox(False, label="Replace a file of this name", elem_id="dpo_extract_overwrite")
             with gr.Row(elem_classes=["dpo-buttons"]):
                 go = gr.Button("Extract DPO LoRA", variant="primary", elem_id="dpo_extract_go")
@@ -225,7 +226,7 @@ def _lora_or_bake(spectra: Spectra | None) -> list[str]:
         "bake it from an offset file: that holds all of the change and costs nothing when you generate."
     )
     if not spectra:
-        return [general, "How much of the change a LoRA of each size keeps, Analyse shows with spectra."]
+        return [general, "How much of the change a LoRA of each size keeps, Analyse shows where you ask it to (slower)."]
     best = dict(zip(spectra.ranks, zip(spectra.energy_at_rank, spectra.size_mb_at_rank, strict=True), strict=True))
     kept, size = best[DEFAULT_RANK]
     return [

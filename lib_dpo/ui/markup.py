@@ -40,6 +40,11 @@ def note(message: object) -> str:
     return f'<p class="dpo-note">{text(_sentence(str(message)))}</p>'
 
 
+def headed(title: str, sentence: str) -> str:
+    """What a group of controls does."""
+    return f'<h4 class="dpo-head">{text(title)}</h4>{note(sentence)}'
+
+
 def card(title: str, *sentences: str, mood: Mood = "plain", body: str = "") -> str:
     """A question or result with its answer.
 

@@ -67,7 +67,7 @@ def refresh_button(elem_id: str) -> Any:
     """Small, beside a list."""
     import gradio as gr
 
-    return gr.Button("🔄", elem_id=elem_id, elem_classes=["tool", "dpo-tool"])
+    return gr.Button("↻", elem_id=elem_id, elem_classes=["tool", "dpo-tool"])
 
 
 def field_options(name: str) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def picture(**options: Any) -> Any:
 
     if "format" in inspect.signature(gr.Image.__init__).parameters:
         options["format"] = "png"  # 4.x recompresses to webp
-    return unsaved(gr.Image(type="pil", interactive=False, **options))
+    return unsaved(gr.Image(type="pil", interactive=False, show_label=False, **options))  # a label would cover its corner
 
 
 def unsaved(component: Any) -> Any:
