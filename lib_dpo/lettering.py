@@ -63,7 +63,8 @@ def typeface(size: int, bold: bool = False, wide: bool = False) -> Type:
 def _font_file(bold: bool, wide: bool) -> str | None:
     """The first font that opens. Kept, as Pillow walks through all of the system's fonts for a name."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    for candidate in (*(_WIDE_FONTS if wide else ()), *_matplotlib_font(name), name):
+    candidates: list[str] = [*(_WIDE_FONTS if wide else ()), *_matplotlib_font(name), name]
+    for candidate in candidates:
         try:
             ImageFont.truetype(candidate, 10)
         except OSError:

@@ -281,7 +281,14 @@ class Session:
         report = effects(plan, images)
         settings = {"Steps": steps, "Sampler": sampler or self.host.samplers()[0], "CFG scale": cfg_scale}
         settings |= {"Negative prompt": negative} | ({"Blocks": blocks} if blocks else {}) | ({"Rank": rank} if rank else {})
-        grid = draw_grid(plan, images, model=Path(model.name).stem, offset=patch.name, settings=settings, note=report.text)
+        grid = draw_grid(
+            plan,
+            images,
+            model=Path(model.name).stem,
+            offset=patch.name,
+            settings=settings,
+            note=f"{report.text} {report.caveat}",
+        )
         return Comparison(plan, images, grid, report)
 
     # ---- the live model ----
