@@ -122,6 +122,7 @@ class Generation:
             p.extra_generation_params.update(_infotext(wish))
             if wish.strength and patch.changed_keys():  # blocks that are all 0 leave nothing
                 setattr(p, _ACTIVE, (patch, wish.strength))
+                self._tell_of_refiner(p)
 
     def on_networks(self, p: Any, extra_network_data: dict[str, Any]) -> None:
         patch, strength = getattr(p, _ACTIVE, (None, 0.0))
@@ -137,6 +138,12 @@ class Generation:
         patch, strength = getattr(p, _ACTIVE, (None, 0.0))
         with self._refusing(p):
             self._session.host.live.on_sampling(p, patch, strength)
+
+    def _tell_of_refiner(self, p: Any) -> None:
+        refiner, switch_at = getattr(p, "refiner_checkpoint", None), getattr(p, "refiner_switch_at", None)
+        told = self._session.host.live.refiner
+        if told and refiner not in (None, "", "None") and switch_at is not None and switch_at < 1:
+            p.comment(f"{TITLE}: {told}")
 
     @contextmanager
     def _refusing(self, p: Any) -> Iterator[None]:

@@ -24,6 +24,8 @@ from lib_dpo.progress import Progress
 class FakeLive:
     """Weights by canonical key, float32."""
 
+    refiner = "the refiner draws without it"
+
     def __init__(self) -> None:
         self.path: Path | None = None
         self.weights: dict[str, torch.Tensor] = {}

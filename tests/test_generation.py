@@ -76,6 +76,14 @@ def test_strength_0_applies_nothing_and_says_so(session: Session):
     assert p.extra_generation_params["DPO strength"] == 0
 
 
+def test_a_refiner_is_told_of_only_where_there_is_one(session: Session):
+    for refiner, switch_at, told in ((None, None, False), ("xl-refiner", 0.8, True), ("xl-refiner", 1.0, False)):
+        comments: list[str] = []
+        p = new_p(refiner_checkpoint=refiner, refiner_switch_at=switch_at, comment=comments.append)
+        generate(session, p, True, "dpo", 1.0, "")
+        assert comments == (["DPO offset: the refiner draws without it"] if told else [])
+
+
 def test_a_bake_is_in_the_infotext(session: Session):
     session.jobs.run("bake", lambda job: session.bake(job, offset="dpo", strength=0.8))
     p = new_p()

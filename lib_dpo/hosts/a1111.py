@@ -54,6 +54,8 @@ _CHECKS = (
 class A1111Live:
     """Implements `LiveModel` for A1111. Weights are edited where they lie; no module is ever moved."""
 
+    refiner = "a refiner of another architecture, such as SDXL's, draws without it"
+
     def __init__(self) -> None:
         self._editing = threading.Lock()
 

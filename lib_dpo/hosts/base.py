@@ -114,6 +114,8 @@ class LiveModel(Protocol):
     host itself during a generation, which holds the lock then.
     """
 
+    refiner: str  # what becomes of an offset when a refiner takes over, for people; empty where it stays
+
     def loaded(self) -> LoadedModel | None:
         """The loaded checkpoint; never loads one. Needs no lock."""
 

@@ -90,6 +90,8 @@ class _State:
 class ForgeLive:
     """`LiveModel` for Forge and its forks; what differs between them is asked of the live objects."""
 
+    refiner = "the refiner, which is loaded anew, draws without it"
+
     def __init__(self) -> None:
         self._in_conds: str | None = None  # the text encoder patch that cached conds were made with; None: unknown
 

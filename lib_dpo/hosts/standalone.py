@@ -41,6 +41,8 @@ _SUFFIXES = (".safetensors", ".ckpt")
 class StandaloneLive:
     """Implements `LiveModel` over diffusers. `load` chooses the checkpoint."""
 
+    refiner = ""  # there are none
+
     def __init__(self, tokenizer: Path, device: str = "auto", dtype: torch.dtype | None = None) -> None:
         self._tokenizer, self._device = tokenizer, resolve_device(device)
         self._dtype = dtype or (torch.float16 if self._device.type == "cuda" else torch.float32)
