@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_dpo import __version__
+from lib_dpo.cli_pictures import add_commands as add_picture_commands
 from lib_dpo.errors import Cancelled, DpoError, MissingExtraError, OutputError, SettingError, printable
 from lib_dpo.settings import FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, RankPolicy, check
 
@@ -151,6 +152,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("compat", _compat, "say whether the offset fits a finetune, and whether DPO is in it already")
     sub.add_argument("--target", required=True, metavar="C", help="the finetune")
     _pair_arguments(sub)
+
+    add_picture_commands(command, _number)
 
     sub = command("demo", _demo, "the whole story on a small model made here, without a network")
     sub.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="DIR", help="folder to write to")

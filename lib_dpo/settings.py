@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -48,10 +49,13 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         "device": Field("Device", "auto, cpu, cuda, cuda:1, mps", str),
         "seed": Field("Seed", "of the randomized method", int, minimum=0),
         "strength": Field("Strength", "the offset is multiplied by it; 0 is off, 1 the full change", float),
+        "steps": Field("Steps", "of the sampler, per picture", int, minimum=1, maximum=1000),
+        "side": Field("Width or height", "of a picture in pixels, a multiple of 8", int, minimum=64, maximum=4096),
         "blocks": Field("Block weights", "such as IN00=0.5,MID=0,OUT=1; what is not named has weight 1", str),
     }
 )
 DEFAULT_RANK = 64
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "bundled"  # the small model that ships with the project
 
 
 def check(name: str, value: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from fakes_standalone import tokenizer
+from PIL import Image
 
 from lib_dpo.errors import Cancelled, MismatchError, MissingExtraError, NoModelError, SettingError
 from lib_dpo.hosts.base import Request
@@ -148,3 +149,49 @@ def test_what_makes_no_pictures_is_refused(models: Path, tmp_path: Path, monkeyp
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'sd-webui-dpo\[standalone\]'"):
         host.live.load(host.checkpoint_dir / "base.safetensors")
+
+
+# ---- the command ----
+
+
+def compare(models: Path, output: Path, *options: object) -> tuple[object, ...]:
+    return (
+        "compare", "--model", models / "Stable-diffusion" / "base.safetensors", "--offset", models / "Lora" / "dpo.safetensors",
+        "--prompt", "a b", "--prompt", "c", "--seeds", "1", "--strengths", "1", "--steps", 1, "--width", 64, "--height", 64,
+        "--tokenizer", models / "tokenizer", "--device", "cpu", "-o", output, *options,
+    )  # fmt: skip
+
+
+def test_the_command_writes_the_grid_and_each_picture(models: Path, tmp_path: Path):
+    figures = tiny.figures(tmp_path / "f.json", *compare(models, tmp_path / "grid.png", "--each", tmp_path / "each"))
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.width > 2 * 64
+        assert "DPO compare" in grid.info["parameters"]
+    assert sorted(path.name for path in (tmp_path / "each").iterdir()) == [
+        "01_strength-1.png", "01_untouched.png", "02_strength-1.png", "02_untouched.png",
+    ]  # fmt: skip
+    assert len(figures["pictures"]) == 4
+    assert figures["effects"][0]["difference"]["mean"] > 0
+    before = tiny.snapshot(tmp_path)
+    assert tiny.run(*compare(models, tmp_path / "grid.png")) == 2  # exists already
+    assert tiny.snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--width", 65), "not a multiple of 8"),
+        (("--steps", 0), "too small"),
+        (("--strengths", "lots"), "neither a number nor a range"),
+        (("--sampler", "Magic"), "sampler 'Magic' is unknown"),
+        (("--blocks", "EAR=1"), "block weight"),
+        (("-o", "grid.jpg"), "ends in .png"),
+        (("--offset", "/nowhere.safetensors"), "no offset named"),
+    ],
+)
+def test_the_command_refuses_in_one_line(models: Path, tmp_path: Path, capsys, options, message: str):
+    assert tiny.run(*compare(models, tmp_path / "grid.png", *options)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not list(tmp_path.iterdir())

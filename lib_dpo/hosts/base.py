@@ -5,8 +5,8 @@ A `Host` is what WebUIs have in common (webui.py); its `LiveModel` is what tells
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -170,7 +170,9 @@ class Host(Protocol):
 
     name: str  # "AUTOMATIC1111", "Forge", "reForge", "Forge Classic", "Forge Neo"
     version: str
-    live: LiveModel
+
+    @property
+    def live(self) -> LiveModel: ...
 
     # ---- files ----
     @property
@@ -226,9 +228,3 @@ class Silent:
 
         if self.cancelled:
             raise Cancelled("stopped")
-
-
-@contextmanager
-def silent_job() -> Iterator[Job]:
-    """A job that shows nothing."""
-    yield Silent()

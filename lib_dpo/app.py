@@ -1,0 +1,100 @@
+"""The tab without a WebUI: the same pages over the standalone host, with a list of checkpoints above them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from lib_dpo.errors import BadFileError, MissingExtraError, OutputError
+from lib_dpo.hosts.standalone import Standalone
+from lib_dpo.session import Session
+from lib_dpo.settings import BUNDLED_MODEL
+
+logger = logging.getLogger(__name__)
+
+_ROOT = Path(__file__).resolve().parent.parent  # where style.css and javascript/ lie
+_PORTS = range(1, 65536)
+
+
+def serve(*, models: Path | None, tokenizer: Path, device: str, address: str, port: int) -> None:
+    """Open the first checkpoint and serve the tab until Ctrl-C.
+
+    Args:
+        models: folder with Stable-diffusion, Lora and DPO in it; None for one of our own, with the bundled model in it.
+
+    Raises:
+        MissingExtraError: gradio is not installed. OutputError: the port is taken or impossible.
+        BadFileError: there is no checkpoint.
+    """
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(
+            "the app needs gradio, which is not installed: pip install 'sd-webui-dpo[standalone]'"
+        ) from error
+    if port not in _PORTS:
+        raise OutputError(f"port {port} does not exist; choose one from 1024 to 65535")
+    folder = models or own_models()
+    host = Standalone(folder, tokenizer, device=device)
+    entries = host.checkpoints()
+    if not entries:
+        raise BadFileError(f"{host.checkpoint_dir}: holds no checkpoint; put one there, or give another folder with --models")
+    host.live.load(entries[0].path)
+    blocks = build(Session(host))
+    style, script = _ROOT / "style.css", _ROOT / "javascript" / "dpo.js"
+    head = f"<style>{style.read_text(encoding='utf-8')}</style><script>{script.read_text(encoding='utf-8')}</script>"
+    print(f"serving {folder} on http://{address}:{port}; Ctrl-C ends it")  # noqa: T201  # the command's own words
+    try:
+        blocks.launch(server_name=address, server_port=port, quiet=True, head=head)
+    except OSError as error:
+        raise OutputError(f"port {port} cannot be used ({error}); choose another one with --port") from error
+
+
+def own_models() -> Path:
+    """A folder of models for this user, with a copy of the bundled one in it."""
+    data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    folder = data / "sd-webui-dpo"
+    for name, place in (("toy-shapes.safetensors", "Stable-diffusion"), ("toy-shapes.yaml", "Stable-diffusion"),
+                        ("toy-shapes-dpo", "DPO")):  # fmt: skip
+        source, target = BUNDLED_MODEL / name, folder / place / name
+        if source.is_dir() and not target.exists():
+            shutil.copytree(source, target)
+        elif source.is_file() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+    return folder
+
+
+def build(session: Session) -> Any:
+    """The tab below a list of checkpoints, as gradio Blocks."""
+    import gradio as gr
+
+    from lib_dpo import ui
+    from lib_dpo.ui import parts
+
+    host = session.host
+    assert isinstance(host, Standalone), "the app runs on the standalone host"
+
+    def load(name: str) -> list[Any]:
+        path = session.library.checkpoint(name)
+        session.jobs.run("Load", lambda job: host.live.load(path))
+        return [""]
+
+    names = [entry.name for entry in host.checkpoints()]
+    loaded = host.live.loaded()
+    with gr.Blocks(title="DPO offset", analytics_enabled=False) as page:
+        with gr.Row(elem_id="dpo_app_top"):
+            choice = gr.Dropdown(
+                names, value=next((n for n in names if loaded and n.startswith(loaded.name)), None), label="Checkpoint"
+            )
+            refresh = parts.refresh_button("dpo_app_refresh")
+        answer = gr.HTML("")
+        ui.build(session)
+        parts.on(
+            choice.input, parts.guarded(session, lambda task, name: load(name), 1), [gr.State(""), choice], [answer, gr.State()]
+        )
+        parts.on(refresh.click, lambda: parts.update(choices=[e.name for e in host.checkpoints()]), [], [choice])
+    return page
