@@ -8,16 +8,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lib_dpo.checkpoint import tensor_bytes
-from lib_dpo.decompose import Decomposer
+from lib_dpo.decompose import Decomposer, Scratch, side_by_side
 from lib_dpo.devices import batch_size, resolve_device
 from lib_dpo.errors import NothingToDoError, OutputError, SettingError
-from lib_dpo.figures import Tally, Verdict, changed_text_encoders, measure, right_base
+from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders, measure, right_base
 from lib_dpo.keymap import component_of
 from lib_dpo.layers import Layer, plan_layers
 from lib_dpo.lora import ENTRY_BYTES, METADATA_BYTES, kohya_metadata
@@ -100,7 +100,7 @@ def extract(
         if fixed:
             ranks = _fixed_ranks(layers, fixed, settings.policy.conv_rank)
         else:
-            ranks = _planned_ranks(pair, layers, components, settings, decomposer, steps)
+            ranks = _planned_ranks(pair, layers, components, settings, decomposer, steps, device)
         run = _Run(pair, Path(output), settings, components, layers, ranks, decomposer, steps)
         return run.write(encoders, overwrite=overwrite, source=source, device=device)
 
@@ -137,19 +137,27 @@ def _planned_ranks(
     settings: ExtractSettings,
     decomposer: Decomposer,
     steps: Steps,
+    device: torch.device,
 ) -> dict[str, int]:
     """Ranks from the exact spectra of all layers, for the energy and the size policies."""
     item = torch.finfo(PRECISION[settings.precision]).bits // 8
     spectra: dict[str, Spectrum] = {}
     pair_energy = 0.0
-    for layer in layers:
-        if layer.kind == "pair":
-            delta, row = decomposer.load(layer)
-            pair_energy += row.offset
-            values = decomposer.singular_values(delta, layer.module.name).square().numpy()
-            per_rank = item * sum(layer.matrix)
-            spectra[layer.module.name] = Spectrum(values, per_rank, _entry_bytes(layer), break_even_rank(*layer.matrix))
-        steps.advance(layer.numel, layer.module.key)
+
+    def squares(layer: Layer) -> tuple[Layer, float, Tensor]:
+        if layer.kind != "pair":
+            return layer, 0.0, torch.empty(0)
+        delta, row = decomposer.load(layer)
+        return layer, row.offset, decomposer.singular_values(delta, layer.module.name).square()
+
+    with side_by_side(squares, layers, device) as found:
+        for layer, offset, values in found:
+            if layer.kind == "pair":
+                pair_energy += offset
+                per_rank = item * sum(layer.matrix)
+                most = break_even_rank(*layer.matrix)
+                spectra[layer.module.name] = Spectrum(values.numpy(), per_rank, _entry_bytes(layer), most)
+            steps.advance(layer.numel, layer.module.key)
     whole = [layer for layer in layers if layer.kind != "pair"]
     if settings.policy.energy is not None:
         written_whole = sum(measure(pair, key)[1].offset for layer in whole for key in layer.keys)
@@ -180,6 +188,15 @@ def _left_out(pair: Pair, layers: Sequence[Layer], components: Sequence[str]) ->
 # ---- the writing pass ----
 
 
+class _Prepared(NamedTuple):
+    """A layer with the figures and the rounded factors to be written: none if it is left out, or no pair."""
+
+    layer: Layer
+    row: Row | None
+    up: Tensor | None = None
+    down: Tensor | None = None
+
+
 @dataclass
 class _Run:
     """One writing pass: the plan, the open file, and what was measured on the way."""
@@ -201,7 +218,7 @@ class _Run:
         self.written = 0
         self.dtype = PRECISION[self.settings.precision]
         largest = max(math.prod(self.pair.base.shape(layer.module.key)) for layer in self.layers)
-        self.scratch = torch.empty(largest) if device.type == "cpu" else None  # GPUs keep freed memory at hand themselves
+        self.scratch = Scratch(largest if device.type == "cpu" else 0)
         with SafetensorsWriter(
             self.output,
             overwrite=overwrite,
@@ -209,8 +226,9 @@ class _Run:
             max_tensors=3 * len(self.layers),
             compact=True,
         ) as self.writer:
-            for batch in _batches(self.layers, self.ranks, device):
-                self._write_batch(batch)
+            with side_by_side(self._prepare, _batches(self.layers, self.ranks, device), device) as prepared:
+                for batch in prepared:
+                    self._write_batch(batch)
             for key in _left_out(self.pair, self.layers, self.components):
                 row = measure(self.pair, key)[1]
                 row.residual = row.offset
@@ -249,47 +267,58 @@ class _Run:
             for layer in self.layers
         )
 
-    def _write_batch(self, batch: Sequence[Layer]) -> None:
-        scratch = self.scratch if len(batch) == 1 else None
+    def _prepare(self, batch: Sequence[Layer]) -> list[_Prepared]:
+        """Factors of layers as they will be written, and what these miss. Several of these calls run at once."""
+        if batch[0].kind != "pair":
+            return [_Prepared(layer, None) for layer in batch]
+        scratch = self.scratch.memory if len(batch) == 1 else None
         loaded = [(layer, *self.decomposer.load(layer, scratch)) for layer in batch]
-        kind, rank = batch[0].kind, self._rank(batch[0])
-        work = [(layer, delta, row) for layer, delta, row in loaded if row.offset and kind == "pair" and rank]
-        names = [layer.module.name for layer, _, _ in work]
-        factors = iter(self.decomposer.factorise([delta for _, delta, _ in work], rank, names) if work else ())
-        for layer, delta, row in loaded:
-            if kind != "pair":
+        rank = self._rank(batch[0])
+        work = [(layer, delta) for layer, delta, row in loaded if row.offset and rank]
+        names = [layer.module.name for layer, _ in work]
+        factors = iter(self.decomposer.factorise([delta for _, delta in work], rank, names) if work else ())
+        return [
+            self._rounded(layer, row, delta, next(factors) if row.offset and rank else None) for layer, delta, row in loaded
+        ]
+
+    def _rounded(self, layer: Layer, row: Row, delta: Tensor, factors: Factors | None) -> _Prepared:
+        """Factors in the dtype of the file, and in `row` the energy of what they miss. Overwrites `delta`."""
+        if factors is None and layer.required:
+            out, in_ = layer.matrix
+            factors = Factors(torch.zeros(out, 1), torch.zeros(1, in_), torch.zeros(1))
+        if factors is None:
+            row.residual = row.offset
+            return _Prepared(layer, row)
+        up, down = factors.up.to(self.dtype), factors.down.to(self.dtype)
+        row.residual = residual_energy_(delta, up, down)
+        self._check_fits(layer, row.residual)
+        return _Prepared(layer, row, up, down)
+
+    def _write_batch(self, batch: Sequence[_Prepared]) -> None:
+        for layer, row, up, down in batch:
+            if row is None:
                 self._write_whole(layer)
                 continue
-            if rank and row.offset:
-                row.residual = self._write_pair(layer, delta, next(factors))
-            else:
-                row.residual = row.offset
-                if layer.required:
-                    out, in_ = layer.matrix
-                    zero = Factors(torch.zeros(out, 1), torch.zeros(1, in_), torch.zeros(1))
-                    self._write_pair(layer, delta, zero)
+            if up is not None and down is not None:
+                self._write_pair(layer, up, down)
             self.tally.add(layer.module.key, row)
-        for layer in batch:
+        for layer, *_ in batch:
             self.steps.advance(layer.numel, layer.module.key)
 
     def _rank(self, layer: Layer) -> int:
         """The layer's rank; a required one gets at least one component."""
         return max(self.ranks.get(layer.module.name, 0), int(layer.required))
 
-    def _write_pair(self, layer: Layer, delta: Tensor, factors: Factors) -> float:
-        """Write alpha and both factors; the energy of what the written numbers miss. Overwrites `delta`."""
-        up, down = factors.up.to(self.dtype), factors.down.to(self.dtype)
-        residual = residual_energy_(delta, up, down)
-        self._check_fits(layer, residual)
-        rank, (out, in_) = up.shape[1], layer.matrix
+    def _write_pair(self, layer: Layer, up: Tensor, down: Tensor) -> None:
+        """Write alpha and both factors."""
+        rank, (_, in_) = up.shape[1], layer.matrix
         kernel = layer.shape[2:]
         # 2-byte alphas keep the file's tensors aligned, and fp16 holds every whole number up to 2048 exactly
         alpha = torch.tensor(rank, dtype=torch.float32 if self.dtype == torch.float32 else torch.float16)
         self._add(layer, "alpha", alpha)
         self._add(layer, "lora_down.weight", down.reshape(rank, in_ // math.prod(kernel), *kernel))
-        self._add(layer, "lora_up.weight", up.reshape(out, rank, *(1 for _ in kernel)))
+        self._add(layer, "lora_up.weight", up.reshape(layer.shape[0], rank, *(1 for _ in kernel)))
         self.written += 1
-        return residual
 
     def _check_fits(self, layer: Layer, residual: float) -> None:
         if not residual < float("inf"):  # NaN too
