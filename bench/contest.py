@@ -1,18 +1,20 @@
-"""The contest: every contestant factorises the same offsets of one pair, one layer after the other."""
+"""The contest: every contestant factorises the same offsets of one pair, a few layers of one shape after the other."""
 
 from __future__ import annotations
 
 import logging
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bench.contestants import Contestant, contestants, ours, svd_lowrank
+from bench.contestants import Contestant, contestants, one_by_one, ours, svd_lowrank
 from bench.measure import Measured, measure
+from lib_dpo.devices import batch_size
 from lib_dpo.layers import Layer, plan_layers
 from lib_dpo.lowrank import full_precision, krylov_blocks, seed_for, singular_values
 from lib_dpo.offset import Pair
@@ -24,8 +26,16 @@ Bar = Callable[[Iterable[Layer], str], Iterable[Layer]]
 
 _ROWS = 256  # of a matrix in float64 at once
 _TUNED_ON = 3  # layers of each shape
-
+_ROUNDS = 4  # layers for each core in a group: a core that waits at the end of each would count for more than in `extract`
 _TUNING_MARGIN = 1e-3  # of the residual: blocks are tuned on one layer of each shape, and must do for all
+
+
+class Energies(NamedTuple):
+    """Of one layer; `residual` differs from contestant to contestant."""
+
+    offset: float
+    optimum: float
+    residual: float = 0.0
 
 
 @dataclass
@@ -42,14 +52,14 @@ class Score:
     by_shape: dict[Shape, float] = field(default_factory=dict)  # seconds
     failed: str = ""
 
-    def add(self, shape: Shape, cost: Measured, energies: tuple[float, float, float], weight: float) -> None:
-        """Count one layer `weight` times; `energies` are those of the offset, the residual and the optimum."""
-        self.layers += 1
+    def add(self, shape: Shape, cost: Measured, energies: Sequence[Energies], weight: float) -> None:
+        """Count a group of layers, each `weight` times."""
+        self.layers += len(energies)
         self.seconds += weight * cost.seconds
         self.by_shape[shape] = self.by_shape.get(shape, 0.0) + weight * cost.seconds
-        self.offset += weight * energies[0]
-        self.residual += weight * energies[1]
-        self.optimum += weight * energies[2]
+        self.offset += weight * sum(layer.offset for layer in energies)
+        self.residual += weight * sum(layer.residual for layer in energies)
+        self.optimum += weight * sum(layer.optimum for layer in energies)
         self.peak = max(self.peak, cost.peak)
 
     @property
@@ -82,32 +92,49 @@ class Contest:
             self._warm_up(scores)
             counts, seen = Counter(layer.shape for layer in self.layers), Counter[Shape]()
             order = random.Random(0)  # nobody always comes first
-            for layer in self.bar(self.layers, "contest"):
-                delta = self._delta(layer)
-                energies = _square(delta), self._optimum(delta)
+            for group in self._groups():
+                deltas, shape = [self._delta(layer) for layer in group], group[0].shape
+                energies = [Energies(_square(delta), self._optimum(delta)) for delta in deltas]
                 for score in order.sample(scores, len(scores)):
-                    samples = min(score.contestant.samples or counts[layer.shape], counts[layer.shape])
-                    if seen[layer.shape] < samples and not score.failed:
-                        self._try(score, layer, delta, energies, counts[layer.shape] / samples)
-                seen[layer.shape] += 1
+                    samples = min(score.contestant.samples or counts[shape], counts[shape])
+                    rest = min(len(group), samples - seen[shape])
+                    if rest > 0 and not score.failed:
+                        self._try(score, group[:rest], deltas[:rest], energies[:rest], counts[shape] / samples)
+                seen[shape] += len(group)
         return _with_one_tuned(scores)
 
-    def _try(self, score: Score, layer: Layer, delta: Tensor, energies: tuple[float, float], weight: float) -> None:
-        seed = seed_for(0, layer.module.name)
+    def _groups(self) -> Iterator[list[Layer]]:
+        """Layers of one shape, a few for each core; on a GPU a batch of `extract`."""
+        groups: dict[Shape, list[Layer]] = defaultdict(list)
+        for layer in self.bar(self.layers, "contest"):
+            group = groups[layer.shape]
+            group.append(layer)
+            on_cpu = self.device.type == "cpu"
+            if len(group) >= (_ROUNDS * torch.get_num_threads() if on_cpu else batch_size(self.device, layer.numel)):
+                yield groups.pop(layer.shape)
+        yield from groups.values()
+
+    def _try(
+        self, score: Score, layers: Sequence[Layer], deltas: Sequence[Tensor], energies: Sequence[Energies], weight: float
+    ) -> None:
+        names = [layer.module.name for layer in layers]
+        seeds = [seed_for(0, name) for name in names]
         try:
-            (up, down), cost = measure(lambda: score.contestant.run(delta, self.rank, seed), self.device)
+            found, cost = measure(lambda: score.contestant.run(deltas, self.rank, seeds), self.device)
         except RuntimeError as error:  # out of memory, or a solver that does not converge
-            score.failed = f"{layer.module.name}: {error}".splitlines()[0]
+            score.failed = f"{names[0]}: {error}".splitlines()[0]
             logger.warning("%s failed at %s", score.contestant.title, score.failed)
             return
-        score.add(layer.shape, cost, (energies[0], _residual(delta, up, down), energies[1]), weight)
+        rows = zip(energies, deltas, found, strict=True)
+        measured = [row._replace(residual=_residual(delta, *factors)) for row, delta, factors in rows]
+        score.add(layers[0].shape, cost, measured, weight)
 
     def _warm_up(self, scores: Sequence[Score]) -> None:
         """Once each on the most common shape: libraries load, threads start, memory is mapped."""
         common = Counter(layer.shape for layer in self.layers).most_common(1)[0][0]
         delta = self._delta(next(layer for layer in self.layers if layer.shape == common))
         for score in scores:
-            measure(lambda run=score.contestant.run: run(delta, self.rank, 0), self.device)  # type: ignore[misc]
+            measure(lambda run=score.contestant.run: run([delta], self.rank, [0]), self.device)  # type: ignore[misc]
 
     def _fewest_blocks(self) -> int:
         """Krylov blocks that reach the energy of svd_lowrank on a sample of each shape, weighted by their numbers."""
@@ -118,13 +145,13 @@ class Contest:
         residuals: dict[int, float] = defaultdict(float)  # 0: of svd_lowrank
         most = krylov_blocks(self.rank)
         for layer in self.bar(sample, "tuning"):
-            delta, seed = self._delta(layer), seed_for(0, layer.module.name)
-            approximations = {0: svd_lowrank(delta, self.rank, seed)} | {
-                blocks: ours(delta, self.rank, seed, method="randomized", blocks=blocks) for blocks in range(2, most + 1)
+            deltas, seeds = [self._delta(layer)], [seed_for(0, layer.module.name)]
+            approximations = {0: one_by_one(svd_lowrank)(deltas, self.rank, seeds)} | {
+                blocks: ours(deltas, self.rank, seeds, method="randomized", blocks=blocks) for blocks in range(2, most + 1)
             }
-            for blocks, (up, down) in approximations.items():
+            for blocks, found in approximations.items():
                 count = len(groups[layer.shape])
-                residuals[blocks] += count / min(count, _TUNED_ON) * _residual(delta, up, down)
+                residuals[blocks] += count / min(count, _TUNED_ON) * _residual(deltas[0], *found[0])
         wanted = residuals[0] * (1 - _TUNING_MARGIN)
         return next((blocks for blocks in range(2, most) if residuals[blocks] <= wanted), most)
 

@@ -1,7 +1,8 @@
 """Who is compared: ways from the offset of a weight to two factors, ours and those in use elsewhere.
 
-Each takes a weight's offset (out, in) or (out, in, kh, kw) in float32, a rank and a seed, and gives up (out, r) and
-down (r, in*kh*kw), whose product approximates the flattened offset.
+Each takes the offsets of some weights of one shape, (out, in) or (out, in, kh, kw) in float32, a rank and seeds, and gives
+up (out, r) and down (r, in*kh*kw) for each, whose product approximates the flattened offset. All may use all cores: ours
+works on several layers at once as `extract` does, the others take one layer after the other as the tools that they are from.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 from lycoris.utils import extract_conv, extract_linear
 from torch import Tensor
 
-from lib_dpo.lowrank import factorise
+from lib_dpo.decompose import side_by_side
+from lib_dpo.lowrank import Factors, factorise
 from lib_dpo.settings import Method
 
 Approximation = tuple[Tensor, Tensor]
@@ -27,15 +29,36 @@ class Contestant:
 
     name: str  # in the JSON
     title: str
-    run: Callable[[Tensor, int, int], Approximation]
+    run: Callable[[Sequence[Tensor], int, Sequence[int]], list[Approximation]]
     samples: int | None = None  # layers of each shape that it gets; None: all of them
     blocks: int | None = None  # Krylov blocks, of those that are tuned by them
 
 
-def ours(weight: Tensor, rank: int, seed: int, *, method: Method, blocks: int | None = None) -> Approximation:
-    """lib_dpo by one of its methods."""
-    A = weight.flatten(1)
-    return factorise(A, min(rank, *A.shape), method=method, seeds=(seed,), blocks=blocks)[:2]
+def ours(
+    weights: Sequence[Tensor], rank: int, seeds: Sequence[int], *, method: Method, blocks: int | None = None
+) -> list[Approximation]:
+    """lib_dpo by one of its methods: side by side on the CPU, as one batch on a GPU."""
+    matrices = [weight.flatten(1) for weight in weights]
+    rank = min(rank, *matrices[0].shape)
+    device = weights[0].device
+    if device.type != "cpu":
+        batch = factorise(torch.stack(matrices), rank, method=method, seeds=seeds, blocks=blocks)
+        return list(zip(batch.up, batch.down, strict=True))
+
+    def alone(job: tuple[Tensor, int]) -> Factors:
+        return factorise(job[0], rank, method=method, seeds=job[1:], blocks=blocks)
+
+    with side_by_side(alone, zip(matrices, seeds, strict=True), device) as done:
+        return [factors[:2] for factors in done]
+
+
+def one_by_one(way: Callable[[Tensor, int, int], Approximation]) -> Callable[..., list[Approximation]]:
+    """A way for one weight, run for several in turn."""
+
+    def run(weights: Sequence[Tensor], rank: int, seeds: Sequence[int]) -> list[Approximation]:
+        return [way(weight, rank, seed) for weight, seed in zip(weights, seeds, strict=True)]
+
+    return run
 
 
 def full_matrix(weight: Tensor, rank: int, seed: int) -> Approximation:
@@ -72,9 +95,9 @@ def contestants(blocks: Sequence[int], *, svd_lowrank_samples: int | None = None
         Contestant("exact", "ours, exact", partial(ours, method="exact")),
         Contestant("auto", "ours, auto", partial(ours, method="auto")),
         *(_tuned(number) for number in blocks),
-        Contestant("svd_lowrank", "torch.svd_lowrank(q=r, niter=2), as SD.Next", svd_lowrank, svd_lowrank_samples),
-        Contestant("full_matrix", "full-matrix SVD, clamped at 0.99, as kohya", full_matrix, 1),
-        Contestant("lycoris", "LyCORIS extract_linear, extract_conv", lycoris, 1),
+        Contestant("svd_lowrank", "torch.svd_lowrank(q=r, niter=2), as SD.Next", one_by_one(svd_lowrank), svd_lowrank_samples),
+        Contestant("full_matrix", "full-matrix SVD, clamped at 0.99, as kohya", one_by_one(full_matrix), 1),
+        Contestant("lycoris", "LyCORIS extract_linear, extract_conv", one_by_one(lycoris), 1),
     ]
 
 
