@@ -34,7 +34,7 @@ _BLOCKS, _BLOCKS_SMALL_RANK, _SMALL_RANK = 11, 13, 64
 # operations of a product, and a product with a thin block (32 to 64 columns) runs at 0.8 of the full rate.
 _EIGH_COST = 11.0
 _THIN_RATE = 0.8
-_TURNS, _LEFT = 3, 0.1  # Gram-Schmidt: turns at most, and what one must leave of each row to be the last
+_TURNS, _LEFT = 5, 0.5  # Gram-Schmidt: turns at most, and what one must leave of each row to be the last
 _PANEL = 1024  # columns: 5 MB of a matrix with 1280 rows
 _KRYLOV_OVERHEAD = 2e8  # operations in the time that its many small calls take
 
@@ -223,7 +223,10 @@ def _krylov_subspace(A: Tensor, rank: int, seeds: Sequence[int], blocks: int) ->
     for start in range(0, blocks * width, width):
         block = slice(start, start + width)
         basis[:, block] = _orthonormal(X, basis[:, :start])
-        X = _there_and_back(A, basis[:, block], image[:, block])
+        if start + width < blocks * width:
+            X = _there_and_back(A, basis[:, block], image[:, block])
+        else:
+            torch.matmul(basis[:, block], A, out=image[:, block])
     # Rayleigh-Ritz: the best rank-r subspace inside the basis.
     W = _leading_eigenvectors(image @ image.mT, rank)  # (batch, rows, rank)
     return basis.mT @ W, W.mT @ image
@@ -248,11 +251,11 @@ def _orthonormal(X: Tensor, basis: Tensor) -> Tensor:
 
     In exact arithmetic only the last two blocks of a Krylov basis overlap with the next one (Golub & Underwood 1977,
     block Lanczos): they are taken out first, then what rounding has left of all. That is Gram-Schmidt done twice, as it
-    has to be (Giraud et al. 2005), at little more than the price of once. Where a turn took much away it is done again.
+    has to be (Giraud et al. 2005), at little more than the price of once. Where a turn took much away another one follows.
 
     Products only, so that a batch on a GPU stays there. A shift (Fukaya et al. 2020, shifted CholeskyQR) keeps the
-    Cholesky factor defined when X has lost rank; such rows come out as noise that the next turns make orthogonal (two
-    are too few from spectra of i^-1.5 on). The factor is inverted: a product with it is five times as fast as solving.
+    Cholesky factor defined when X has lost rank; such rows come out as noise that the next turns make orthogonal. The
+    factor is inverted: a product with it is five times as fast as solving.
     """
     width = X.shape[-2]
     identity = torch.eye(width, dtype=X.dtype, device=X.device)

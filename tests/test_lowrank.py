@@ -111,6 +111,29 @@ def test_more_blocks_never_keep_less() -> None:
     assert energies == sorted(energies)
 
 
+@pytest.mark.parametrize("exponent", [0.0, 0.3, 1.5, 4.0, 8.0])
+def test_krylov_blocks_are_orthonormal_to_all_before_them(exponent: float) -> None:
+    A, _ = matrix(300, 400, exponent)
+    basis = torch.empty(1, 0, 300)
+    X = torch.randn(1, 8, 300, generator=torch.Generator().manual_seed(0))
+    for _ in range(12):
+        basis = torch.cat((basis, lowrank._orthonormal(X, basis)), dim=1)
+        X = basis[:, -8:] @ A @ A.mT
+    # a few hundred times eps where A has lost rank, 1e-5 else; it enters the energy kept by its square
+    torch.testing.assert_close(basis @ basis.mT, torch.eye(96)[None], atol=1e-4 if exponent > 1 else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(96, 130), (130, 96)])
+def test_panels_give_what_one_product_gives(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lowrank, "_PANEL", 40)
+    A = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    A = A if shape[0] < shape[1] else A.mT
+    X, image = torch.randn(2, 7, 96, generator=torch.Generator().manual_seed(1)), torch.empty(2, 7, 130)
+    back = lowrank._there_and_back(A.expand(2, -1, -1), X, image)
+    torch.testing.assert_close(image, X @ A)
+    torch.testing.assert_close(back, X @ A @ A.mT, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("rank", [0, -1, 41])
 def test_a_rank_outside_the_matrix_is_refused(rank: int) -> None:
     with pytest.raises(ValueError, match=r"outside 1\.\.40"):
