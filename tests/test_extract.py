@@ -188,6 +188,21 @@ def test_the_same_seed_writes_the_same_file_and_another_seed_another(sd1: Files,
     assert contents[0] != contents[2]
 
 
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_the_number_of_cores_does_not_change_the_file(sd1: Files, tmp_path: Path, method: str) -> None:
+    before, contents = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            (tmp_path / str(threads)).mkdir()
+            torch.set_num_threads(threads)
+            run(sd1, tmp_path / str(threads) / "l.safetensors", rank=4, method=method)
+            assert torch.get_num_threads() == threads
+            contents.append((tmp_path / str(threads) / "l.safetensors").read_bytes())
+    finally:
+        torch.set_num_threads(before)
+    assert contents[0] == contents[1]
+
+
 def test_batches_write_the_same_weights(sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(sd1, tmp_path / "one.safetensors", rank=4)
     monkeypatch.setattr("lib_dpo.extract.batch_size", lambda device, numel: 5)
