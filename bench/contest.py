@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.contestants import Contestant, contestants, one_by_one, ours, svd_lowrank
+from bench.contestants import Approximation, Contestant, contestants, one_by_one, ours, svd_lowrank
 from bench.measure import Measured, measure
+from lib_dpo.decompose import side_by_side
 from lib_dpo.devices import batch_size
 from lib_dpo.layers import Layer, plan_layers
 from lib_dpo.lowrank import full_precision, krylov_blocks, seed_for, singular_values
@@ -94,7 +95,8 @@ class Contest:
             order = random.Random(0)  # nobody always comes first
             for group in self._groups():
                 deltas, shape = [self._delta(layer) for layer in group], group[0].shape
-                energies = [Energies(_square(delta), self._optimum(delta)) for delta in deltas]
+                with side_by_side(self._energies, deltas, self.device) as found:
+                    energies = list(found)
                 for score in order.sample(scores, len(scores)):
                     samples = min(score.contestant.samples or counts[shape], counts[shape])
                     rest = min(len(group), samples - seen[shape])
@@ -125,9 +127,8 @@ class Contest:
             score.failed = f"{names[0]}: {error}".splitlines()[0]
             logger.warning("%s failed at %s", score.contestant.title, score.failed)
             return
-        rows = zip(energies, deltas, found, strict=True)
-        measured = [row._replace(residual=_residual(delta, *factors)) for row, delta, factors in rows]
-        score.add(layers[0].shape, cost, measured, weight)
+        with side_by_side(_with_residual, zip(energies, deltas, found, strict=True), self.device) as measured:
+            score.add(layers[0].shape, cost, list(measured), weight)
 
     def _warm_up(self, scores: Sequence[Score]) -> None:
         """Once each on the most common shape: libraries load, threads start, memory is mapped."""
@@ -158,9 +159,9 @@ class Contest:
     def _delta(self, layer: Layer) -> Tensor:
         return self.pair.delta(layer.module.key, self.device)
 
-    def _optimum(self, delta: Tensor) -> float:
+    def _energies(self, delta: Tensor) -> Energies:
         A = delta.flatten(1)
-        return float(singular_values(A)[: min(self.rank, *A.shape)].square().sum())
+        return Energies(_square(delta), float(singular_values(A)[: min(self.rank, *A.shape)].square().sum()))
 
 
 def prepare(pair: Pair, rank: int, device: torch.device, bar: Bar) -> Contest:
@@ -175,6 +176,11 @@ def _with_one_tuned(scores: Sequence[Score]) -> list[Score]:
     enough = [score for score in tuned if theirs.failed or score.of_optimum >= theirs.of_optimum]
     chosen = (enough or tuned[-1:])[:1]
     return [score for score in scores if score.contestant.name != "tuned" or score in chosen]
+
+
+def _with_residual(row: tuple[Energies, Tensor, Approximation]) -> Energies:
+    energies, delta, (up, down) = row
+    return energies._replace(residual=_residual(delta, up, down))
 
 
 def _square(delta: Tensor) -> float:
