@@ -26,7 +26,6 @@ Shape = tuple[int, ...]
 Bar = Callable[[Iterable[Layer], str], Iterable[Layer]]
 
 _ROWS = 256  # of a matrix in float64 at once
-_TUNED_ON = 3  # layers of each shape
 _ROUNDS = 4  # layers for each core in a group: a core that waits at the end of each would count for more than in `extract`
 _TUNING_MARGIN = 1e-3  # of the residual: blocks are tuned on one layer of each shape, and must do for all
 
@@ -138,11 +137,11 @@ class Contest:
             measure(lambda run=score.contestant.run: run([delta], self.rank, [0]), self.device)  # type: ignore[misc]
 
     def _fewest_blocks(self) -> int:
-        """Krylov blocks that reach the energy of svd_lowrank on a sample of each shape, weighted by their numbers."""
+        """Krylov blocks that reach the energy of svd_lowrank on one layer of each shape, weighted by their numbers."""
         groups: dict[Shape, list[Layer]] = defaultdict(list)
         for layer in self.layers:
             groups[layer.shape].append(layer)
-        sample = [layer for group in groups.values() for layer in group[:_TUNED_ON]]
+        sample = [group[0] for group in groups.values()]
         residuals: dict[int, float] = defaultdict(float)  # 0: of svd_lowrank
         most = krylov_blocks(self.rank)
         for layer in self.bar(sample, "tuning"):
@@ -151,8 +150,7 @@ class Contest:
                 blocks: ours(deltas, self.rank, seeds, method="randomized", blocks=blocks) for blocks in range(2, most + 1)
             }
             for blocks, found in approximations.items():
-                count = len(groups[layer.shape])
-                residuals[blocks] += count / min(count, _TUNED_ON) * _residual(deltas[0], *found[0])
+                residuals[blocks] += len(groups[layer.shape]) * _residual(deltas[0], *found[0])
         wanted = residuals[0] * (1 - _TUNING_MARGIN)
         return next((blocks for blocks in range(2, most) if residuals[blocks] <= wanted), most)
 

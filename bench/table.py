@@ -101,11 +101,11 @@ def contest_table(rank: int, layers: int, scores: Sequence[Score]) -> str:
     reference = next(score.seconds for score in scores if score.contestant.name == "randomized")
     rows = [_contest_row(score, layers, reference) for score in scores]
     failed = [f"- {score.contestant.title} failed at {score.failed}" for score in scores if score.failed]
-    samples = {score.contestant.samples for score in scores} - {None}
+    samples = {score.contestant.samples for score in scores if score.contestant.samples}
     note = (
-        f"Rank {rank}. Time of the factorisation alone, on offsets in memory; peak memory is the largest of any layer, above "
-        "the offset itself. * Sampled"
-        + (": one layer of each shape" if samples == {1} else ", the same number of layers of each shape")
+        f"Rank {rank}. Time of the factorisation alone, on offsets in memory; peak memory is the largest of a few layers of one "
+        "shape, above the offsets themselves; ours works on as many at once as there are cores. * Sampled"
+        + f": {' or '.join(map(str, sorted(samples)))} of each shape"
         + ", its time and energies counted for all of that shape, its share of the optimum to that of the same layers."
     )
     return "\n".join([*_CONTEST_HEAD, *rows, "", note, *failed])

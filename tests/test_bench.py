@@ -38,7 +38,9 @@ def test_everyone_has_a_row_with_energies_up_to_the_optimum(run: tuple[dict[str,
     assert [row["name"] for row in rows] == CONTESTANTS
     shapes = len(rows[0]["seconds_by_shape"])
     for row in rows:
-        assert row["layers"] == (shapes if row["samples_per_shape"] == 1 else 282)
+        samples = row["samples_per_shape"] or 282
+        assert min(samples * shapes, 282) >= row["layers"] >= shapes
+        assert (row["layers"] == 282) is (row["samples_per_shape"] is None)
         assert row["seconds"] > 0
         # the optimum is of a float32 Gram matrix; LyCORIS writes layers whole that have no more than twice the rank
         assert 0.8 < row["of_optimum"] < 1 + 1e-5
