@@ -103,8 +103,8 @@ def contest_table(rank: int, layers: int, scores: Sequence[Score]) -> str:
     failed = [f"- {score.contestant.title} failed at {score.failed}" for score in scores if score.failed]
     samples = {score.contestant.samples for score in scores if score.contestant.samples}
     note = (
-        f"Rank {rank}. Time of the factorisation alone, on offsets in memory; peak memory is the largest of a few layers of one "
-        "shape, above the offsets themselves; ours works on as many at once as there are cores. * Sampled"
+        f"Rank {rank}. Time of the factorisation alone, on offsets in memory; peak memory is the largest of a few layers of "
+        "one shape, above the offsets themselves; ours works on as many at once as there are cores. * Sampled"
         + f": {' or '.join(map(str, sorted(samples)))} of each shape"
         + ", its time and energies counted for all of that shape, its share of the optimum to that of the same layers."
     )
