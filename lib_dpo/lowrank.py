@@ -26,11 +26,10 @@ from lib_dpo.settings import Method
 
 logger = logging.getLogger(__name__)
 
-# Krylov: blocks of 5/16 of the rank. Eleven keep 99.93 % of the optimum at rank 64 on 1280 values that fall as i^-0.15,
-# more on steeper spectra; a square matrix of the benchmark's keeps 99.88 to 99.93 %, a longer one 99.94 to 99.99 %. Small
-# ranks take 13. Wider blocks need more columns in all for the same energy (8 of 32 for these 11 of 20), thinner ones are
-# multiplied more slowly. Each block costs two products with A.
-_BLOCKS, _BLOCKS_SMALL_RANK, _SMALL_RANK = 11, 13, 64
+# Krylov: blocks of 3/8 of the rank. Ten keep 99.93 to 99.96 % of the optimum of single 1280x1280 layers at rank 64 (flat
+# spectrum, i^-0.3); small ranks take 12. At about the same cost, 11 blocks of 20 kept 99.92 % and 8 of 32 kept 99.91 %.
+# Each block costs two products with A.
+_BLOCKS, _BLOCKS_SMALL_RANK, _SMALL_RANK = 10, 12, 64
 # Costs of the two methods relative to a float32 matrix product: `eigh` of an s x s matrix takes as long as 11 s^3
 # operations of a product, and a product with a thin block (32 to 64 columns) runs at 0.8 of the full rate.
 _EIGH_COST = 11.0
@@ -154,7 +153,7 @@ def operations(short: int, long: int, rank: int, method: Method) -> float:
 
 def block_size(rank: int) -> int:
     """Columns of one Krylov block."""
-    return max(4, (5 * rank + 15) // 16)
+    return max(4, (3 * rank + 7) // 8)
 
 
 def krylov_blocks(rank: int) -> int:
