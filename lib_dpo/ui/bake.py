@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ def page(tab: Tab) -> None:
     session, chosen = tab.session, [offset, strength, blocks]
     parts.on(preset.change, PRESETS.get, [preset], [blocks], queue=False, show_progress="hidden")
     for changed in (offset.change, blocks.change):
-        parts.on(changed, lambda *values: foresee(session, *values), [offset, blocks], [before], show_progress="hidden")
-    parts.start(tab, go, lambda *values: bake(session, *values), chosen, [place])
-    parts.start(tab, undo, lambda task: unbake(session, task), [], [place])
+        parts.on(changed, partial(foresee, session), [offset, blocks], [before], show_progress="hidden")
+    parts.start(tab, go, partial(bake, session), chosen, [place])
+    parts.start(tab, undo, partial(unbake, session), [], [place])
     parts.start(
-        tab, save_go, lambda *values: save(session, *values), [*chosen, save_name, overwrite], [place], writes=True
+        tab, save_go, partial(save, session), [*chosen, save_name, overwrite], [place], writes=True
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lib_dpo.errors import NotFoundError, SettingError
@@ -69,7 +70,7 @@ def page(tab: Tab) -> None:
         parts.unsaved(unsaved)
     session = tab.session
     parts.start(
-        tab, go, lambda *values: compare(session, *values), [offset, strengths, prompts, negative, seeds, *rest, blocks],
+        tab, go, partial(compare, session), [offset, strengths, prompts, negative, seeds, *rest, blocks],
         [place, grid, pair, wipe, where, made],
     )  # fmt: skip
     parts.on(pair.input, look, [made, pair], [wipe, where], show_progress="hidden")

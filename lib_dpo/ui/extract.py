@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lib_dpo.errors import SettingError
 from lib_dpo.keymap import block_labels
 from lib_dpo.session import Analysis, Extracted, Session
-from lib_dpo.settings import DEFAULT_RANK, FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, RankPolicy
+from lib_dpo.settings import DEFAULT_RANK, FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, Method, RankPolicy
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.markup import Mood
 from lib_dpo.ui.parts import Tab, field_options
@@ -64,12 +65,10 @@ def page(tab: Tab) -> None:
     for unsaved in (name, overwrite, spectra):
         parts.unsaved(unsaved)
     session, pair = tab.session, [base, reference]
-    parts.start(tab, look, lambda *values: analyse(session, *values), [*pair, spectra], [place, plot])
+    parts.start(tab, look, partial(analyse, session), [*pair, spectra], [place, plot])
+    parts.start(tab, go, partial(extract, session), [*pair, name, overwrite, *numbers, *settings], [place], writes=True)
     parts.start(
-        tab, go, lambda *values: extract(session, *values), [*pair, name, overwrite, *numbers, *settings], [place], writes=True
-    )
-    parts.start(
-        tab, dense, lambda *values: write_offset(session, *values), [*pair, name, overwrite], [place], writes=True
+        tab, dense, partial(write_offset, session), [*pair, name, overwrite], [place], writes=True
     )  # fmt: skip
 
 
@@ -138,13 +137,11 @@ def analyse(session: Session, task: str | None, base: str, reference: str, spect
 
 def extract(
     session: Session, task: str | None, base: str, reference: str, name: str, overwrite: bool,
-    by: str, rank: float, conv_rank: float, size: float, energy: float, *advanced: str,
+    by: str, rank: float, conv_rank: float, size: float, energy: float, method: Method, profile: str, precision: str,
 ) -> str:  # fmt: skip
     """Write the LoRA; its result card."""
-    method, profile, precision = advanced
-    settings = ExtractSettings(
-        _policy(by, rank, conv_rank, size, energy), method=method, profile=profile, precision=precision  # type: ignore[arg-type]
-    )  # fmt: skip
+    policy = _policy(by, rank, conv_rank, size, energy)
+    settings = ExtractSettings(policy, method=method, profile=profile, precision=precision)
     found = session.jobs.run(
         "Extract DPO LoRA",
         lambda job: session.extract(
@@ -217,7 +214,7 @@ def _fit_card(session: Session, found: Analysis) -> str:
         own = status.architecture.title if status.architecture else "not a model that DPO is known for"
         of_pair = found.diff.tally.architecture.title
         return markup.card(title, f"No: {status.model.name} is {own} and this pair is {of_pair}.", mood="bad")
-    return markup.card(title, f"Yes: {status.model.name} is one of the two files itself.", mood="good")
+    return markup.card(title, f"Yes: {status.model.name} is itself the base or the reference.", mood="good")
 
 
 def _lora_or_bake(spectra: Spectra | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lib_dpo.arch import ARCHITECTURES
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 _MOODS: dict[str, Mood] = {"base": "good", "fits": "good", "weaker": "doubt", "contained": "doubt"}
 _HINT = "Choose a file to see what it is, or three to see whether the offset of a pair fits a model."
+_COMPONENTS = {
+    "unet": "UNet", "te": "text encoder", "te1": "text encoder 1", "te2": "text encoder 2", "vae": "VAE",
+}  # fmt: skip
 _LONGEST = 300  # letters of one metadata entry that are shown
 
 
@@ -49,8 +53,8 @@ def page(tab: Tab) -> None:
         with gr.Column(elem_classes=["dpo-answers"]):
             place = parts.results("dpo_inspect_result", _HINT)
     session = tab.session
-    parts.start(tab, look, lambda *values: what_is(session, *values), [file], [place])
-    parts.start(tab, fit, lambda *values: does_it_fit(session, *values), [target, base, reference], [place])
+    parts.start(tab, look, partial(what_is, session), [file], [place])
+    parts.start(tab, fit, partial(does_it_fit, session), [target, base, reference], [place])
 
 
 def everything(session: Session) -> list[str]:
@@ -62,7 +66,7 @@ def everything(session: Session) -> list[str]:
 
 def what_is(session: Session, task: str | None, name: str) -> str:
     """A file in plain words, its figures, and what its metadata says."""
-    return _inspection_html(session.jobs.run("What is it?", lambda job: session.inspect(name or ""), task_id=task))
+    return _inspection_html(session.inspect(name or ""))  # no job: it may be asked while pictures are made
 
 
 def does_it_fit(session: Session, task: str | None, target: str, base: str, reference: str) -> str:
@@ -84,9 +88,9 @@ def _inspection_html(found: Inspection) -> str:
     family = ARCHITECTURES[found.architecture].title if found.architecture else "an unknown architecture"
     rows: list[tuple[str, Any]] = [
         ("Layout", found.layout),
-        ("Holds", ", ".join(found.components) or "nothing that is known here"),
+        ("Holds", ", ".join(_COMPONENTS.get(name, name) for name in found.components) or "nothing that is known here"),
         ("Size", f"{markup.size(found.file_bytes)}, {found.tensors:,} tensors, {found.parameters / 1e6:,.1f} M values"),
-        ("Numbers", ", ".join(f"{dtype} in {count:,}" for dtype, count in found.dtypes.items())),
+        ("Numbers", ", ".join(f"{count:,} × {dtype}" for dtype, count in found.dtypes.items())),
     ]
     if found.ranks:
         low, high = found.ranks
@@ -101,7 +105,7 @@ def _inspection_html(found: Inspection) -> str:
     html += "".join(markup.card("Note", words) for words in notes)
     if found.metadata:
         entries = [(key, _short(value)) for key, value in sorted(found.metadata.items())]
-        html += markup.folded(f"Metadata, {len(entries)} entries", markup.facts(entries))
+        html += markup.folded(f"Metadata ({len(entries)})", markup.facts(entries))
     return html
 
 

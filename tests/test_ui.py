@@ -1,0 +1,494 @@
+"""The tab over a host without a WebUI: how it is built, and what its buttons do and say."""
+
+from __future__ import annotations
+
+import inspect as signatures
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from fake_host import FakeHost
+
+from lib_dpo.errors import Cancelled
+from lib_dpo.hosts.base import Check, FileEntry
+from lib_dpo.session import Session
+from lib_dpo.ui import bake, build, compare, extract, inspect, lists, markup, parts
+
+EVIL = "<img src=x onerror=alert(1)>\"'&"
+SETTINGS = (extract.BY_RANK, 4, 0, 80, 50, "auto", "portable", "fp16")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ui")
+    tiny.save(folder / "Stable-diffusion" / "base.safetensors", tiny.base(), torch.float16)
+    tiny.save(folder / "Stable-diffusion" / "other.safetensors", tiny.base(seed=5), torch.float16)
+    tuned = tiny.in_diffusers("sd1", tiny.only_unet(tiny.tuned(rms=1e-3)))
+    tiny.save(folder / "DPO" / "dpo-sd1" / "unet" / "diffusion_pytorch_model.safetensors", tuned)
+    return folder
+
+
+@pytest.fixture
+def session(files: Path, tmp_path: Path) -> Session:
+    shutil.copytree(files, tmp_path / "models")
+    host = FakeHost(tmp_path / "models")
+    host.live.load(host.checkpoint_dir / "base.safetensors")
+    return Session(host)
+
+
+@pytest.fixture
+def host(session: Session) -> FakeHost:
+    assert isinstance(session.host, FakeHost)
+    return session.host
+
+
+@pytest.fixture
+def with_lora(session: Session) -> Session:
+    extract.extract(session, None, parts.LOADED, "dpo-sd1", "mine", False, *SETTINGS)  # type: ignore[arg-type]
+    return session
+
+
+def components(blocks: Any) -> list[Any]:
+    return [block for block in blocks.blocks.values() if block is not blocks]
+
+
+def tags(html: str) -> set[str]:
+    """The names of all elements, so that a name from a file which became one is seen."""
+    found: set[str] = set()
+
+    class Parser(HTMLParser):
+        def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+            found.add(tag)
+            assert not any(name.startswith("on") for name, _ in attributes), html
+
+    Parser().feed(html)
+    return found
+
+
+# ---- how it is built ----
+
+
+def test_every_label_and_elem_id_is_there_once(session: Session):
+    found = components(build(session))
+    labelled = [block for block in found if getattr(block, "label", None)]
+    labels = [block.label for block in labelled]
+    assert len(labels) > 25
+    assert sorted(labels) == sorted(set(labels))
+    ids = [block.elem_id for block in found if getattr(block, "elem_id", None)]
+    assert sorted(ids) == sorted(set(ids))
+    assert all(elem_id.startswith("dpo_") for elem_id in ids)
+    assert all(block.elem_id for block in labelled)
+
+
+def test_lists_of_files_and_results_are_not_kept_in_the_hosts_configuration(session: Session):
+    kept = {
+        block.elem_id
+        for block in components(build(session))
+        if type(block).__name__ in ("Dropdown", "Textbox", "HTML", "Image", "Number", "Slider", "Radio", "Checkbox")
+        and not getattr(block, "do_not_save_to_config", False)
+    }
+    files_and_results = ("_base", "_reference", "_offset", "_file", "_target", "_result", "_name", "overwrite", "_pair")
+    assert not [elem_id for elem_id in kept if elem_id.endswith(files_and_results)]
+    assert {"dpo_extract_rank", "dpo_bake_strength", "dpo_compare_steps"} <= kept
+
+
+def test_every_button_hands_over_what_its_action_takes(session: Session, monkeypatch: pytest.MonkeyPatch):
+    started: dict[str, tuple[Any, ...]] = {}
+    real = parts.start
+
+    def record(tab: Any, button: Any, function: Any, inputs: Any, outputs: Any, **options: Any) -> None:
+        started[button.elem_id] = (function, inputs, outputs)
+        real(tab, button, function, inputs, outputs, **options)
+
+    monkeypatch.setattr(parts, "start", record)
+    build(session)
+    assert len(started) == 9
+    for elem_id, (function, inputs, outputs) in started.items():
+        signatures.signature(function).bind(None, *inputs)
+        assert outputs[0].elem_id.endswith("_result"), elem_id
+
+
+def test_building_opens_no_file_and_is_quick(session: Session, host: FakeHost):
+    build(session)  # gradio is imported
+    watching, opened = True, []
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event == "open" and str(arguments[0]).startswith(str(host.folder)):
+            opened.append(arguments[0])
+
+    sys.addaudithook(watch)  # stays until the process ends
+    began = time.perf_counter()
+    build(session)
+    took = time.perf_counter() - began
+    watching = False
+    assert not opened
+    assert took < 3  # seconds; 0.1 on a quiet machine
+
+
+def test_importing_the_tab_imports_no_gradio():
+    program = (
+        "import sys, lib_dpo.ui; heavy = {'gradio', 'matplotlib', 'PIL', 'pandas', 'diffusers'} & set(sys.modules); "
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- what keeps it true ----
+
+
+def listed(choices: Any, likely: Any = parts.first) -> parts.Listed:
+    return parts.Listed(None, choices, likely)
+
+
+def test_lists_fill_when_the_tab_is_looked_at(with_lora: Session):
+    rows = [
+        listed(parts.checkpoints), listed(parts.references, parts.named_dpo), listed(parts.offsets, parts.named_dpo),
+        listed(inspect.everything),
+    ]  # fmt: skip
+    status, foot, *updates = lists.looked(with_lora, rows, [parts.LOADED, None, "", "other.safetensors"])
+    assert "base · SD 1.x · clean" in status
+    assert "X/Y/Z plot script was not found" in foot
+    assert "<details open>" in foot
+    assert updates[0]["choices"] == [parts.LOADED, "base.safetensors", "other.safetensors"]
+    assert updates[1]["value"] == "dpo-sd1"
+    assert updates[2]["choices"] == ["mine"]
+    assert "value" not in updates[2], "nothing that says DPO: the choice is the user's"
+    assert "value" not in updates[3], "what was chosen stays"
+    assert updates[3]["choices"] == ["dpo-sd1", "base.safetensors", "other.safetensors", "mine"]
+
+
+def test_a_refresh_button_makes_the_host_look_too(session: Session, host: FakeHost):
+    lists.looked(session, [], [])
+    assert host.refreshed == 0
+    lists.looked(session, [], [], rescan=True)
+    assert host.refreshed == 1
+
+
+def test_a_folder_that_cannot_be_read_is_said_and_keeps_the_lists(session: Session):
+    def unreadable(_: Session) -> list[str]:
+        raise PermissionError(13, "Permission denied", "/models/DPO")
+
+    status, _, update = lists.looked(session, [listed(unreadable)], [""])
+    assert 'role="alert"' in status
+    assert "Permission denied" in status
+    assert "choices" not in update
+
+
+def test_the_foot_is_closed_where_nothing_is_missing(session: Session, host: FakeHost):
+    host.self_test = lambda: (Check("hook", True, "was found"),)  # type: ignore[method-assign]
+    foot = lists.foot_html(session)
+    assert "everything that DPO needs was found" in foot
+    assert "<details>" in foot
+
+
+def test_the_status_line_says_why_a_model_is_none_of_ours(session: Session, host: FakeHost):
+    broken = host.checkpoint_dir / "broken.safetensors"
+    broken.write_bytes(b"no model")
+    host.live.path = broken
+    status = parts.status_html(session)
+    assert "dpo-off" in status
+    assert "dpo-problem" in status
+    host.live.path = None
+    assert "no checkpoint is loaded yet" in parts.status_html(session)
+
+
+# ---- errors ----
+
+
+def run(session: Session, function: Any, *values: Any, outputs: int = 1) -> list[Any]:
+    """An action as a click does it: errors become HTML; the status line is the last of what comes back."""
+    found = parts.guarded(session, partial(function, session), outputs)("", *values)
+    assert len(found) == outputs + 1
+    return found
+
+
+@pytest.mark.parametrize(
+    ("function", "values", "message"),
+    [
+        (extract.analyse, (parts.LOADED, "", False), "No DPO reference is chosen; choose one from the list"),
+        (extract.analyse, ("nothing", "dpo-sd1", False), "there is no file named"),
+        (extract.extract, (parts.LOADED, "dpo-sd1", "../evil", False, *SETTINGS), "which file names cannot have"),
+        (extract.extract, (parts.LOADED, "dpo-sd1", "x", False, extract.BY_RANK, 999, *SETTINGS[2:]), "rank 999 is larger"),
+        (extract.extract, (parts.LOADED, "dpo-sd1", "x", False, extract.BY_RANK, None, *SETTINGS[2:]), "the rank is missing"),
+        (extract.extract, (parts.LOADED, "dpo-sd1", "x", False, extract.BY_SIZE, 4, 0, None, *SETTINGS[4:]), "is missing"),
+        (extract.write_offset, (parts.LOADED, None, "", False), "No DPO reference is chosen|a name is missing"),
+        (bake.bake, ("", 1.0, ""), "No offset is chosen; choose one from the list"),
+        (bake.bake, ("none", None, ""), "the strength is missing"),
+        (bake.bake, ("none", 1.0, ""), "there is no offset named"),
+        (bake.save, ("none", 0.0, "", "x", False), "strength 0 would copy"),
+        (compare.compare, ("x", "1", "a cat", "", "1", None, 7, "", 64, 64, ""), "Steps: a number is missing"),
+        (compare.compare, ("x", "one", "a cat", "", "1", 4, 7, "", 64, 64, ""), "is neither a number nor a range"),
+        (inspect.what_is, (None,), "No file is chosen"),
+        (inspect.does_it_fit, (parts.LOADED, parts.LOADED, "gone"), "no DPO reference named"),
+    ],
+)
+def test_refusals_are_one_sentence_with_what_to_do(session: Session, function: Any, values: Any, message: str):
+    before = tiny.snapshot(session.host.folder)  # type: ignore[attr-defined]
+    html, *_, status = run(session, function, *values)
+    assert re.search(message, html, re.IGNORECASE), html
+    assert html.startswith('<p class="dpo-alert" role="alert">')
+    assert tags(html) == {"p"}
+    assert "Traceback" not in html
+    assert "base · SD 1.x · clean" in status
+    assert tiny.snapshot(session.host.folder) == before  # type: ignore[attr-defined]
+
+
+def test_what_nobody_foresaw_is_logged_and_said_in_a_sentence(session: Session, caplog: pytest.LogCaptureFixture):
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError(EVIL)
+
+    html, _ = run(session, fail)
+    assert "This should not happen: ZeroDivisionError" in html
+    assert tags(html) == {"p"}
+    assert "Traceback" in caplog.text
+
+
+def test_an_interrupt_is_news_and_no_error():
+    html = parts.error_html(Cancelled("stopped by Interrupt; nothing was left behind"))
+    assert "Stopped by Interrupt" in html
+    assert "alert" not in html
+
+
+def test_other_outputs_stay_as_they_are_after_an_error(session: Session):
+    _, second, third, _ = run(session, extract.analyse, parts.LOADED, "", False, outputs=3)
+    assert second == third == parts.update()
+
+
+def test_a_second_click_is_told_that_the_first_is_running(session: Session):
+    running, go_on = threading.Event(), threading.Event()
+    record = session.jobs.start("Analyse", lambda job: (running.set(), go_on.wait(10)))
+    assert running.wait(10)
+    html, _ = run(session, extract.analyse, parts.LOADED, "dpo-sd1", False)
+    assert "Analyse: is running or waiting already" in html
+    go_on.set()
+    while not record.is_over:
+        time.sleep(0.01)
+
+
+def test_interrupt_stops_our_jobs_and_nothing_else(session: Session, host: FakeHost):
+    session.jobs.interrupt()
+    assert not host.interrupted, "somebody else's work goes on"
+    running = threading.Event()
+
+    def work(job: Any) -> None:
+        while True:
+            running.set()
+            job.check()
+            time.sleep(0.005)
+
+    record = session.jobs.start("Analyse", work)
+    assert running.wait(10)
+    session.jobs.interrupt()
+    while not record.is_over:
+        time.sleep(0.01)
+    assert record.state == "cancelled"
+
+
+# ---- extract ----
+
+
+def test_analyse_answers_the_four_questions(session: Session, host: FakeHost):
+    html, plot = run(session, extract.analyse, parts.LOADED, "dpo-sd1", False, outputs=2)[:2]
+    for words in ("Is it the right base?", "Right base", "is itself the base", "LoRA or bake?", "Which strength", "IN00"):
+        assert words in html
+    assert plot["visible"] is False
+    host.live.load(host.checkpoint_dir / "other.safetensors")
+    html = run(session, extract.analyse, "base.safetensors", "dpo-sd1", False, outputs=2)[0]
+    assert "is far from the base" in html
+    assert "0.5; compare" in html
+
+
+def test_analyse_draws_the_picture_when_asked(session: Session):
+    html, plot = run(session, extract.analyse, parts.LOADED, "dpo-sd1", True, outputs=2)[:2]
+    assert plot["visible"] is True
+    assert plot["value"].width > 1000
+    assert "rank 64 keeps at best" in html
+
+
+def test_extract_says_what_it_kept_and_how_to_use_it(session: Session, host: FakeHost):
+    html = run(session, extract.extract, parts.LOADED, "dpo-sd1", "", False, *SETTINGS)[0]
+    assert "dpo-sd1-lora is written" in html
+    assert re.search(r"keeps .* of what DPO changed: \d+\.\d % of the energy", html)
+    assert "&lt;lora:dpo-sd1-lora:1&gt;" in html
+    assert re.search(r"knows ([\d,]+) of its \1 keys", html)
+    assert (host.lora_dir / "dpo-sd1-lora.safetensors").exists()
+    again = run(session, extract.extract, parts.LOADED, "dpo-sd1", "", False, *SETTINGS)[0]
+    assert "exists already" in again
+    assert "is written" in run(session, extract.extract, parts.LOADED, "dpo-sd1", "", True, *SETTINGS)[0]
+
+
+def test_extract_by_share_says_when_it_fell_short(session: Session):
+    by_energy = (extract.BY_ENERGY, 4, 0, 80, 100, "auto", "portable", "fp16")
+    html = run(session, extract.extract, parts.LOADED, "dpo-sd1", "all", False, *by_energy)[0]
+    assert "You asked for 100.0 %" in html
+    by_size = (extract.BY_SIZE, 4, 0, 0.5, 50, "auto", "portable", "fp16")
+    assert "is written" in run(session, extract.extract, parts.LOADED, "dpo-sd1", "small", False, *by_size)[0]
+
+
+def test_write_offset_file(session: Session, host: FakeHost):
+    html = run(session, extract.write_offset, parts.LOADED, "dpo-sd1", "exact", False)[0]
+    assert "exact is written" in html
+    assert (host.reference_dir / "exact.safetensors").exists()
+
+
+# ---- bake ----
+
+
+def test_what_baking_costs_is_said_before(with_lora: Session):
+    html = bake.foresee(with_lora, "mine", "")
+    assert "a LoRA for SD 1.x, as the loaded model is" in html
+    assert "of memory" in html
+    assert "282 weights" in html
+    assert bake.foresee(with_lora, "", "") == ""
+    assert "block weight" in bake.foresee(with_lora, "mine", "NOSE=1")
+    assert "no offset named" in bake.foresee(with_lora, "gone", "")
+
+
+def test_bake_and_undo(with_lora: Session):
+    before = with_lora.host.live.fingerprint()
+    html, status = run(with_lora, bake.bake, "mine", 0.8, "MID=0")
+    assert "Baked into the loaded model" in html
+    assert "baked: mine × 0.8 (MID=0)" in status
+    html, status = run(with_lora, bake.unbake)
+    assert "bit for bit" in html
+    assert "clean" in status
+    assert with_lora.host.live.fingerprint() == before
+    assert "Nothing was baked" in run(with_lora, bake.unbake)[0]
+
+
+@pytest.mark.parametrize("arch", ["sd1", "sdxl"])
+def test_presets_are_blocks_that_every_model_has(arch: str):
+    from lib_dpo.arch import ARCHITECTURES
+    from lib_dpo.keymap import check_blocks, parse_blocks
+
+    for blocks in bake.PRESETS.values():
+        check_blocks(parse_blocks(blocks), ARCHITECTURES[arch])
+
+
+def test_save_as_checkpoint(with_lora: Session, host: FakeHost):
+    html = run(with_lora, bake.save, "mine", 1.0, "", "", False)[0]
+    assert "base-dpo is saved" in html
+    assert "Rounding" in html
+    assert (host.checkpoint_dir / "base-dpo.safetensors").exists()
+    assert "exists already" in run(with_lora, bake.save, "mine", 1.0, "", "", False)[0]
+
+
+# ---- compare ----
+
+
+def compared(session: Session) -> list[Any]:
+    return run(session, compare.compare, "mine", "0.5, 1", "a cat\n\na dog", "", "1, 2", 4, 7, "", 64, 48, "", outputs=6)
+
+
+def test_compare_shows_grid_verdict_and_a_pair(with_lora: Session):
+    html, grid, pair, wipe, where, made, _ = compared(with_lora)
+    assert "strength 0.5" in html
+    assert grid["value"].width > 3 * 64
+    assert grid["value"].info["parameters"].startswith("a cat")
+    assert len(pair["choices"]) == 8
+    assert pair["value"] in pair["choices"]
+    assert wipe.count("data:image/jpeg;base64,") == 2
+    assert 'type="range"' in wipe
+    assert where["visible"] is True
+    other, _ = compare.look(made, pair["choices"][-1])
+    assert "strength 1" in other
+    assert tags(html) <= {"section", "h4", "span", "p", "div", "table", "caption", "thead", "tbody", "tr", "th", "td"}
+
+
+def test_pictures_that_are_gone_are_said(with_lora: Session):
+    for made, label in ((None, "1. x"), (compared(with_lora)[5], "nothing")):
+        html, where = compare.look(made, label)
+        assert "compare again" in html
+        assert where["visible"] is False
+
+
+def test_compare_with_a_bake_in_the_model_is_refused(with_lora: Session):
+    run(with_lora, bake.bake, "mine", 1.0, "")
+    assert "undo it first" in compared(with_lora)[0]
+
+
+# ---- inspect ----
+
+
+def test_what_a_file_is(with_lora: Session):
+    html = run(with_lora, inspect.what_is, "mine")[0]
+    assert "It is a LoRA, SD 1.x." in html
+    assert "Metadata" in html
+    assert "It is a UNet alone, SD 1.x." in run(with_lora, inspect.what_is, "dpo-sd1")[0]
+
+
+def test_does_it_fit(session: Session):
+    html = run(session, inspect.does_it_fit, "other.safetensors", parts.LOADED, "dpo-sd1")[0]
+    assert "is far from the base" in html
+    assert "Strength to start with" in html
+    assert ">MID</th>" in html
+
+
+# ---- names from the disk ----
+
+
+EVIL_NAMES = ("<img src=x onerror=alert(1)>", '"><script>alert(1)</script>', "' onmouseover='alert(1)")
+
+
+@pytest.mark.parametrize("name", EVIL_NAMES)
+def test_names_and_metadata_never_become_elements(with_lora: Session, host: FakeHost, name: str):
+    path = host.lora_dir / "mine.safetensors"
+    host.loras = lambda: [FileEntry(name, path)]  # type: ignore[method-assign]
+    host.version = host.name = name  # type: ignore[misc]
+    loaded = host.live.loaded()
+    assert loaded
+    host.live.loaded = lambda: type(loaded)(name, loaded.path, name, name)  # type: ignore[method-assign]
+    allowed = {
+        "p", "span", "section", "h4", "dl", "dt", "dd", "details", "summary", "table", "caption", "tbody", "thead", "tr",
+        "th", "td", "div", "code", "ul", "li", "b", "img", "input",
+    }  # fmt: skip
+    shown = [
+        lists.foot_html(with_lora),
+        bake.foresee(with_lora, name, ""),
+        bake.foresee(with_lora, "gone" + name, name),
+        *run(with_lora, bake.bake, name, 1.0, "")[:2],
+        run(with_lora, inspect.what_is, name)[0],
+        run(with_lora, extract.analyse, name, name, False)[0],
+        compare.wipe_html(*(2 * [compare_image()]), name),
+    ]
+    for html in shown:
+        assert tags(html) <= allowed - {"script"}
+        assert "<script" not in html
+        assert "<img src=x" not in html
+
+
+def compare_image() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (8, 8))
+
+
+def test_markup_escapes_everything():
+    for html in (
+        markup.alert(EVIL), markup.note(EVIL), markup.card(EVIL, EVIL), markup.facts([(EVIL, EVIL)]), markup.code(EVIL),
+        markup.bars(EVIL, [(EVIL, 1.0, EVIL)]), markup.table([EVIL], [[EVIL]], EVIL), markup.folded(EVIL, ""),
+        markup.headed(EVIL, EVIL),
+    ):  # fmt: skip
+        assert "img" not in tags(html)
+        assert "&lt;img" in html
+    assert "\x1b" not in markup.text("\x1b[31mred")
+
+
+@pytest.mark.parametrize(
+    ("share", "words"),
+    [(1.0, "all"), (0.93, "nearly all"), (0.5, "about half"), (0.31, "about a third"), (0.02, "very little"), (-1, "nothing")],
+)
+def test_shares_in_words(share: float, words: str):
+    assert markup.in_words(share) == words
