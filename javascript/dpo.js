@@ -45,6 +45,7 @@ function dpoWatch() {
     const top = dpoElement("dpo_top");
     if (!top) return false;
     dpoName();
+    dpoHideTake();
     new IntersectionObserver((entries) => {
         if (entries.some((entry) => entry.isIntersecting)) dpoLook();
     }).observe(top);
@@ -95,6 +96,12 @@ function dpoName() {
         button.title = "Look for new files";
         button.setAttribute("aria-label", button.title);
     }
+}
+
+// Without txt2img, in the app, there is nothing to take over.
+function dpoHideTake() {
+    const take = dpoElement("dpo_compare_take");
+    if (take && !dpoElement("txt2img_prompt")) take.style.display = "none";
 }
 
 (function dpoBegin(tries) {

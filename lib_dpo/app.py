@@ -68,6 +68,15 @@ def own_models() -> Path:
     return folder
 
 
+def load(session: Session, name: str) -> str:
+    """Open another checkpoint of the list. Returns what the page says of it: nothing, the status line does."""
+    host = session.host
+    assert isinstance(host, Standalone), "the app runs on the standalone host"
+    path = session.library.checkpoint(name)
+    session.jobs.run(f"Load {name}", lambda job: host.live.load(path))
+    return ""
+
+
 def build(session: Session) -> Any:
     """The tab below a list of checkpoints, as gradio Blocks."""
     import gradio as gr
@@ -78,23 +87,20 @@ def build(session: Session) -> Any:
     host = session.host
     assert isinstance(host, Standalone), "the app runs on the standalone host"
 
-    def load(name: str) -> list[Any]:
-        path = session.library.checkpoint(name)
-        session.jobs.run("Load", lambda job: host.live.load(path))
-        return [""]
-
     names = [entry.name for entry in host.checkpoints()]
     loaded = host.live.loaded()
     with gr.Blocks(title="DPO offset", analytics_enabled=False) as page:
-        with gr.Row(elem_id="dpo_app_top"):
-            choice = gr.Dropdown(
-                names, value=next((n for n in names if loaded and n.startswith(loaded.name)), None), label="Checkpoint"
-            )
-            refresh = parts.refresh_button("dpo_app_refresh")
+        first = next((name for name in names if loaded and name.startswith(loaded.name)), None)
+        with gr.Column(elem_id="dpo_app_top"), gr.Row():
+            choice = gr.Dropdown(names, value=first, label="Checkpoint", scale=1)
+            refresh = gr.Button("↻", elem_id="dpo_app_refresh", scale=0, min_width=48)
         answer = gr.HTML("")
         ui.build(session)
         parts.on(
-            choice.input, parts.guarded(session, lambda task, name: load(name), 1), [gr.State(""), choice], [answer, gr.State()]
+            choice.input,
+            parts.guarded(session, lambda task, name: load(session, name), 1),
+            [gr.State(""), choice],
+            [answer, gr.State()],
         )
         parts.on(refresh.click, lambda: parts.update(choices=[e.name for e in host.checkpoints()]), [], [choice])
     return page

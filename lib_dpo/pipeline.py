@@ -47,12 +47,8 @@ def open_pipeline(model: Model, tokenizer: Path, *, dtype: torch.dtype = torch.f
         MismatchError: a part is missing, such as the VAE of a UNet-only file, or a refiner, which makes no pictures alone.
     """
     diffusers, transformers = _libraries()
+    check_whole(model)
     arch = model.architecture
-    if arch.name == "sdxl-refiner":
-        raise MismatchError(f"{model.path.name} is a refiner, which finishes the pictures of another model; open an SDXL base")
-    missing = {"unet", "vae", *(encoder.block.lower() for encoder in arch.text_encoders)} - set(model.components())
-    if missing:
-        raise MismatchError(f"{model.path.name} lacks {', '.join(sorted(missing))}; expected a whole checkpoint")
     config = _sidecar(model.path)
     live: dict[str, Tensor] = {}
     unet = _filled(diffusers.UNet2DConditionModel(**_unet_config(model, config)), _unet_names(model), model, dtype, live)
@@ -73,6 +69,15 @@ def open_pipeline(model: Model, tokenizer: Path, *, dtype: torch.dtype = torch.f
         )
     pipeline.set_progress_bar_config(disable=True)
     return Weights(pipeline if device == "cpu" else pipeline.to(device), live)
+
+
+def check_whole(model: Model) -> None:
+    """Refuse what makes no pictures on its own. Raises MismatchError."""
+    if model.architecture.name == "sdxl-refiner":
+        raise MismatchError(f"{model.path.name} is a refiner, which finishes the pictures of another model; open an SDXL base")
+    missing = {"unet", "vae", *(each.block.lower() for each in model.architecture.text_encoders)} - set(model.components())
+    if missing:
+        raise MismatchError(f"{model.path.name} lacks {', '.join(sorted(missing))}; expected a whole checkpoint")
 
 
 def _libraries() -> tuple[Any, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from fakes_standalone import tokenizer
 from PIL import Image
 
-from lib_dpo.errors import Cancelled, MismatchError, MissingExtraError, NoModelError, SettingError
+from lib_dpo.errors import Cancelled, MismatchError, MissingExtraError, NoModelError, NotFoundError, SettingError
 from lib_dpo.hosts.base import Request
 from lib_dpo.hosts.standalone import SAMPLERS, Standalone
 from lib_dpo.keymap import UNET, VAE
@@ -195,3 +197,70 @@ def test_the_command_refuses_in_one_line(models: Path, tmp_path: Path, capsys, o
     assert error.startswith("error: ")
     assert message in error
     assert not list(tmp_path.iterdir())
+
+
+# ---- the app ----
+
+
+def test_the_app_serves_the_tab_on_this_machine_only(models: Path):
+    import re
+    import subprocess
+    import sys
+    import urllib.request
+
+    port = str(free_port())
+    command = [sys.executable, "-m", "lib_dpo", "app", "--models", models, "--tokenizer", models / "tokenizer", "--port", port,
+               "--device", "cpu"]  # fmt: skip
+    root = Path(__file__).resolve().parent.parent
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            assert process.stdout is not None
+            said = process.stdout.readline()
+            assert f"http://127.0.0.1:{port}" in said
+            page = wait_for(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=5).read().decode())
+            for elem_id in ("dpo_tab", "dpo_extract", "dpo_bake", "dpo_compare", "dpo_inspect", "dpo_app_refresh"):
+                assert re.search(f'"elem_id":"{elem_id}"', page), elem_id
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
+def wait_for(work: Callable[[], str]) -> str:
+    for _ in range(200):
+        try:
+            return work()
+        except OSError:
+            time.sleep(0.2)
+    return work()
+
+
+def test_the_app_loads_another_checkpoint_and_refuses_what_cannot_be(host: Standalone, models: Path, tmp_path: Path, capsys):
+    from lib_dpo.app import build, load
+
+    session = Session(host)
+    assert build(session) is not None
+    second = tiny.save(host.checkpoint_dir / "second.safetensors", tiny.base(seed=5))
+    part = tiny.save(host.checkpoint_dir / "part.safetensors", tiny.only_unet(tiny.base()))
+    try:
+        load(session, "second.safetensors")
+        assert session.status().text == "second · SD 1.x · clean"
+        for name, error in (("nothing", NotFoundError), ("part", MismatchError)):
+            with pytest.raises(error):
+                load(session, name)
+        assert session.status().text == "second · SD 1.x · clean"
+    finally:
+        second.unlink()
+        part.unlink()
+    empty = ("app", "--models", tmp_path, "--tokenizer", models / "tokenizer")
+    for options, message in (((), "holds no checkpoint"), (("--port", 0), "port 0 does not exist")):
+        assert tiny.run(*empty, *options) == 2
+        assert message in capsys.readouterr().err

@@ -25,7 +25,7 @@ from lib_dpo.keymap import UNET
 from lib_dpo.lora import open_lora
 from lib_dpo.model import open_model
 from lib_dpo.patch import Patch
-from lib_dpo.pipeline import Weights, open_pipeline
+from lib_dpo.pipeline import Weights, check_whole, open_pipeline
 from lib_dpo.progress import Progress
 
 SAMPLERS: Mapping[str, str] = {  # as the WebUIs name them -> diffusers' scheduler
@@ -53,9 +53,10 @@ class StandaloneLive:
         self._generation: tuple[tuple[str, float], inplace.Record] | None = None  # what the last picture added
 
     def load(self, path: Path) -> None:
-        """Open a whole checkpoint; the one that is open is let go first. Raises as `open_pipeline`."""
-        self._path = self._weights = self._bake = self._generation = None
+        """Open a whole checkpoint; the one that is open is let go first, where the new one can be one. As `open_pipeline`."""
         with open_model(path) as model:
+            check_whole(model)
+            self._path = self._weights = self._bake = self._generation = None
             self._weights = open_pipeline(model, self._tokenizer, dtype=self._dtype, device=str(self._device))
             self._architecture = model.architecture
         self._path = path
