@@ -6,7 +6,6 @@ Names are those of AUTOMATIC1111 1.10; the forks kept them. Imported inside a ru
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -140,7 +139,7 @@ class _Job:
     """The host's bar and its Interrupt button; see `base.Job`."""
 
     def __init__(self, title: str) -> None:
-        self._title, self._began = title, time.monotonic()
+        self._title = title
         shared.state.textinfo = f"{title}…"
 
     def progress(self, done: int, total: int, key: str) -> None:
@@ -148,8 +147,7 @@ class _Job:
         share = done / total if total else 1.0
         state = shared.state
         state.job_count, state.job_no, state.sampling_steps, state.sampling_step = 1, 0, _PARTS, int(share * _PARTS)
-        left = (time.monotonic() - self._began) * (1 - share) / share if share > 0 else 0.0
-        state.textinfo = f"{self._title}: {100 * share:.0f} %" + (f", {_duration(left)} left" if left >= 1 else "")
+        state.textinfo = self._title  # the host adds share and ETA
 
     def cells(self, count: int) -> None:
         shared.state.job_count = count
@@ -212,8 +210,3 @@ def _folder(options: tuple[str, ...], default: Path) -> Path:
         if chosen:
             return Path(chosen)
     return default
-
-
-def _duration(seconds: float) -> str:
-    minutes = int(seconds // 60)
-    return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"
