@@ -201,7 +201,9 @@ def test_the_status_line_says_why_a_model_is_none_of_ours(session: Session, host
     assert "dpo-off" in status
     assert "dpo-problem" in status
     host.live.path = None
-    assert "no checkpoint is loaded yet" in parts.status_html(session)
+    status = parts.status_html(session)
+    assert "no checkpoint is loaded yet" in status
+    assert "Make one picture" in status
 
 
 # ---- errors ----

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 LOADED = "The loaded checkpoint"  # the first choice where a checkpoint is asked for; `checkpoint_name` reads it
 
+_NOT_LOADED = "Make one picture and it will be: some WebUIs load it only then. Files can be chosen by name meanwhile."
+
 
 @dataclass(frozen=True)
 class Listed:
@@ -196,6 +198,8 @@ def status_html(session: Session) -> str:
     except Exception as error:  # noqa: BLE001  # the line must stand whatever the host says
         return error_html(error)
     problem = f'<span class="dpo-problem">{markup.text(status.problem)}</span>' if status.problem else ""
+    if status.model is None:
+        problem = f'<span class="dpo-hint">{markup.text(_NOT_LOADED)}</span>'
     return (
         f'<p class="dpo-status dpo-{_state(status)}" role="status"><span class="dpo-dot" aria-hidden="true"></span>'
         f"<span>{markup.text(status.text)}</span>{problem}</p>"
