@@ -7,7 +7,7 @@ IN_ENV = @$(PYTHON) tools/env.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-a1111 test-forge test-all check format bench env
+.PHONY: help demo test test-a1111 test-forge test-all test-webui check format bench env
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -25,6 +25,10 @@ test-forge:  ## the tests on what Forge ships (needs Python 3.10)
 	$(IN_ENV) forge -m pytest -m "not gpu and not newest" $(ARGS)
 
 test-all: test test-a1111 test-forge  ## the tests on all three sets of versions
+
+test-webui:  ## drive a real WebUI on the CPU: WEBUI=its folder WEBUI_PYTHON=its Python
+	$(if $(and $(WEBUI),$(WEBUI_PYTHON)),,$(error give WEBUI=<folder of an installed WebUI> and WEBUI_PYTHON=<its Python>))
+	$(IN_ENV) newest -m pytest tests_webui --webui="$(WEBUI)" --webui-python="$(WEBUI_PYTHON)" $(ARGS)
 
 check:  ## lint, format and types
 	$(IN_ENV) newest -m ruff check .

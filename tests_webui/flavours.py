@@ -1,0 +1,46 @@
+"""The WebUIs that the suite knows: told from the folder, how to start them on a CPU, and what they cannot do by nature."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+_A1111_LIKE = ("--skip-prepare-environment", "--skip-python-version-check", "--skip-torch-cuda-test", "--skip-version-check",
+               "--no-download-sd-model", "--api")  # fmt: skip
+_FORGE_LIKE = (*_A1111_LIKE, "--always-cpu", "--skip-install")
+
+
+@dataclass(frozen=True)
+class Flavour:
+    """One kind of WebUI."""
+
+    name: str  # as its status tells it
+    flags: tuple[str, ...]
+    any_width: bool = False  # takes models of any width, from a .yaml beside the checkpoint; the others guess it from shapes
+    loads_late: bool = False  # choosing a checkpoint loads nothing until the next picture
+    same_as_prompt: bool = False  # applies our offset by the same code as a LoRA of the prompt: equal to the pixel
+    api_infotext: bool = True  # takes an infotext in an API request
+    hires: tuple[tuple[str, object], ...] = ()  # what a hires request needs beside the usual
+
+
+A1111 = Flavour("AUTOMATIC1111", (*_A1111_LIKE, "--use-cpu", "all", "--no-half"), any_width=True, same_as_prompt=True)
+FORGE = Flavour(
+    "Forge",
+    _FORGE_LIKE,
+    loads_late=True,
+    api_infotext=False,  # f2.0.1v1.10.1 answers 500 to any: isinstance() with a parameterized generic
+    hires=(("hr_additional_modules", ["Use same choices"]),),
+)
+REFORGE = Flavour("reForge", _FORGE_LIKE)
+CLASSIC = Flavour("Forge Classic", _FORGE_LIKE)
+
+
+def flavour_of(webui: Path) -> Flavour:
+    """The kind of an installed WebUI."""
+    if not (webui / "launch.py").is_file() or not (webui / "modules").is_dir():
+        raise SystemExit(f"{webui}: no WebUI is here; expected the folder with launch.py and modules/")
+    if not (webui / "modules_forge").is_dir():
+        return A1111
+    if (webui / "backend").is_dir():
+        return FORGE
+    return CLASSIC if (webui / "extensions-builtin" / "xyz").is_dir() else REFORGE

@@ -1,0 +1,130 @@
+"""What it costs, measured on this machine; printed at the end. Nothing fails here but what is out of all proportion."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import RANK, Report, clean
+from files import REFERENCE
+from pictures import PROMPT, Offset, draw, grid
+from server import PROBE, REPOSITORY, Server
+
+LORA, EXACT = "measured", "measured-exact"
+_REPEATS = 3
+_STEP = {"steps": 1}
+
+
+@pytest.fixture(scope="module")
+def offsets(process: Server, folders: Any) -> None:
+    """Both kinds of offset of a pair of the real size."""
+    process.ensure(folders(full=True))
+    clean(process)
+    process.do("extract", reference=REFERENCE, name=LORA, rank=RANK, overwrite=True)
+    process.do("offset", reference=REFERENCE, name=EXACT, precision="fp32", overwrite=True)
+
+
+def test_start_and_idle(process: Server, folders: Any, report: Report) -> None:
+    process.ensure(folders(full=False), links=(PROBE, REPOSITORY))
+    clean(process)
+    spent = process.get("/dpo-probe")
+    start = spent["import"][0] + spent["tab"][0] + sum(spent["ui"])
+    report.measure("start: loading our script", spent["import"][0], "s")
+    report.measure("start: building the tab", spent["tab"][0], "s")
+    report.measure("start: the script's controls", sum(spent["ui"]), "s", f"{len(spent['ui'])} times")
+    report.measure("start: all of ours", start, "s", "of " + _startup(process))
+    hooks = ("process", "after_extra_networks_activate", "process_batch", "process_before_every_sampling")
+    before = {name: sum(process.get("/dpo-probe").get(name, [])) for name in hooks}
+    times = [_seconds(lambda: draw(process)) for _ in range(5)]
+    after = process.get("/dpo-probe")
+    cost = sum(sum(after.get(name, [])) - before[name] for name in hooks) / len(times)
+    report.measure("switched off: our hooks in one picture", 1000 * cost, "ms", f"of {median(times):.2f} s")
+    assert start < 5
+    assert cost < 0.05
+
+
+def _startup(server: Server) -> str:
+    line = next(line for line in server.log().splitlines() if "Startup time:" in line)
+    return line.partition("Startup time:")[2].strip().partition(" ")[0]
+
+
+def test_changing_the_strength(full_server: Server, offsets: None, report: Report) -> None:
+    """Cells of a grid that differ in strength, beside the host's own: the same LoRA in the prompt, changed by Prompt S/R."""
+    tag = f"<lora:{LORA}:{{}}>"
+    values = [f"{strength:g}" for strength in (1, 0.9, 0.8, 0.7)]
+    ways: dict[str, Callable[[], object]] = {
+        "no change": lambda: grid(full_server, ("Seed", ["1", "2", "3", "4"]), **_STEP),
+        "host": lambda: grid(
+            full_server, ("Prompt S/R", [tag.format(value) for value in values]), prompt=f"{PROMPT} {tag.format(1)}", **_STEP
+        ),
+        "LoRA": lambda: grid(full_server, ("[DPO] Strength", values), offset=Offset(LORA), **_STEP),
+        "offset file": lambda: grid(full_server, ("[DPO] Strength", values), offset=Offset(EXACT), **_STEP),
+    }
+    for way in ways.values():  # files and caches warm
+        way()
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(_REPEATS):
+        for name, way in ways.items():
+            times[name].append(_seconds(way) / len(values))
+    cell = {name: median(found) for name, found in times.items()}
+    change = {name: max(cell[name] - cell["no change"], 0.0) for name in ("host", "LoRA", "offset file")}
+    report.measure("one cell of a grid, 64x64, 1 step", cell["no change"], "s")
+    report.measure("a new strength of a LoRA in the prompt (the host's own)", change["host"], "s")
+    report.measure("a new strength of the same LoRA as DPO offset", change["LoRA"], "s", _ratio(change["LoRA"], change["host"]))
+    report.measure(
+        "a new strength of an offset file", change["offset file"], "s", _ratio(change["offset file"], change["host"])
+    )
+
+
+def test_bake_and_undo(full_server: Server, offsets: None, report: Report) -> None:
+    """Beside the least that it could take: the offset file read once, and the changed weights written once."""
+    file = full_server.data / "models" / "DPO" / f"{EXACT}.safetensors"
+    plain = draw(full_server)
+    bakes, undos, floors = [], [], []
+    kept = 0
+    for _ in range(_REPEATS):
+        began = time.perf_counter()
+        kept = full_server.do("bake", offset=EXACT, strength=1)["bytes_kept"]
+        bakes.append(time.perf_counter() - began + _first_picture(full_server))
+        undos.append(_seconds(lambda: full_server.do("unbake")) + _first_picture(full_server))
+        floors.append(_floor(file, kept))
+    assert (draw(full_server) == plain).all()
+    bake, undo, floor = median(bakes), median(undos), median(floors)
+    report.measure("bake of an offset file, SD 1.5", bake, "s", f"{kept / 1e9:.2f} GB of originals kept")
+    report.measure("undo", undo, "s")
+    report.measure("reading that file and copying these weights once", floor, "s", _ratio(bake, floor) + " for the bake")
+    report.measure("memory of the WebUI afterwards", full_server.rss() / 1e9, "GB")
+
+
+def _first_picture(server: Server) -> float:
+    """What the next picture takes more than the one after it: some hosts do the work then."""
+    first = _seconds(lambda: draw(server, **_STEP))
+    return max(0.0, first - _seconds(lambda: draw(server, **_STEP)))
+
+
+def _floor(file: Path, nbytes: int) -> float:
+    weights = np.ones(max(nbytes, 1) // 4, dtype=np.float32)
+    target = np.empty_like(weights)
+    target[:] = 0  # pages are there
+    buffer = bytearray(16 << 20)
+    began = time.perf_counter()
+    with open(file, "rb", buffering=0) as source:
+        while source.readinto(buffer):
+            pass
+    target[:] = weights
+    return time.perf_counter() - began
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _ratio(value: float, other: float) -> str:
+    return f"{value / other:.2f} times" if other else ""

@@ -1,0 +1,125 @@
+"""The tab on the page, with a mouse and a keyboard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from conftest import EXACT, LORA
+from files import REFERENCE
+from page import Tab, browser
+from pictures import PROMPT, Offset, distance, draw, request, same
+from playwright.sync_api import Browser
+from server import Server
+from test_bake import fingerprint
+
+SCRIPT = "script_txt2img_dpo_offset"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture
+def tab(chromium: Browser, server: Server) -> Iterator[Tab]:
+    opened = Tab(chromium, server)
+    yield opened
+    errors = opened.errors
+    opened.close()
+    assert not errors
+
+
+def test_four_pages_and_a_true_status(tab: Tab, server: Server) -> None:
+    tab.dpo()
+    assert tab.pages() == ["Extract", "Bake", "Compare", "Inspect"]
+    assert server.get("status")["text"] in tab.text("dpo_status")
+    for name in ("Bake", "Compare", "Inspect", "Extract"):
+        tab.dpo(name)
+        assert tab.page.locator(f"#dpo_{name.lower()}").first.is_visible()
+    assert "everything that DPO needs was found" in tab.text("dpo_foot")
+
+
+def test_extract_by_a_click(tab: Tab, server: Server) -> None:
+    tab.dpo("Extract")
+    assert REFERENCE in tab.field("dpo_extract_reference").input_value()
+    tab.fill("dpo_extract_name", "clicked")
+    tab.fill("dpo_extract_rank", "4")
+    tab.page.locator("#dpo_extract_overwrite input").first.check()
+    tab.watch_progress()
+    tab.click("dpo_extract_go")
+    said = tab.wait_for_text("dpo_extract_result", "clicked is written")
+    assert "<lora:clicked:1>" in said
+    assert "Extract DPO LoRA" in " ".join(tab.progress())
+    assert tab.page.locator("#dpo_extract .progressDiv:visible").count() == 0
+    assert distance(draw(server), draw(server, f"{PROMPT} <lora:clicked:1>")) > 0
+
+
+def test_analyse_by_a_click(tab: Tab) -> None:
+    tab.dpo("Extract")
+    tab.click("dpo_extract_analyse")
+    assert "Is it the right base?" in tab.wait_for_text("dpo_extract_result", "LoRA or bake?")
+
+
+def test_bake_and_undo_by_clicks(tab: Tab, server: Server, exact: dict) -> None:
+    before, plain = fingerprint(server), draw(server)
+    tab.dpo("Bake")
+    tab.choose("dpo_bake_offset", f"{EXACT}.safetensors")
+    tab.wait_for_text("dpo_bake_before", "it can be baked")
+    tab.fill("dpo_bake_strength", "0.5")
+    tab.click("dpo_bake_go")
+    tab.wait_for_text("dpo_bake_result", "Baked into the loaded model")
+    assert server.get("status")["text"] in tab.wait_for_text("dpo_status", "× 0.5")
+    assert not same(draw(server), plain)
+    tab.click("dpo_bake_undo")
+    tab.wait_for_text("dpo_bake_result", "bit for bit")
+    tab.wait_for_text("dpo_status", "clean")
+    assert fingerprint(server) == before
+    assert same(draw(server), plain)
+
+
+def test_a_refusal_is_a_sentence(tab: Tab) -> None:
+    tab.dpo("Extract")
+    tab.fill("dpo_extract_name", "../evil")
+    tab.click("dpo_extract_go")
+    tab.until(lambda: tab.page.locator("#dpo_extract_result [role=alert]").count(), "an alert")
+    assert tab.page.locator("#dpo_extract .progressDiv:visible").count() == 0
+
+
+def test_inspect_by_a_click(tab: Tab, lora: dict) -> None:
+    tab.dpo("Inspect")
+    tab.choose("dpo_inspect_file", LORA)
+    tab.click("dpo_inspect_look")
+    assert "LoRA" in tab.wait_for_text("dpo_inspect_result", "SHA-256")
+
+
+def test_pasting_switches_the_script_on_and_off(tab: Tab, server: Server, lora: dict) -> None:
+    with_it = request(server, offset=Offset(LORA, 0.7, "IN=0.5,MID=0")).infotexts[0]
+    without = request(server).infotexts[0]
+    _paste(tab, with_it)
+    tab.until(lambda: _is_on(tab), "the script is on")
+    assert tab.field(f"{SCRIPT}_offset").input_value() == LORA
+    assert float(tab.field(f"{SCRIPT}_strength").input_value()) == 0.7
+    assert tab.field(f"{SCRIPT}_blocks").input_value() == "IN=0.5,MID=0"
+    _paste(tab, without)
+    tab.until(lambda: not _is_on(tab), "the script is off")
+
+
+def test_a_picture_with_the_script(tab: Tab, server: Server, lora: dict) -> None:
+    """Pasted, generated with the button, and the same to the pixel as by the API."""
+    found = request(server, offset=Offset(LORA, 0.7))
+    _paste(tab, found.infotexts[0])
+    tab.until(lambda: _is_on(tab), "the script is on")
+    tab.click("txt2img_generate")
+    tab.until(lambda: "DPO strength: 0.7" in tab.text("html_info_txt2img"), "the picture's infotext")
+
+
+def _paste(tab: Tab, infotext: str) -> None:
+    tab.top("txt2img")
+    tab.field("txt2img_prompt").fill(infotext)
+    tab.click("paste")
+
+
+def _is_on(tab: Tab) -> bool:
+    return tab.page.locator(f"#{SCRIPT}_enabled-visible-checkbox").is_checked()

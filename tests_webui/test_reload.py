@@ -1,0 +1,38 @@
+"""Reload UI: everything of ours is made anew, and what is baked stays and is known."""
+
+from __future__ import annotations
+
+from conftest import EXACT
+from page import Tab, browser
+from pictures import Offset, axes, draw, same
+from server import Server
+from test_bake import fingerprint
+from test_xyz import OURS
+
+
+def test_reload_keeps_the_bake_and_doubles_nothing(server: Server, exact: dict) -> None:
+    before, plain = fingerprint(server), draw(server)
+    server.do("bake", offset=EXACT, strength=0.8)
+    baked, status = draw(server), server.get("status")["text"]
+    with browser() as chromium:
+        tab = Tab(chromium, server)
+        started = server.starts()
+        tab.top("Settings")
+        tab.click("settings_restart_gradio")
+        tab.until(lambda: server.starts() > started, "the WebUI has started anew")
+        server.wait_for_start(started + 1)
+        tab.open()
+        tab.dpo()
+        assert status in tab.text("dpo_status")
+        assert tab.page.locator("#tab_dpo").count() == 1
+        assert tab.page.locator("#script_txt2img_dpo_offset_enabled").count() == 1
+        tab.close()
+    assert server.get("status")["text"] == status
+    assert [axes(server).count(label) for label in OURS] == [1] * len(OURS)
+    for kind in ("txt2img", "img2img"):
+        assert server.get("/sdapi/v1/scripts")[kind].count("dpo offset") == 1
+    assert same(draw(server), baked)
+    assert not same(draw(server, offset=Offset(EXACT, 0.2)), baked)
+    assert server.do("unbake") == {"undone": True}
+    assert fingerprint(server) == before
+    assert same(draw(server), plain)
