@@ -268,8 +268,8 @@ class _Adder:
             )
 
     def _check_finite(self, key: str, tensor: Tensor) -> None:
-        # torch lacks isfinite for float8
-        if not bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all()):
+        readable = tensor.float() if tensor.element_size() == 1 else tensor  # torch has neither sum nor isfinite for float8
+        if not bool(torch.isfinite(readable.sum(dtype=torch.float32))) and not bool(torch.isfinite(readable).all()):
             raise BadTensorError(
                 f"{key} would hold NaN or Inf as {tensor.dtype} after adding {self.strength:g} x {self.name}; "
                 "use a smaller strength"
