@@ -3,7 +3,8 @@
 
 "use strict";
 
-const dpoLookEvery = 2000; // ms between two looks at the loaded model
+const dpoLookEvery = 2000; // ms between two looks at the loaded model and the lists of files
+const dpoTickEvery = 3000; // ms between two looks at the loaded model alone, while the tab is shown
 
 function dpoElement(id) {
     const root = typeof gradioApp === "function" ? gradioApp() : document;
@@ -49,6 +50,10 @@ function dpoWatch() {
     new IntersectionObserver((entries) => {
         if (entries.some((entry) => entry.isIntersecting)) dpoLook();
     }).observe(top);
+    setInterval(() => {
+        const tick = dpoElement("dpo_tick");
+        if (tick && top.offsetParent && !document.hidden) tick.click();
+    }, dpoTickEvery);
     document.addEventListener("visibilitychange", () => {
         if (top.offsetParent) dpoLook();
     });

@@ -120,11 +120,11 @@ class CompareRequest(BaseModel):
     strengths: str = Field("0.5, 1, 1.5", description="such as 0.5, 1 or 0-2 (+0.5)")
     blocks: str = _BLOCKS
     rank: int | None = _RANK
-    steps: int = Field(20, ge=1, le=1000)
-    cfg_scale: float = Field(7.0, ge=0, le=100)
+    steps: int = Field(20, description=FIELDS["steps"].help)
+    cfg_scale: float = Field(7.0, description=FIELDS["cfg"].help)
     sampler: str = Field("", description="empty: the host's first")
-    width: int = Field(512, ge=64, le=4096)
-    height: int = Field(512, ge=64, le=4096)
+    width: int = Field(512, description=FIELDS["side"].help)
+    height: int = Field(512, description=FIELDS["side"].help)
     wait: bool = _WAIT
 
 
@@ -156,7 +156,7 @@ def add_routes(app: FastAPI, session: Session) -> None:
             "host": {"name": host.name, "version": host.version},
             **session.status().as_json(),
             "self_test": [{"name": check.name, "ok": check.ok, "text": check.text} for check in host.self_test()],
-            "jobs": [record.as_json() for record in jobs.all() if not record.is_over],
+            "jobs": [record.as_json(with_result=False) for record in jobs.all() if not record.is_over],
         }
         if fingerprint:
             found["fingerprint"] = dict(_refusing(lambda: jobs.run("fingerprint", lambda job: host.live.fingerprint())))
@@ -188,6 +188,7 @@ def add_routes(app: FastAPI, session: Session) -> None:
 
     @route("POST", "/offset", "write the dense offset file into the reference folder")
     def offset(req: OffsetRequest) -> dict[str, Any]:
+        _refusing(lambda: session.library.new_offset(req.name))
         options = _fields(req, "base", "reference", "name", "precision", "overwrite")
 
         def work(job: Any) -> dict[str, Any]:
@@ -241,7 +242,7 @@ def add_routes(app: FastAPI, session: Session) -> None:
 
     @route("GET", "/jobs", "all jobs that can be asked for")
     def all_jobs() -> list[dict[str, Any]]:
-        return [record.as_json() for record in jobs.all()]
+        return [record.as_json(with_result=False) for record in jobs.all()]
 
     @route("GET", "/jobs/{job_id}", "how a job goes")
     def job_state(job_id: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lib_dpo.settings import BUNDLED_MODEL
 logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parent.parent  # where style.css and javascript/ lie
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PORTS = range(1, 65536)
 
 
@@ -38,7 +39,7 @@ def serve(*, models: Path | None, tokenizer: Path, device: str, address: str, po
     if port not in _PORTS:
         raise OutputError(f"port {port} does not exist; choose one from 1024 to 65535")
     folder = models or own_models()
-    host = Standalone(folder, tokenizer, device=device)
+    host = Standalone(folder, tokenizer, device=device, allow_paths=address in _LOOPBACK)
     entries = host.checkpoints()
     if not entries:
         raise BadFileError(f"{host.checkpoint_dir}: holds no checkpoint; put one there, or give another folder with --models")

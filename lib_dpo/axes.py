@@ -76,4 +76,7 @@ class _Axes:
             return
         if name != "offset" and wish.offset == NO_OFFSET:  # another axis brings the offset
             return
-        patch_for(self._session, wish)
+        if self._session.host.live.chosen() is None:
+            patch_for(self._session, wish)
+        else:  # the host loads the chosen checkpoint only for the first cell: whether the offset fits shows then
+            self._session.library.offset(wish.offset)

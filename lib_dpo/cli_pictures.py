@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib_dpo.errors import OutputError, SettingError
-from lib_dpo.settings import BUNDLED_MODEL, FIELDS, check
+from lib_dpo.errors import OutputError
+from lib_dpo.settings import BUNDLED_MODEL, FIELDS
 
 if TYPE_CHECKING:
     from lib_dpo.session import Comparison
@@ -67,6 +67,8 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     _check_picture(args)
     check_output(args.output, overwrite=args.overwrite)
+    if args.each and args.each.exists() and any(args.each.glob("*.png")) and not args.overwrite:
+        raise OutputError(f"{args.each}: holds pictures already; choose another folder, or allow overwriting (--overwrite)")
     host = Standalone(args.output.absolute().parent, args.tokenizer, device=args.device)
     host.live.load(args.model)
     session = Session(host)
@@ -91,11 +93,6 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _check_picture(args: argparse.Namespace) -> None:
-    check("steps", args.steps)
-    for name in ("width", "height"):
-        check("side", getattr(args, name))
-        if getattr(args, name) % 8:
-            raise SettingError(f"{name} {getattr(args, name)} is not a multiple of 8; choose one that is")
     if args.output.suffix.lower() != ".png":
         raise OutputError(f"{args.output}: expected a name that ends in .png; rename it")
 

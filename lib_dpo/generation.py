@@ -26,7 +26,6 @@ INFOTEXT: Mapping[str, str] = {
     "strength": "DPO strength",
     "blocks": "DPO blocks",
     "rank": "DPO rank",
-    "method": "DPO method",
     "baked": "DPO baked",
     "error": "DPO error",
 }
@@ -50,15 +49,20 @@ class Wish:
         return self.enabled and self.method != "off"
 
 
-def wish_of(p: Any, enabled: Any = False, offset: Any = NO_OFFSET, strength: Any = 1.0, blocks: Any = "", *_: Any) -> Wish:
+def wish_of(
+    p: Any, enabled: Any = False, offset: Any = NO_OFFSET, strength: Any = 1.0, blocks: Any = "", rank: Any = 0, *_: Any
+) -> Wish:
     """The script's own arguments, overridden by what XYZ axes set on `p`.
 
     An axis switches a script that is off on; the offset "None" of an axis is the model without one.
 
+    Args:
+        rank: 0 for all of the LoRA.
+
     Raises:
-        SettingError: a strength that is no number, or absurd.
+        SettingError: a strength or rank that is no number, or absurd.
     """
-    wish = Wish(bool(enabled), str(offset or NO_OFFSET), _strength(strength), str(blocks or ""))
+    wish = Wish(bool(enabled), str(offset or NO_OFFSET), _strength(strength), str(blocks or ""), _rank(rank))
     axes: Mapping[str, Any] = getattr(p, AXES, {})
     if not axes:
         return wish
@@ -78,6 +82,13 @@ def _strength(value: Any) -> float:
     if not math.isfinite(number) or abs(number) > _WIDEST:
         raise SettingError(f"strength {number:g} is too large; expected a number between {-_WIDEST:g} and {_WIDEST:g}")
     return number
+
+
+def _rank(value: Any) -> int | None:
+    try:
+        return int(value or 0) or None
+    except (TypeError, ValueError, OverflowError):
+        raise SettingError(f"rank {str(value)[:40]!r} is not a whole number; expected one such as 16, or 0 for all") from None
 
 
 def patch_for(session: Session, wish: Wish) -> Patch:
@@ -119,7 +130,7 @@ class Generation:
             if not wish.is_on:
                 return
             patch = patch_for(self._session, wish)
-            p.extra_generation_params.update(_infotext(wish))
+            p.extra_generation_params.update(_infotext(wish, self._session.library.name_of(patch.checkpoint.path)))
             if wish.strength and patch.changed_keys():  # blocks that are all 0 leave nothing
                 setattr(p, _ACTIVE, (patch, wish.strength))
                 self._tell_of_refiner(p)
@@ -162,10 +173,15 @@ class Generation:
         self._session.host.abort(p, f"{TITLE}: {why}")
 
 
-def _infotext(wish: Wish) -> dict[str, Any]:
-    """The wish as the infotext has it; what is at its default is left out."""
-    entries: dict[str, Any] = {INFOTEXT["offset"]: wish.offset, INFOTEXT["strength"]: wish.strength}
-    for name in ("blocks", "rank", "method"):
-        if getattr(wish, name):
-            entries[INFOTEXT[name]] = getattr(wish, name)
+def _infotext(wish: Wish, name: str) -> dict[str, Any]:
+    """The wish as the infotext has it; what is at its default is left out.
+
+    Args:
+        name: the file that is used, which a method may have chosen in the place of the one that was asked for: pasting
+            brings the same picture then.
+    """
+    entries: dict[str, Any] = {INFOTEXT["offset"]: name, INFOTEXT["strength"]: wish.strength}
+    for field in ("blocks", "rank"):
+        if getattr(wish, field):
+            entries[INFOTEXT[field]] = getattr(wish, field)
     return entries

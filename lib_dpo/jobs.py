@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from lib_dpo.errors import BusyError, Cancelled, DpoError, NotFoundError
+from lib_dpo.errors import BusyError, Cancelled, DpoError, NotFoundError, printable
 from lib_dpo.hosts.base import Host, Job
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Result = TypeVar("Result")
 Work = Callable[[Job], Result]
 
-_KEPT = 32  # finished jobs that can still be asked for
+_KEPT, _RESULTS_KEPT = 32, 4  # finished jobs that can still be asked for; results, which may be whole grids of pictures
 
 
 @dataclass
@@ -42,17 +42,18 @@ class Record:
     def is_over(self) -> bool:
         return self.state in ("done", "failed", "cancelled")
 
-    def as_json(self) -> dict[str, Any]:
-        return {
+    def as_json(self, *, with_result: bool = True) -> dict[str, Any]:
+        """What the API shows; `result` is left out of lists."""
+        found = {
             "id": self.id,
             "title": self.title,
             "state": self.state,
             "progress": round(self.share, 4),
             "seconds_left": None if self.seconds_left is None else round(self.seconds_left, 1),
-            "result": self.result,
             "error": self.error,
             "error_kind": self.kind,
         }
+        return {**found, "result": self.result} if with_result else found
 
 
 class Jobs:
@@ -73,7 +74,10 @@ class Jobs:
             BusyError: a job of this title is waiting or running already (two clicks at once).
             Cancelled: interrupted. Whatever else the work raises.
         """
-        return self.finish(self.register(title), work, task_id)
+        record = self.register(title)
+        result = self.finish(record, work, task_id)
+        record.result = None  # the caller has it
+        return result
 
     def start(self, title: str, work: Work[Any]) -> Record:
         """Do work in a thread of its own; `get` tells how it goes. Raises BusyError as `run`."""
@@ -112,7 +116,9 @@ class Jobs:
     def register(self, title: str) -> Record:
         """A new job that waits for its turn: its work is done by `finish`. Raises BusyError as `run`."""
         with self._lock:
-            if any(record.title == title and not record.is_over for record in self._records.values()):
+            title = printable(title)
+            running = (each for each in self._records.values() if not each.is_over and not each.stop)
+            if any(each.title == title for each in running):
                 raise BusyError(f"{title}: is running or waiting already; wait for it, or interrupt it")
             for old in [record.id for record in self._records.values() if record.is_over][:-_KEPT]:
                 del self._records[old]
@@ -128,13 +134,16 @@ class Jobs:
                 tracked.check()
                 record.state, record.started = "running", time.monotonic()
                 result = work(tracked)
+                record.result, record.share, record.seconds_left, record.state = result, 1.0, 0.0, "done"
         except Cancelled:
             record.state = "cancelled"
             raise
         except BaseException as error:
             record.state, record.error, record.kind = "failed", str(error) or type(error).__name__, type(error).__name__
             raise
-        record.result, record.share, record.seconds_left, record.state = result, 1.0, 0.0, "done"
+        with self._lock:
+            for old in [each for each in self._records.values() if each.result is not None][:-_RESULTS_KEPT]:
+                old.result = None
         return result
 
     def _do_quietly(self, record: Record, work: Work[Any]) -> None:

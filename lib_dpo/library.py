@@ -6,6 +6,7 @@ reference folder, the checkpoints, or what lies among the LoRAs without being on
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
@@ -18,11 +19,14 @@ from lib_dpo.model import Model
 from lib_dpo.names import output_path
 from lib_dpo.offset import is_offset_file
 
+logger = logging.getLogger(__name__)
+
 FileKind = Literal["lora", "offset", "model", "other"]
 
 _MODEL_SUFFIXES = (".safetensors", ".ckpt")
 _FOLDER_MARKS = ("unet", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 _LARGER_THAN_A_LORA = 1_000_000_000  # bytes from which a file among the LoRAs is looked at: a UNet of SD 1.5 in fp16 has 1.7 GB
+_PICKLES = (".ckpt",)
 _DEPTH = 3  # folders below the reference folder that are looked into
 
 
@@ -35,7 +39,7 @@ class Library:
 
     def checkpoints(self) -> list[FileEntry]:
         """The host's own list."""
-        return self._host.checkpoints()
+        return _distinct(self._host.checkpoints())
 
     def references(self) -> list[FileEntry]:
         """Tuned models to diff against: the reference folder first, then checkpoints, then large files among the LoRAs."""
@@ -63,6 +67,10 @@ class Library:
     def offset(self, name: str) -> Path:
         """The file of an offset's name. Raises NotFoundError."""
         return self._find(name, "offset", self.offsets)
+
+    def name_of(self, offset: Path) -> str:
+        """The name under which an offset's file is listed."""
+        return next((entry.name for entry in self.offsets() if entry.path == offset), offset.stem)
 
     def any(self, name: str) -> Path:
         """The file of a name from any of the lists. Raises NotFoundError."""
@@ -107,12 +115,15 @@ class Library:
     def _find(self, name: str, what: str, entries: Callable[[], Iterable[FileEntry]]) -> Path:
         wanted = name.strip()
         listed = list(entries())
-        for entry in listed:
-            if wanted in (entry.name, entry.path.name):
-                return self._there(entry, what)
-        stems = [entry for entry in listed if wanted in (entry.path.stem, entry.name.rsplit(" [", 1)[0], Path(entry.name).stem)]
-        if stems:
-            return self._there(stems[0], what)
+        for names in (_whole_name, _file_name, _short_names):  # the most exact wins over the whole list
+            found = {entry.path: entry for entry in listed if wanted in names(entry)}
+            if len(found) > 1:
+                known = ", ".join(entry.name for entry in found.values())
+                raise NotFoundError(
+                    f"there are several files for the {what} {wanted!r}: {printable(known)}; give one whole name"
+                )
+            if found:
+                return self._there(next(iter(found.values())), what)
         if wanted and self._host.may_use_paths() and Path(wanted).is_absolute() and Path(wanted).exists():
             return Path(wanted)
         if not wanted:
@@ -128,10 +139,25 @@ class Library:
 
     def _in_reference_dir(self) -> list[FileEntry]:
         folder = self._host.reference_dir
-        if not folder.is_dir():
+        try:
+            found = list(_walk(folder, folder, _DEPTH))
+        except OSError as error:  # missing, or closed to us
+            logger.debug("%s", error)
             return []
-        found = list(_walk(folder, folder, _DEPTH))
         return sorted(found, key=lambda entry: entry.name.casefold())
+
+
+def _whole_name(entry: FileEntry) -> tuple[str, ...]:
+    return (entry.name,)
+
+
+def _file_name(entry: FileEntry) -> tuple[str, ...]:
+    return (entry.path.name,)
+
+
+def _short_names(entry: FileEntry) -> tuple[str, ...]:
+    """Without suffix, and without the hash that a host may put behind a name."""
+    return (entry.path.stem, entry.name.rsplit(" [", 1)[0], Path(entry.name).stem)
 
 
 def _walk(folder: Path, root: Path, depth: int) -> Iterable[FileEntry]:
@@ -149,6 +175,8 @@ def _walk(folder: Path, root: Path, depth: int) -> Iterable[FileEntry]:
 
 
 def _kind(path: Path) -> FileKind:
+    if path.suffix.lower() in _PICKLES:  # gigabytes to look into, and nobody publishes offsets so
+        return "model"
     try:
         with open_checkpoint(path) as checkpoint:
             if is_lora(checkpoint.infos):
@@ -171,13 +199,18 @@ def _size(path: Path) -> int:
         return 0
 
 
+def _is_text(name: str) -> bool:
+    """Whether a name can be shown and sent: one that is not UTF-8 on the disk holds surrogates."""
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def _distinct(entries: Iterable[FileEntry]) -> list[FileEntry]:
     """The first of each name and of each file."""
     names: set[str] = set()
     files: set[Path] = set()
     found = []
     for entry in entries:
-        if entry.name not in names and entry.path not in files:
+        if entry.name not in names and entry.path not in files and _is_text(entry.name):
             names.add(entry.name)
             files.add(entry.path)
             found.append(entry)

@@ -51,9 +51,10 @@ def open_pipeline(model: Model, tokenizer: Path, *, dtype: torch.dtype = torch.f
     arch = model.architecture
     config = _sidecar(model.path)
     live: dict[str, Tensor] = {}
-    unet = _filled(diffusers.UNet2DConditionModel(**_unet_config(model, config)), _unet_names(model), model, dtype, live)
-    vae = _filled(diffusers.AutoencoderKL(**_vae_config(model)), _vae_names(model), model, torch.float32, {})
-    encoders = [_text_encoder(transformers, model, encoder, config, dtype, live) for encoder in arch.text_encoders]
+    place = _Place(dtype, torch.device(device))
+    unet = _filled(diffusers.UNet2DConditionModel(**_unet_config(model, config)), _unet_names(model), model, place, live)
+    vae = _filled(diffusers.AutoencoderKL(**_vae_config(model)), _vae_names(model), model, place, {})
+    encoders = [_text_encoder(transformers, model, encoder, config, place, live) for encoder in arch.text_encoders]
     words = transformers.CLIPTokenizer.from_pretrained(str(tokenizer))
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1,
@@ -68,7 +69,19 @@ def open_pipeline(model: Model, tokenizer: Path, *, dtype: torch.dtype = torch.f
             **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
     pipeline.set_progress_bar_config(disable=True)
-    return Weights(pipeline if device == "cpu" else pipeline.to(device), live)
+    return Weights(pipeline, live)  # never moved afterwards: `live` would stay behind
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where weights go before they are filled in: moving a module gives its parameters new memory."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def take(self, module: Any) -> Any:
+        # diffusers' own `to` warns of nothing
+        return torch.nn.Module.to(module, self.device, self.dtype).eval().requires_grad_(False)
 
 
 def check_whole(model: Model) -> None:
@@ -167,6 +180,7 @@ def _vae_config(model: Model) -> dict[str, Any]:
         "layers_per_block": 2,
         "latent_channels": model.shape(VAE + "post_quant_conv.weight")[0],
         "norm_num_groups": min(_NORM_GROUPS, widths[0]),
+        "force_upcast": model.architecture.name == "sdxl",  # its VAE overflows in float16; diffusers decodes it in float32 then
         "scaling_factor": 0.13025 if model.architecture.name == "sdxl" else 0.18215,
     }
 
@@ -206,13 +220,13 @@ def _vae_names(model: Model) -> dict[str, str]:
     return {key: name for key, name in names.items() if name}
 
 
-def _filled(module: Any, names: Mapping[str, str], model: Model, dtype: torch.dtype, live: dict[str, Tensor]) -> Any:
+def _filled(module: Any, names: Mapping[str, str], model: Model, place: _Place, live: dict[str, Tensor]) -> Any:
     """Copy a file's tensors into a module; `live` gets its parameters by canonical key.
 
     Raises:
         MismatchError: parameters that the file lacks.
     """
-    module = torch.nn.Module.to(module, dtype).eval().requires_grad_(False)  # diffusers' own `to` warns of nothing
+    module = place.take(module)
     own = dict(module.named_parameters())
     lacking = own.keys() - set(names.values())
     if lacking:
@@ -232,7 +246,7 @@ def _text_encoder(
     model: Model,
     encoder: TextEncoder,
     config: Mapping[str, Any],
-    dtype: torch.dtype,
+    place: _Place,
     live: dict[str, Tensor],
 ) -> Any:
     arch: Architecture = model.architecture
@@ -240,15 +254,15 @@ def _text_encoder(
     projected = arch.name == "sdxl" and encoder.naming == "open_clip"
     kind = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
     settings = transformers.CLIPTextConfig(**_text_config(model, encoder, _text_settings(config), layers))
-    module = torch.nn.Module.to(kind(settings), dtype).eval().requires_grad_(False)
+    module = place.take(kind(settings))
     own = {_plain(name): parameter for name, parameter in module.named_parameters()}
     filled: set[str] = set()
     with torch.no_grad():
         for key in model.keys(encoder.block.lower()):
-            for name, place in _places(arch, encoder, key, own).items():
-                place.copy_(model.read(key).reshape(place.shape))
-                live[key] = place
-                filled |= set(name)
+            for names, whole in _places(arch, encoder, key, own).items():
+                whole.copy_(model.read(key).reshape(whole.shape))
+                live[key] = whole
+                filled |= set(names)
     lacking = own.keys() - filled
     if lacking:
         raise MismatchError(f"{model.path.name} lacks {len(lacking)} tensors of {encoder.block}, first {min(lacking)}")

@@ -5,6 +5,7 @@ Methods that take a `job` run inside `Jobs.run` or `Jobs.start`, which hold the 
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,8 @@ if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts wit
     from lib_dpo.inspection import Inspection
     from lib_dpo.pictures import Grid
 
+logger = logging.getLogger(__name__)
+
 _PATCHES_KEPT = 4  # open offsets: their files are mapped, which costs no memory of its own
 
 
@@ -50,18 +53,20 @@ class Status:
     architecture: Architecture | None
     baked: Baked | None
     problem: str = ""  # why the loaded file is none of ours
+    chosen: str = ""  # another checkpoint, which the host loads only for the next picture
 
     @property
     def text(self) -> str:
         """One line, such as `dreamshaper_8 · SD 1.x · baked: dpo-sd15 × 0.8`."""
         if self.model is None:
-            return "no checkpoint is loaded yet"
+            return f"{self.chosen} is loaded for the next picture" if self.chosen else "no checkpoint is loaded yet"
         title = self.architecture.title if self.architecture else "not supported"
         state = "clean"
         if self.baked:
             state = f"baked: {self.baked.offset} × {self.baked.strength:g}"
             state += f" ({self.baked.blocks})" if self.baked.blocks else ""
-        return f"{Path(self.model.name).stem} · {title} · {state}"
+        later = f" · {self.chosen} is loaded for the next picture" if self.chosen else ""
+        return f"{self.model.path.stem} · {title} · {state}{later}"
 
     def as_json(self) -> dict[str, Any]:
         model = self.model
@@ -71,6 +76,7 @@ class Status:
             "architecture": self.architecture and self.architecture.name,
             "baked": self.baked and self.baked.as_json(),
             "problem": self.problem,
+            "chosen": self.chosen,
         }
 
 
@@ -124,13 +130,15 @@ class Session:
 
     def status(self) -> Status:
         """Cheap enough to ask for all the time."""
-        model = self.host.live.loaded()
+        live = self.host.live
+        model, chosen = live.loaded(), live.chosen()
+        later = chosen.stem if chosen else ""
         if model is None:
-            return Status(None, None, None)
+            return Status(None, None, None, chosen=later)
         found = self._architecture(model.path)
         if isinstance(found, str):
-            return Status(model, None, None, found)
-        return Status(model, found, self.host.live.baked())
+            return Status(model, None, None, found, later)
+        return Status(model, found, live.baked(), chosen=later)
 
     def loaded(self) -> LoadedModel:
         """The loaded checkpoint. Raises NoModelError."""
@@ -178,6 +186,7 @@ class Session:
         from lib_dpo.analyse import diff
         from lib_dpo.compat import compat
 
+        self.host.live.ready()
         with self._pair(base, reference) as pair:
             report = diff(pair, spectra=spectra, on_progress=job.progress)
             model = self.host.live.loaded()
@@ -192,6 +201,7 @@ class Session:
         """Whether the offset of a pair fits a checkpoint (empty: the loaded one)."""
         from lib_dpo.compat import compat
 
+        self.host.live.ready()
         with self._pair(base, reference) as pair, self._open_checkpoint(target) as model:
             return compat(model, pair, on_progress=job.progress)
 
@@ -203,13 +213,12 @@ class Session:
         """Write a LoRA into the LoRA folder and let the host list it."""
         from lib_dpo.extract import extract
 
+        self.host.live.ready()
         output = self.library.new_lora(name)
         with self._pair(base, reference) as pair:
             source = self._checked(output, pair, overwrite)
             report = extract(pair, output, settings, overwrite=overwrite, source=source, on_progress=job.progress)
-        self.host.refresh()
-        matched = self.host.live.matched_keys(output) if self._fits_loaded(report.architecture) else None
-        return Extracted(output.stem, report, matched)
+        return Extracted(output.stem, report, self._listed(output, report.architecture))
 
     def write_offset(
         self, job: Job, *, base: str, reference: str, name: str, precision: str = "fp32", overwrite: bool = False
@@ -217,6 +226,7 @@ class Session:
         """Write the dense offset file into the reference folder."""
         from lib_dpo.dense import write_offset
 
+        self.host.live.ready()
         output = self.library.new_offset(name)
         with self._pair(base, reference) as pair:
             source = self._checked(output, pair, overwrite)
@@ -230,6 +240,7 @@ class Session:
         from lib_dpo.bake import bake
 
         check("strength", strength)
+        self.host.live.ready()
         output, patch = self.library.new_checkpoint(name), self.patch(offset, blocks=blocks, rank=rank)
         with open_model(self.loaded().path) as target:
             check_output(output, overwrite=overwrite, inputs=(*target.checkpoint.files, *patch.checkpoint.files))
@@ -263,6 +274,12 @@ class Session:
         from lib_dpo.grid import Plan, parse_seeds, parse_strengths, run, strength_variants
         from lib_dpo.pictures import draw_grid
 
+        self.host.live.ready()
+        for field, value in (("steps", steps), ("cfg", cfg_scale), ("side", width), ("side", height)):
+            check(field, value)
+        if width % 8 or height % 8:
+            raise SettingError(f"pictures of {width}x{height} cannot be made; both numbers must be multiples of 8")
+        prompts, negative = [_sendable(prompt) for prompt in prompts], _sendable(negative)
         if sampler and sampler not in self.host.samplers():
             raise SettingError(f"sampler {sampler!r} is unknown; expected one of {', '.join(self.host.samplers())}")
         plan = Plan(prompts, parse_seeds(seeds), strength_variants(parse_strengths(strengths)), width, height)
@@ -284,7 +301,7 @@ class Session:
         grid = draw_grid(
             plan,
             images,
-            model=Path(model.name).stem,
+            model=model.path.stem,
             offset=patch.name,
             settings=settings,
             note=f"{report.text} {report.caveat}",
@@ -296,6 +313,7 @@ class Session:
     def bake(self, job: Job, *, offset: str, strength: float, blocks: str = "", rank: int | None = None) -> Baked:
         """Add strength x offset to the loaded model until `unbake`."""
         check("strength", strength)
+        self.host.live.ready()
         return self.host.live.bake(self.patch(offset, blocks=blocks, rank=rank), strength, job.progress)
 
     def unbake(self, job: Job) -> bool:
@@ -342,6 +360,20 @@ class Session:
         except OSError as error:
             return f"{path.name}: cannot be read ({error.strerror}); it may have been moved: refresh the list"
 
+    def _listed(self, output: Path, architecture: str) -> tuple[int, int] | None:
+        """Let the host list a new LoRA; how much of it its loader knows. The file stands, whatever the host says."""
+        try:
+            self.host.refresh()
+            return self.host.live.matched_keys(output) if self._fits_loaded(architecture) else None
+        except Exception:
+            logger.exception("%s was written, but the host did not take it up", output)
+            return None
+
     def _fits_loaded(self, architecture: str) -> bool:
         model = self.host.live.loaded()
         return model is not None and self._architecture(model.path) is ARCHITECTURES[architecture]
+
+
+def _sendable(text: str) -> str:
+    """Text without lone surrogates, which neither PNG nor JSON can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")

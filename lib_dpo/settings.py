@@ -50,6 +50,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         "seed": Field("Seed", "of the randomized method", int, minimum=0),
         "strength": Field("Strength", "the offset is multiplied by it; 0 is off, 1 the full change", float),
         "steps": Field("Steps", "of the sampler, per picture", int, minimum=1, maximum=1000),
+        "cfg": Field("CFG scale", "how closely pictures follow the prompt", float, minimum=0, maximum=100),
         "side": Field("Width or height", "of a picture in pixels, a multiple of 8", int, minimum=64, maximum=4096),
         "blocks": Field("Block weights", "such as IN00=0.5,MID=0,OUT=1; what is not named has weight 1", str),
     }

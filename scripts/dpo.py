@@ -69,11 +69,12 @@ def add_settings():
     }
     for key, option in options.items():
         shared.opts.add_option(key, option)
+    shared.opts.restricted_opts |= options.keys()  # --hide-ui-dir-config keeps visitors from changing folders
 
 
 def add_routes(demo, app):
     """The API; `demo` is None without a UI."""
-    if shared.cmd_opts.api:
+    if shared.cmd_opts.api or demo is None:  # --nowebui is the API alone
         api.add_routes(app, session)
 
 

@@ -28,6 +28,7 @@ class FakeLive:
 
     def __init__(self) -> None:
         self.path: Path | None = None
+        self.later: Path | None = None  # chosen, and loaded for the next picture
         self.weights: dict[str, torch.Tensor] = {}
         self._originals: dict[str, torch.Tensor] = {}
         self._baked: Baked | None = None
@@ -35,10 +36,17 @@ class FakeLive:
     def load(self, path: Path) -> None:
         with open_model(path) as model:
             self.weights = {key: model.read(key).float().clone() for key in list(model.keys())}
-        self.path, self._baked, self._originals = path, None, {}
+        self.path, self.later, self._baked, self._originals = path, None, None, {}
 
     def loaded(self) -> LoadedModel | None:
-        return self.path and LoadedModel(self.path.name, self.path, "float32", str(self.path))
+        return self.path and LoadedModel(self.path.stem, self.path, "float32", str(self.path))
+
+    def chosen(self) -> Path | None:
+        return self.later
+
+    def ready(self) -> None:
+        if self.later:
+            self.load(self.later)
 
     def bake(self, patch: Patch, strength: float, on_progress: Progress | None = None) -> Baked:
         if self.path is None:

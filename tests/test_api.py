@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import threading
 import time
 from pathlib import Path
@@ -198,6 +199,19 @@ def test_every_route_is_described_and_no_handler_blocks_the_server(session: Sess
     names = {route.path[len(PREFIX) :] for route in ours}  # type: ignore[attr-defined]
     wanted = "status checkpoints analyse extract bake unbake save compare inspect compat jobs/{job_id}"
     assert {f"/{name}" for name in wanted.split()} <= names
+
+
+def test_the_list_of_jobs_stands_whatever_ran_before(session: Session, client: TestClient):
+    session.jobs.run("tab", lambda job: object())
+    escaped = json.dumps({**PAIR, "name": "\ud800"})  # a lone surrogate, as JSON may hold it
+    answer = client.post(f"{PREFIX}/offset", content=escaped, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422, answer.text
+    refused(client, "/compare", {"offset": "xl", "prompts": ["a"], "cfg_scale": float("1e6")}, 422, "too large")
+    post(client, "/analyse", PAIR)
+    listed = get(client, "/jobs")
+    assert [row["state"] for row in listed][-1] == "done"
+    assert all("result" not in row for row in listed)
+    assert get(client, f"/jobs/{listed[-1]['id']}")["result"]["diff"]["architecture"] == "sd1"
 
 
 def test_results_are_plain_json(client: TestClient):

@@ -170,6 +170,10 @@ def test_axes_override_the_script(session: Session):
     assert (wish.enabled, wish.strength, wish.rank, wish.blocks, wish.method) == (True, 0.25, 2, "OUT=0", "LoRA")
     generate(session, p, False, "dpo", 1.0, "")
     assert p.extra_generation_params["DPO rank"] == 2
+    assert wish_of(new_p(), True, "dpo", 1.0, "", 3.0).rank == 3
+    assert wish_of(new_p(), True, "dpo", 1.0, "", 0).rank is None
+    with pytest.raises(SettingError, match="not a whole number"):
+        wish_of(new_p(), True, "dpo", 1.0, "", "all")
 
 
 @pytest.mark.parametrize(("chosen", "method", "used"), [
@@ -180,6 +184,8 @@ def test_the_method_takes_the_file_of_the_same_pair(session: Session, chosen: st
     axes_of(session)["method"].apply(p, method, [])
     calls = generate(session, p, True, chosen, 1.0, "")
     assert {call[1] for call in calls} == {used}
+    name = None if used is None else "exact.safetensors" if used == "exact" else used
+    assert p.extra_generation_params.get("DPO offset") == name  # pasting it brings the same picture
     assert not fake(session).aborted
 
 
@@ -222,6 +228,14 @@ def test_confirm_takes_good_values(session: Session):
     fake(session).live.path = None
     with pytest.raises(RuntimeError, match="no checkpoint is loaded"):
         axes["offset"].confirm(p, ["dpo"])
+
+
+def test_confirm_waits_for_a_checkpoint_that_is_loaded_later(session: Session):
+    live = fake(session).live
+    live.later = fake(session).checkpoint_dir / "other.safetensors"
+    axes_of(session)["offset"].confirm(new_p(), ["xl"])  # whether it fits shows with the first cell
+    with pytest.raises(RuntimeError, match="no offset named"):
+        axes_of(session)["offset"].confirm(new_p(), ["gone"])
 
 
 def test_exact_without_an_offset_file_says_how_to_make_one(session: Session):

@@ -299,6 +299,34 @@ def test_another_checkpoint_in_place_is_never_mixed_with_the_first(start, files:
     check_sum(host.weights(), before, patch, 0.5)
 
 
+def test_the_checkpoint_saved_from_a_bake_is_clean(start, files: Path):
+    """Its weights are those of the bake, bit for bit: only the file tells them apart."""
+    host = start()
+    host.live.bake(opened(files, "sd1_dense_fp16"), 1.0)
+    saved = host.weights()
+    host.add("saved", saved)
+    host.load("saved")
+    assert host.live.baked() is None
+    assert host.live.unbake() is False
+    check_equal(host.weights(), saved)
+    host.live.bake(opened(files, "sd1_lora"), 0.5)
+    assert host.live.unbake()
+    check_equal(host.weights(), saved)
+
+
+def test_undo_cannot_be_stopped_half_way(start, files: Path):
+    host = start()
+    before = host.weights()
+    host.live.bake(opened(files, "sd1_lora"), 1.0)
+
+    def stop(done: int, total: int, key: str) -> None:
+        raise Cancelled("stopped")
+
+    assert host.live.unbake(stop) is True
+    assert host.live.baked() is None
+    check_equal(host.weights(), before)
+
+
 def test_another_vae_keeps_the_bake(start, files: Path):
     host = start()
     before = {key: t for key, t in host.weights().items() if not key.startswith(VAE)}

@@ -89,7 +89,7 @@ class Host:
                 yield checkbox
 
         scripts_data = [SimpleNamespace(path="/webui/scripts/xyz_grid.py", module=self.xyz)]
-        opts = SimpleNamespace(add_option=self.options.__setitem__)
+        opts = SimpleNamespace(add_option=self.options.__setitem__, restricted_opts={"outdir_samples"})
         children = {
             "script_callbacks": Strict("script_callbacks", **{name: register(name) for name in CALLBACKS}),
             "scripts": Strict("scripts", Script=Script, AlwaysVisible=object(), scripts_data=scripts_data),
@@ -159,17 +159,18 @@ def test_the_tab_the_settings_and_the_routes(host: Host):
     host.callbacks["on_ui_settings"][0]()
     assert set(host.options) == {"dpo_reference_dir", "dpo_allow_paths"}
     assert host.options["dpo_allow_paths"].default is False
+    assert host.modules["modules.shared"].opts.restricted_opts >= {"dpo_reference_dir", "dpo_allow_paths"}
     app = FastAPI()
     host.callbacks["on_app_started"][0](None, app)
     assert any(getattr(route, "path", "") == "/dpo/v1/status" for route in app.routes)
     closed = FastAPI()
     host.modules["modules.shared"].cmd_opts.api = False
-    host.callbacks["on_app_started"][0](None, closed)
+    host.callbacks["on_app_started"][0](object(), closed)
     assert not any(getattr(route, "path", "").startswith("/dpo") for route in closed.routes)
     host.callbacks["on_model_loaded"][0](object())
 
 
-def test_the_script_has_four_arguments_and_restores_itself_from_infotexts(host: Host, session: Session):
+def test_the_script_has_five_arguments_and_restores_itself_from_infotexts(host: Host, session: Session):
     import gradio as gr
 
     script = host.load(files()[0]).DpoOffset()
@@ -178,10 +179,10 @@ def test_the_script_has_four_arguments_and_restores_itself_from_infotexts(host: 
     for _ in range(2):  # the API calls it again in a throw-away Blocks
         with gr.Blocks():
             components = script.ui(False)
-    assert [type(each).__name__ for each in components] == ["Checkbox", "Dropdown", "Slider", "Textbox"]
-    assert [each.value for each in components] == [False, "None", 1.0, ""]
+    assert [type(each).__name__ for each in components] == ["Checkbox", "Dropdown", "Slider", "Textbox", "Number"]
+    assert [each.value for each in components] == [False, "None", 1.0, "", 0]
     fields = dict(
-        zip(("enabled", "offset", "strength", "blocks"), [target for _, target in script.infotext_fields], strict=True)
+        zip(("enabled", "offset", "strength", "blocks", "rank"), [target for _, target in script.infotext_fields], strict=True)
     )
     pasted = {"DPO offset": "dpo", "DPO strength": "0.5"}
     assert fields["enabled"](pasted) is True
@@ -189,6 +190,7 @@ def test_the_script_has_four_arguments_and_restores_itself_from_infotexts(host: 
     assert (fields["offset"], fields["strength"]) == ("DPO offset", "DPO strength")
     assert fields["blocks"](pasted) == ""
     assert fields["blocks"]({"Steps": "20"}) is None
+    assert [fields["rank"](found) for found in (pasted, pasted | {"DPO rank": "8"}, {"Steps": "20"})] == [0, 8, None]
     p = SimpleNamespace(extra_generation_params={}, calls=[])
     script.process(p, False, "None", 1.0, "")
     script.after_extra_networks_activate(p, batch_number=0, extra_network_data={})

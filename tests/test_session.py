@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from webui_files import RANK_4, extract, fake
 
 from lib_dpo.errors import BusyError, Cancelled, MismatchError, NoModelError, NotFoundError, OutputError, SettingError
+from lib_dpo.hosts.base import FileEntry
 from lib_dpo.keymap import UNET
 from lib_dpo.session import Session
 from lib_dpo.settings import ExtractSettings, RankPolicy
@@ -130,7 +131,7 @@ def test_bake_undo_and_save(session: Session):
 
 def test_offsets_of_another_family_are_refused(session: Session):
     before = session.host.live.fingerprint()
-    with pytest.raises(MismatchError, match=r"offset for SDXL but base.safetensors is SD 1\.x"):
+    with pytest.raises(MismatchError, match=r"offset for SDXL but base is SD 1\.x"):
         session.jobs.run("bake", lambda job: session.bake(job, offset="xl", strength=1.0))
     assert session.host.live.fingerprint() == before
 
@@ -204,3 +205,107 @@ def test_a_waiting_job_can_be_cancelled(session: Session):
     assert (first.state, second.state) == ("done", "cancelled")
     with pytest.raises(Cancelled):
         session.jobs.run("third", lambda job: (setattr(fake(session), "interrupted", True), job.check()))
+
+
+# ---- what only shows with other models, names and jobs ----
+
+
+def test_names_in_subfolders_are_told_apart(session: Session):
+    library, entries = session.library, fake(session).checkpoints()
+    base = entries[0].path
+    other = tiny.save(base.parent / "archive" / "base.safetensors", tiny.base(seed=9))
+    listed = [FileEntry("archive/base.safetensors", other), *entries]
+    fake(session).checkpoints = lambda: listed  # type: ignore[method-assign]
+    assert library.checkpoint("base.safetensors") == base
+    assert library.checkpoint("archive/base.safetensors") == other
+    with pytest.raises(NotFoundError, match="several files"):
+        library.checkpoint("base")
+
+
+def test_a_checkpoint_that_is_chosen_but_not_loaded_yet_is_the_one_that_counts(session: Session):
+    extract(session)
+    live, folder = fake(session).live, fake(session).checkpoint_dir
+    live.later = folder / "other.safetensors"
+    assert session.status().text == "base · SD 1.x · clean · other is loaded for the next picture"
+    report = session.jobs.run("save", lambda job: session.save(job, name="mine", offset="dpo", strength=0.0))
+    assert session.status().text == "other · SD 1.x · clean"
+    key = f"{UNET}out.2.weight"
+    assert torch.equal(load_file(report.path)[key], tiny.base(seed=5)[key].half())
+    live.path, live.later = None, folder / "base.safetensors"
+    assert session.status().text == "base is loaded for the next picture"
+    session.jobs.run("bake", lambda job: session.bake(job, offset="dpo", strength=1.0))
+    assert session.status().text == "base · SD 1.x · baked: dpo × 1"
+
+
+def test_names_with_dots_keep_them(session: Session):
+    path = fake(session).checkpoint_dir / "sd_xl_base_1.0.safetensors"
+    path.write_bytes((fake(session).checkpoint_dir / "base.safetensors").read_bytes())
+    fake(session).live.load(path)
+    assert session.status().text == "sd_xl_base_1.0 · SD 1.x · clean"
+
+
+def test_a_reference_folder_that_cannot_be_read_leaves_the_other_lists(session: Session, monkeypatch: pytest.MonkeyPatch):
+    reference_dir = fake(session).reference_dir
+
+    def iterdir(path: Path) -> object:
+        if path == reference_dir:
+            raise PermissionError(13, "Permission denied")
+        return original(path)
+
+    original = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert [entry.name for entry in session.library.offsets()] == ["xl"]
+    assert [entry.name for entry in session.library.references()] == ["base.safetensors", "other.safetensors"]
+
+
+def test_names_that_are_no_text_are_left_out(session: Session):
+    listed = [*fake(session).loras(), FileEntry("bad\udcff", fake(session).lora_dir / "xl.safetensors")]
+    fake(session).loras = lambda: listed  # type: ignore[method-assign]
+    assert [entry.name for entry in session.library.offsets()] == ["xl"]
+
+
+def test_finished_jobs_keep_few_results_and_none_of_the_tabs(session: Session):
+    jobs = session.jobs
+    jobs.run("tab", lambda job: object())  # nothing that JSON could hold
+    started = [jobs.start(f"job {n}", lambda job: "large") for n in range(8)]
+    while not all(record.is_over for record in started):
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert sum(record.result is not None for record in jobs.all()) == 4
+    assert jobs.all()[0].result is None
+    assert "result" not in jobs.all()[-1].as_json(with_result=False)
+
+
+def test_a_cancelled_job_that_waits_does_not_hold_its_title(session: Session):
+    go_on = threading.Event()
+    first = session.jobs.start("first", lambda job: go_on.wait(10))
+    second = session.jobs.start("second", lambda job: pytest.fail("must not run"))
+    session.jobs.cancel(second.id)
+    third = session.jobs.start("second", lambda job: "done")
+    go_on.set()
+    while not (first.is_over and second.is_over and third.is_over):
+        time.sleep(0.01)
+    assert (second.state, third.state) == ("cancelled", "done")
+
+
+def test_a_host_that_fails_after_writing_does_not_undo_the_writing(session: Session):
+    def fail() -> None:
+        raise RuntimeError("the host's list is broken")
+
+    fake(session).refresh = fail  # type: ignore[method-assign]
+    found = extract(session)
+    assert found.report.path.is_file()  # type: ignore[attr-defined]
+    assert found.matched is None  # type: ignore[attr-defined]
+
+
+def test_compare_checks_its_numbers_first(session: Session):
+    extract(session)
+    for options, message in (
+        ({"width": 500}, "multiples of 8"), ({"steps": 0}, "too small"), ({"cfg_scale": float("nan")}, "not a finite number"),
+    ):  # fmt: skip
+        arguments = {"offset": "dpo", "prompts": ["a"], "width": 64, "height": 64} | options
+        with pytest.raises(SettingError, match=message):
+            session.jobs.run("compare", lambda job, a=arguments: session.compare(job, **a))
+    odd = {"offset": "dpo", "prompts": ["a \ud800 b"], "negative": "\udfff", "width": 64, "height": 64, "strengths": "1"}
+    found = session.jobs.run("compare", lambda job: session.compare(job, **odd))
+    assert found.grid.png()

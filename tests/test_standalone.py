@@ -15,7 +15,7 @@ from PIL import Image
 
 from lib_dpo.errors import Cancelled, MismatchError, MissingExtraError, NoModelError, NotFoundError, SettingError
 from lib_dpo.hosts.base import Request
-from lib_dpo.hosts.standalone import SAMPLERS, Standalone
+from lib_dpo.hosts.standalone import SAMPLERS, Standalone, StandaloneLive
 from lib_dpo.keymap import UNET, VAE
 from lib_dpo.model import open_model
 from lib_dpo.patch import open_patch
@@ -99,6 +99,22 @@ def test_strengths_change_the_picture_and_0_is_the_untouched_one(host: Standalon
     assert "Negative prompt: c" in half.infotext
 
 
+def test_half_precision_draws_too(models: Path):
+    host = Standalone(models, models / "tokenizer", device="cpu")
+    host.live = StandaloneLive(models / "tokenizer", "cpu", torch.float16)
+    host.live.load(host.checkpoint_dir / "base.safetensors")
+    patch = open_patch(host.lora_dir / "dpo.safetensors")
+    pictures = [host.generate(REQUEST, patch, strength).image for strength in (0.0, 1.0)]
+    assert np.abs(np.asarray(pictures[0], float) - np.asarray(pictures[1], float)).mean() > 0
+
+
+def test_weights_are_those_of_the_pipeline_on_another_device(models: Path):
+    """`meta` stands for a GPU: nothing may stay on the CPU."""
+    with open_model(models / "Stable-diffusion" / "base.safetensors") as model:
+        weights = open_pipeline(model, models / "tokenizer", device="meta")
+    assert {tensor.device.type for tensor in weights.tensors.values()} == {"meta"}
+
+
 def test_a_bake_draws_what_the_saved_checkpoint_draws(host: Standalone, models: Path):
     session = Session(host)
     try:
@@ -117,7 +133,7 @@ def test_a_bake_draws_what_the_saved_checkpoint_draws(host: Standalone, models: 
 def test_compare_makes_a_grid(host: Standalone):
     session = Session(host)
     found = session.jobs.run("compare", lambda job: session.compare(
-        job, offset="dpo", prompts=["a b"], seeds="1", strengths="1", steps=1, width=32, height=32))  # fmt: skip
+        job, offset="dpo", prompts=["a b"], seeds="1", strengths="1", steps=1, width=64, height=64))  # fmt: skip
     assert len(found.images) == 2
     assert found.report.effects[0].difference > 0
 
@@ -182,7 +198,7 @@ def test_the_command_writes_the_grid_and_each_picture(models: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--width", 65), "not a multiple of 8"),
+        (("--width", 68), "multiples of 8"),
         (("--steps", 0), "too small"),
         (("--strengths", "lots"), "neither a number nor a range"),
         (("--sampler", "Magic"), "sampler 'Magic' is unknown"),

@@ -68,6 +68,12 @@ class A1111Live:
         token = f"{id(model):x} {info.filename} {_version(model)}"
         return LoadedModel(info.name_for_extra, Path(info.filename), str(dtype).removeprefix("torch."), token)
 
+    def chosen(self) -> Path | None:
+        return None
+
+    def ready(self) -> None:
+        """Nothing: what is chosen is loaded at once."""
+
     # ---- bake and undo ----
 
     def bake(self, patch: Patch, strength: float, on_progress: Progress | None = None) -> Baked:
@@ -89,6 +95,7 @@ class A1111Live:
                 slots,
                 earlier=earlier,
                 finish=lambda: a1111_conds.renew(model) if touches_text else None,
+                file=model.sd_checkpoint_info.filename,
                 on_progress=on_progress,
             )
             setattr(model, _RECORD, record)
@@ -123,7 +130,7 @@ class A1111Live:
             record = _record(model)
             if record is None:
                 return None
-            if _verdict(record, getattr(model, _PLACES)) != "gone":  # finding them all by name takes four times as long
+            if _verdict(model, record, getattr(model, _PLACES)) != "gone":  # finding them all by name takes four times as long
                 return record.baked
             _forget(model, record)
             return None
@@ -195,7 +202,7 @@ class A1111Live:
             HostError: some of the baked weights were changed since, so that undo would mix two models.
         """
         record = _record(model)
-        verdict = _verdict(record, live) if record else "gone"
+        verdict = _verdict(model, record, live) if record else "gone"
         if record and verdict == "mixed":
             raise HostError(
                 f"some of the weights into which {record.baked.offset} was baked were changed by something else since; to get "
@@ -278,7 +285,10 @@ def _to_keep(plan: inplace.Plan, earlier: inplace.Record | None) -> int:
     return sum(slot.nbytes for slot in plan.slots if slot.key not in own) + (earlier.baked.bytes_kept if earlier else 0)
 
 
-def _verdict(record: inplace.Record, live: Mapping[str, LiveTensor]) -> str:
+def _verdict(model: Any, record: inplace.Record, live: Mapping[str, LiveTensor]) -> str:
+    if record.file != model.sd_checkpoint_info.filename:  # read into the same tensors: maybe what was saved from this bake
+        return "gone"
+
     def versions(key: str) -> Iterator[torch.Tensor]:
         return live[key].versions()
 

@@ -119,6 +119,12 @@ class LiveModel(Protocol):
     def loaded(self) -> LoadedModel | None:
         """The loaded checkpoint; never loads one. Needs no lock."""
 
+    def chosen(self) -> Path | None:
+        """The checkpoint that is chosen, where the host loads it only for the next picture; None where it is the loaded one."""
+
+    def ready(self) -> None:
+        """Load the chosen checkpoint where the host would only do so for the next picture; inside `Host.job`."""
+
     # ---- bake and undo ----
     def bake(self, patch: Patch, strength: float, on_progress: Progress | None = None) -> Baked:
         """Add strength x patch to the live weights, from clean ones; an earlier bake is undone first.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import uuid
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,18 @@ import torch
 
 from lib_dpo.arch import recognise
 from lib_dpo.checkpoint import open_checkpoint
-from lib_dpo.errors import HostError, MismatchError, SettingError
+from lib_dpo.errors import Cancelled, HostError, MismatchError, SettingError
 from lib_dpo.hosts.base import Baked, Check, LoadedModel
 from lib_dpo.hosts.forge_checks import checks
-from lib_dpo.hosts.forge_modules import chosen_engine, clear_conds, live_engine, loaded_engine, lora_module
+from lib_dpo.hosts.forge_modules import (
+    chosen_engine,
+    chosen_file,
+    clear_conds,
+    live_engine,
+    load_chosen,
+    loaded_engine,
+    lora_module,
+)
 from lib_dpo.hosts.forge_patchers import (
     Patchers,
     add_patches,
@@ -102,6 +111,13 @@ class ForgeLive:
         state = _state(engine)
         return LoadedModel(_name(engine), Path(engine.sd_checkpoint_info.filename), state.storage, state.token)
 
+    def chosen(self) -> Path | None:
+        return chosen_file()
+
+    def ready(self) -> None:
+        if chosen_file() is not None:
+            load_chosen()
+
     # ---- bake and undo ----
 
     def bake(self, patch: Patch, strength: float, on_progress: Progress | None = None) -> Baked:
@@ -155,7 +171,7 @@ class ForgeLive:
             raise HostError(_OTHERS)
         _install(engine, record.clean)
         state.bake = None
-        if fingerprint_of(record.clean, Steps(_numel(record.clean), on_progress)) != record.before:
+        if fingerprint_of(record.clean, Steps(_numel(record.clean), _uncancelled(on_progress))) != record.before:
             raise HostError(
                 "the bake was taken out, but weights that it left alone were changed by something else meanwhile; to get the "
                 "clean model, choose another checkpoint and then this one again"
@@ -207,6 +223,10 @@ class ForgeLive:
             self._patch_clip(p, patch, strength)
 
     def on_batch(self, p: Any, patch: Patch | None, strength: float) -> None:
+        if patch is None:  # switched off: its tensors may be gigabytes
+            state = _state(p.sd_model)
+            state.reused.clear()
+            state.patches.clear()
         in_conds = self._patch_clip(p, patch, strength)
         if in_conds != self._in_conds:
             clear_conds(p)
@@ -253,6 +273,18 @@ def _state(engine: Any) -> _State:
         state = _State(weakref.ref(patcher.model), storage_of(patcher))
         setattr(engine, _STATE, state)
     return state
+
+
+def _uncancelled(on_progress: Progress | None) -> Progress | None:
+    """The same for what cannot be stopped half way."""
+    if on_progress is None:
+        return None
+
+    def tell(done: int, total: int, key: str) -> None:
+        with suppress(Cancelled):
+            on_progress(done, total, key)
+
+    return tell
 
 
 def _bake_name(patch_id: str) -> str:

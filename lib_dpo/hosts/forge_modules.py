@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -90,6 +91,21 @@ def chosen_engine() -> Any:
         del engine  # two models do not fit
         sd_models.forge_model_reload()  # returns at once where the chosen one is loaded
     return loaded_engine()
+
+
+def chosen_file() -> Path | None:
+    """The checkpoint that Forge or Neo load for the next picture; None where it is loaded, and on forks that load at once."""
+    model_data = import_module("modules.sd_models").model_data
+    chosen = (getattr(model_data, "forge_loading_parameters", None) or {}).get("checkpoint_info")
+    engine = live_engine()
+    if chosen is None or (engine is not None and engine.sd_checkpoint_info.filename == chosen.filename):
+        return None
+    return Path(chosen.filename)
+
+
+def load_chosen() -> None:
+    """Load the chosen checkpoint now, as the next picture would."""
+    import_module("modules.sd_models").forge_model_reload()
 
 
 def cond_caches(p: Any = None) -> list[list[Any]]:

@@ -74,6 +74,7 @@ class Record:
     originals: Mapping[str, Values]
     marks: Marks
     text_encoder: bool
+    file: str = ""  # the checkpoint whose weights were edited: one saved from the bake has the same weights
 
 
 # ---- before ----
@@ -172,6 +173,7 @@ def bake(
     *,
     earlier: Record | None = None,
     finish: Callable[[], None] = lambda: None,
+    file: str = "",
     on_progress: Progress | None = None,
 ) -> Record:
     """Write original + strength x delta into every planned slot, summed in float32 and rounded once.
@@ -180,6 +182,7 @@ def bake(
         slots: the whole model, for the tensors of the earlier bake.
         earlier: a bake that is in these weights, undone first; any exception brings it back.
         finish: what the host must still do; an exception there undoes the edit too.
+        file: the checkpoint that the weights are of, where the host reads others into the same tensors.
 
     Raises:
         BadTensorError: NaN or Inf, in the offset or in the sum. HostError: 8-bit weights that cannot hold the change.
@@ -209,7 +212,7 @@ def bake(
         not_applied=plan.not_applied,
         bytes_kept=plan.nbytes,
     )
-    return Record(baked, originals, adder.marker.marks(), any(not slot.key.startswith(UNET) for slot in plan.slots))
+    return Record(baked, originals, adder.marker.marks(), any(not slot.key.startswith(UNET) for slot in plan.slots), file)
 
 
 def undo(record: Record, slots: Mapping[str, Slot], on_progress: Progress | None = None) -> None:

@@ -72,6 +72,12 @@ class StandaloneLive:
         dtype = str(self._weights.pipeline.unet.dtype).removeprefix("torch.")
         return LoadedModel(self._path.stem, self._path, dtype, f"{self._path} {id(self._weights):x}")
 
+    def chosen(self) -> Path | None:
+        return None
+
+    def ready(self) -> None:
+        """Nothing: what is chosen is loaded at once."""
+
     # ---- bake and undo ----
 
     def bake(self, patch: Patch, strength: float, on_progress: Progress | None = None) -> Baked:

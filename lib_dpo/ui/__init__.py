@@ -19,6 +19,10 @@ def build(session: Session) -> Any:
             status = parts.unsaved(gr.HTML(markup.note(_NOT_LOOKED_YET), elem_id="dpo_status"))
             rescan = parts.refresh_button("dpo_refresh")
             shown = gr.Button("Look again", elem_id="dpo_shown", elem_classes=["dpo-hidden"])  # pressed by dpo.js
+            tick = gr.Button(
+                "Look at the model", elem_id="dpo_tick", elem_classes=["dpo-hidden"]
+            )  # and this, every few seconds
+        parts.on(tick.click, lambda: parts.status_html(session), [], [status], show_progress="hidden", queue=False)
         task = parts.unsaved(gr.Textbox(label="Task of the DPO tab", visible=False, elem_id="dpo_task"))
         tab = parts.Tab(session, status, task, rescans=[rescan])
         with gr.Tabs(elem_id="dpo_pages"):

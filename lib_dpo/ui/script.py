@@ -15,7 +15,9 @@ _WIDEST_SLIDER, _STEP = 2.0, 0.05
 def script_controls(
     session: Session, elem_id: Callable[[str], str], accordion: Callable[..., Any]
 ) -> tuple[list[Any], list[tuple[Any, Any]], list[str]]:
-    """Components in the order of the script's arguments (enabled, offset, strength, blocks), infotext fields, paste names.
+    """Components in the order of the script's arguments, infotext fields, names that "Send to" buttons carry.
+
+    The arguments: enabled, offset, strength, blocks, rank.
 
     Called several times by the host, also outside of any page: it may keep nothing.
 
@@ -29,7 +31,7 @@ def script_controls(
         with gr.Row():
             offset = gr.Dropdown(
                 label="Offset",
-                choices=_offsets(session),
+                choices=[NO_OFFSET, *(entry.name for entry in session.host.loras())],  # opens no file; 🔄 lists all
                 value=NO_OFFSET,
                 allow_custom_value=True,  # a list of files may be older than the files
                 elem_id=elem_id("offset"),
@@ -43,13 +45,15 @@ def script_controls(
                 value=1.0,
                 elem_id=elem_id("strength"),
             )
-        blocks = gr.Textbox(
-            label="Block weights",
-            value="",
-            lines=1,
-            placeholder="everywhere; or such as IN=0.5,MID=0,OUT=1",
-            elem_id=elem_id("blocks"),
-        )
+        with gr.Row():
+            blocks = gr.Textbox(
+                label="Block weights",
+                value="",
+                lines=1,
+                placeholder="everywhere; or such as IN=0.5,MID=0,OUT=1",
+                elem_id=elem_id("blocks"),
+            )
+            rank = gr.Number(label="Rank of the LoRA (0: all)", value=0, precision=0, elem_id=elem_id("rank"))
     parts.unsaved(offset)
     refresh.click(fn=lambda: gr.update(choices=_offsets(session)), inputs=[], outputs=[offset])
     fields = [
@@ -57,8 +61,9 @@ def script_controls(
         (offset, INFOTEXT["offset"]),
         (strength, INFOTEXT["strength"]),
         (blocks, _blocks),
+        (rank, _rank),
     ]
-    return [enabled, offset, strength, blocks], fields, [INFOTEXT["offset"], INFOTEXT["strength"]]
+    return [enabled, offset, strength, blocks, rank], fields, [INFOTEXT["offset"], INFOTEXT["strength"]]
 
 
 def _offsets(session: Session) -> list[str]:
@@ -72,3 +77,11 @@ def _is_on(infotext: Mapping[str, Any]) -> bool:
 def _blocks(infotext: Mapping[str, Any]) -> str | None:
     """The block weights; none where the infotext has an offset without them; left alone where it has no offset."""
     return str(infotext.get(INFOTEXT["blocks"], "")) if _is_on(infotext) else None
+
+
+def _rank(infotext: Mapping[str, Any]) -> int | None:
+    """The rank; 0 where the infotext has an offset without one; left alone where it has no offset."""
+    try:
+        return int(infotext.get(INFOTEXT["rank"], 0)) if _is_on(infotext) else None
+    except ValueError:
+        return 0
