@@ -25,7 +25,6 @@ from lib_dpo.progress import Progress, Steps
 
 Values = tuple[Tensor, ...]
 
-_PIECE = 1 << 18  # values: 1 MB in float32
 _ROOM = 256 << 20  # for what adding up one tensor takes, and for others
 _SMALLEST_SHARE = 0.5  # of the change that 8-bit storage must take up
 
@@ -240,23 +239,24 @@ class _Adder:
         """Add strength x delta to a slot. Raises BadTensorError for NaN or Inf."""
         live = slot.tensor.detach()
         before = self.marker.before(live)
-        for tensors, part in _pieces(tuple(tensor.detach() for tensor in slot.tensors), delta.to(live.device)):
-            self._add(slot.key, tensors, part)
+        delta = delta.to(live.device)
+        if live.dtype == torch.float32 and not slot.copies:  # no copy of a large tensor: fresh memory takes longer than adding
+            live.add_(delta, alpha=self.strength)
+            self._check_finite(slot.key, live)
+        else:
+            self._add_rounded(slot, live, delta)
         self.marker.after(slot.key, live, before)
 
-    def _add(self, key: str, tensors: Values, delta: Tensor) -> None:
-        """The same for a piece: the live tensor's, and those of its more exact copies."""
-        live = tensors[0]
-        change = delta.mul(self.strength)  # a copy: the delta may be a view of a file
-        start = tensors[min(1, len(tensors) - 1)].to(live.device, torch.float32)
-        is_8_bit = live.element_size() == 1
-        stored = live.float() if is_8_bit else live
-        exact = torch.where(change == 0, start, start + change)  # -0.0 + 0.0 would lose its sign
-        for tensor in tensors:
+    def _add_rounded(self, slot: Slot, live: Tensor, delta: Tensor) -> None:
+        most_exact = slot.copies[0] if slot.copies else live
+        stored = live.float() if live.element_size() == 1 else None
+        exact = most_exact.to(live.device, torch.float32, copy=True).add_(delta, alpha=self.strength)
+        for tensor in slot.tensors:
             rounded = exact.to(tensor.dtype)
-            self._check_finite(key, rounded)
+            self._check_finite(slot.key, rounded)
             tensor.copy_(rounded)
-        if is_8_bit:
+        if stored is not None:
+            change = delta * self.strength
             self.wanted += float(change.square().sum(dtype=torch.float64))
             self.kept += float((live.float() - stored).mul_(change).sum(dtype=torch.float64))
 
@@ -283,19 +283,6 @@ class _Adder:
                 f"{key} would hold NaN or Inf as {tensor.dtype} after adding {self.strength:g} x {self.name}; "
                 "use a smaller strength"
             )
-
-
-def _pieces(tensors: Values, delta: Tensor) -> Iterator[tuple[Values, Tensor]]:
-    """The same piece of each, small enough for what is computed of it to stay in a CPU's cache: fresh memory takes longer
-    than the arithmetic. Whole on a GPU, or where memory is no plain row of values.
-    """
-    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in (*tensors, delta)):
-        yield tensors, delta
-        return
-    rows, change = [tensor.view(-1) for tensor in tensors], delta.view(-1)
-    for start in range(0, change.numel(), _PIECE):
-        piece = slice(start, start + _PIECE)
-        yield tuple(row[piece] for row in rows), change[piece]
 
 
 # ---- what is there ----

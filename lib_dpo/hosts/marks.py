@@ -13,7 +13,7 @@ from torch import Tensor
 
 Verdict = Literal["edited", "gone", "mixed"]
 
-_SAMPLES, _CANDIDATES = 16, 4096  # values kept of each tensor, and those they are chosen from
+_SAMPLES, _CANDIDATES = 16, 512  # values kept of each tensor, and those they are chosen from
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of an element
 
 
