@@ -170,7 +170,6 @@ def _environment(data: Path) -> dict[str, str]:
         "GRADIO_ANALYTICS_ENABLED": "False",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONUNBUFFERED": "1",
-        "PYTHONDONTWRITEBYTECODE": "1",
         "MPLBACKEND": "agg",
         "NO_PROXY": "127.0.0.1,localhost",
         "OMP_NUM_THREADS": os.environ.get("WEBUI_THREADS", str(min(4, os.cpu_count() or 1))),
