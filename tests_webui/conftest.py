@@ -158,7 +158,8 @@ def exact(process: Server, folders: Any) -> dict[str, Any]:
     """The offset file named EXACT, written by the API."""
     process.ensure(folders(full=False))
     clean(process)
-    found: dict[str, Any] = process.do("offset", reference=REFERENCE, name=EXACT, overwrite=True)
+    precision = "fp32" if process.flavour.any_width else "fp16"  # at the real size: half of the memory for undo
+    found: dict[str, Any] = process.do("offset", reference=REFERENCE, name=EXACT, precision=precision, overwrite=True)
     return found
 
 

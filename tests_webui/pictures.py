@@ -51,6 +51,14 @@ def draw(server: Server, prompt: str = PROMPT, offset: Offset | None = None, **o
     return request(server, prompt, offset, **options).all[0]
 
 
+def known(server: Server, prompt: str = PROMPT, offset: Offset | None = None, **options: Any) -> np.ndarray:
+    """The same for the clean base, drawn once by each process: what later pictures are compared with."""
+    key = repr((prompt, offset, sorted(options.items())))
+    if key not in server.known:
+        server.known[key] = draw(server, prompt, offset, **options)
+    return server.known[key]
+
+
 def request(
     server: Server, prompt: str = PROMPT, offset: Offset | None = None, *, start: np.ndarray | None = None, **options: Any
 ) -> Pictures:

@@ -39,6 +39,7 @@ class Server:
         self.data = Path()
         self.log_path = Path()
         self.url = ""
+        self.known: dict[str, Any] = {}  # what tests remember of this process
 
     # ---- life ----
 
@@ -54,7 +55,7 @@ class Server:
         if self._process and self._process.poll() is None and self._running == wanted:
             return
         self.stop()
-        self.data, self._running = data, wanted
+        self.data, self._running, self.known = data, wanted, {}
         _link(data / "extensions", links)
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"

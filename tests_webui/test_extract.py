@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import EXACT, LORA
 from files import REFERENCE
-from pictures import distance, draw
+from pictures import PROMPT, distance, known
 from server import Server
 
 
@@ -23,7 +23,7 @@ def test_the_host_lists_it(server: Server, lora: dict) -> None:
 
 
 def test_it_changes_a_picture(server: Server, lora: dict) -> None:
-    assert distance(draw(server), draw(server, f"a red cat on a chair <lora:{LORA}:1>")) > 0.1
+    assert distance(known(server), known(server, f"{PROMPT} <lora:{LORA}:1>")) > 0.1
 
 
 def test_the_pair_is_judged(server: Server) -> None:

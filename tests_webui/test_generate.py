@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import EXACT, LORA, choose
 from files import BASE, TEXT_LORA
-from pictures import HIRES, PROMPT, Offset, distance, draw, request, same
+from pictures import HIRES, PROMPT, Offset, distance, draw, known, request, same
 from server import Server
 
 pytestmark = pytest.mark.usefixtures("lora", "exact")
@@ -27,11 +27,11 @@ def _like_the_prompts(server: Server, ours: list[np.ndarray], prompts: list[np.n
 
 
 def test_strength_1_is_the_lora_in_the_prompt(server: Server) -> None:
-    _like_the_prompts(server, [draw(server, offset=Offset(LORA))], [draw(server, WITH_LORA)], [draw(server)])
+    _like_the_prompts(server, [draw(server, offset=Offset(LORA))], [known(server, WITH_LORA)], [known(server)])
 
 
 def test_strength_0_is_nothing(server: Server) -> None:
-    plain = draw(server)
+    plain = known(server)
     draw(server, offset=Offset(LORA))
     assert same(draw(server, offset=Offset(LORA, 0.0)), plain)
     assert same(draw(server), plain)
@@ -39,27 +39,27 @@ def test_strength_0_is_nothing(server: Server) -> None:
 
 
 def test_strength_grows(server: Server) -> None:
-    plain, half, full = (draw(server, offset=Offset(LORA, strength)) for strength in (0.0, 0.5, 1.0))
+    plain, half, full = known(server), draw(server, offset=Offset(LORA, 0.5)), known(server, offset=Offset(LORA))
     assert 0 < distance(plain, half) < distance(plain, full)
 
 
 def test_it_adds_to_a_lora_of_the_prompt(server: Server) -> None:
     half = f"{PROMPT} <lora:{LORA}:0.5>"
     both = draw(server, half, Offset(LORA, 0.5))
-    assert distance(both, draw(server, WITH_LORA)) < 0.1 * distance(both, draw(server))
+    assert distance(both, known(server, WITH_LORA)) < 0.1 * distance(both, known(server))
 
 
 def test_an_offset_file_holds_more_than_a_lora(server: Server) -> None:
-    plain, lora, exact = draw(server), draw(server, offset=Offset(LORA)), draw(server, offset=Offset(EXACT))
+    plain, lora, exact = known(server), known(server, offset=Offset(LORA)), draw(server, offset=Offset(EXACT))
     assert distance(lora, exact) > 0
     assert distance(plain, exact) > 0
     assert same(draw(server), plain)
 
 
 def test_block_weights(server: Server) -> None:
-    plain = draw(server)
+    plain = known(server)
     assert same(draw(server, offset=Offset(LORA, blocks="ALL=0")), plain)
-    assert not same(draw(server, offset=Offset(LORA, blocks="IN=0,MID=0")), draw(server, offset=Offset(LORA)))
+    assert not same(known(server, offset=Offset(LORA, blocks="IN=0,MID=0")), known(server, offset=Offset(LORA)))
 
 
 def test_hires(server: Server) -> None:
@@ -94,7 +94,7 @@ def test_img2img(server: Server) -> None:
 
 def test_a_lora_of_the_text_encoder(server: Server) -> None:
     """The host keeps the encoded prompt from one picture to the next: it must notice each change."""
-    plain, full, half = draw(server), draw(server, offset=Offset(TEXT_LORA)), draw(server, offset=Offset(TEXT_LORA, 0.5))
+    plain, full, half = known(server), draw(server, offset=Offset(TEXT_LORA)), draw(server, offset=Offset(TEXT_LORA, 0.5))
     _like_the_prompts(server, [full], [draw(server, f"{PROMPT} <lora:{TEXT_LORA}:1>")], [plain])
     assert not same(half, full)
     assert same(draw(server), plain)
@@ -102,7 +102,7 @@ def test_a_lora_of_the_text_encoder(server: Server) -> None:
 
 
 def test_a_failure_in_the_middle_leaves_a_clean_model(server: Server) -> None:
-    plain = draw(server)
+    plain = known(server)
     body = {"prompt": PROMPT, "steps": 2, "width": 64, "height": 64, "sampler_name": "Euler", **HIRES}
     answer = server.ask("POST", "/sdapi/v1/txt2img", body | {"alwayson_scripts": Offset(LORA).args()})
     if answer.is_success:
@@ -112,7 +112,7 @@ def test_a_failure_in_the_middle_leaves_a_clean_model(server: Server) -> None:
 
 
 def test_interrupting_leaves_a_clean_model(server: Server) -> None:
-    plain = draw(server)
+    plain = known(server)
     drawing = threading.Thread(target=lambda: draw(server, offset=Offset(LORA), steps=100))
     drawing.start()
     time.sleep(1)
@@ -128,7 +128,7 @@ def test_what_cannot_be_applied_makes_no_picture(server: Server) -> None:
 
 
 def test_compare(server: Server) -> None:
-    plain = draw(server)
+    plain = known(server)
     found = server.do(
         "compare", offset=LORA, prompts=[PROMPT], seeds="1", strengths="0.5, 1", steps=2, width=64, height=64, sampler="Euler"
     )
@@ -139,7 +139,7 @@ def test_compare(server: Server) -> None:
 
 def test_another_checkpoint_with_the_script_on(server: Server) -> None:
     """The offset goes along; the first checkpoint stays as it was."""
-    plain = draw(server)
+    plain = known(server)
     draw(server, offset=Offset(LORA))
     choose(server, "other.safetensors")
     other = draw(server)

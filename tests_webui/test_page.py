@@ -8,10 +8,10 @@ import pytest
 from conftest import EXACT, LORA
 from files import REFERENCE
 from page import Tab, browser
-from pictures import PROMPT, Offset, distance, draw, request, same
+from pictures import PROMPT, Offset, distance, draw, known, request, same
 from playwright.sync_api import Browser
 from server import Server
-from test_bake import fingerprint
+from test_bake import fingerprint, known_fingerprint
 
 SCRIPT = "script_txt2img_dpo_offset"
 
@@ -53,7 +53,7 @@ def test_extract_by_a_click(tab: Tab, server: Server) -> None:
     assert "<lora:clicked:1>" in said
     assert "Extract DPO LoRA" in " ".join(tab.progress())
     assert tab.page.locator("#dpo_extract .progressDiv:visible").count() == 0
-    assert distance(draw(server), draw(server, f"{PROMPT} <lora:clicked:1>")) > 0
+    assert distance(known(server), draw(server, f"{PROMPT} <lora:clicked:1>")) > 0
 
 
 def test_analyse_by_a_click(tab: Tab) -> None:
@@ -63,7 +63,7 @@ def test_analyse_by_a_click(tab: Tab) -> None:
 
 
 def test_bake_and_undo_by_clicks(tab: Tab, server: Server, exact: dict) -> None:
-    before, plain = fingerprint(server), draw(server)
+    before, plain = known_fingerprint(server), known(server)
     tab.dpo("Bake")
     tab.choose("dpo_bake_offset", f"{EXACT}.safetensors")
     tab.wait_for_text("dpo_bake_before", "it can be baked")

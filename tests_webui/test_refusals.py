@@ -6,7 +6,7 @@ import pytest
 from conftest import EXACT, LORA
 from files import BROKEN, REFERENCE, XL_LORA
 from server import Server
-from test_bake import fingerprint
+from test_bake import fingerprint, known_fingerprint
 
 pytestmark = pytest.mark.usefixtures("lora", "exact")
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("lora", "exact")
     ],
 )  # fmt: skip
 def test_bad_offsets(server: Server, offset: str, status: int) -> None:
-    before = fingerprint(server)
+    before = known_fingerprint(server)
     for path in ("bake", "save"):
         answer = server.ask("POST", path, {"offset": offset, "name": "never"})
         assert answer.status_code == status, answer.text
@@ -43,7 +43,7 @@ def test_bad_names(server: Server, name: str) -> None:
     ],
 )  # fmt: skip
 def test_bad_numbers(server: Server, body: dict) -> None:
-    before = fingerprint(server)
+    before = known_fingerprint(server)
     answer = server.ask("POST", "bake", {"offset": LORA} | body)
     assert 400 <= answer.status_code < 500, answer.text
     assert answer.json()["detail"]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from conftest import EXACT
 from page import Tab, browser
-from pictures import Offset, axes, draw, same
+from pictures import Offset, axes, draw, known, same
 from server import Server
-from test_bake import fingerprint
+from test_bake import fingerprint, known_fingerprint
 from test_xyz import OURS
 
 
 def test_reload_keeps_the_bake_and_doubles_nothing(server: Server, exact: dict) -> None:
-    before, plain = fingerprint(server), draw(server)
+    before, plain = known_fingerprint(server), known(server)
     server.do("bake", offset=EXACT, strength=0.8)
     baked, status = draw(server), server.get("status")["text"]
     with browser() as chromium:

@@ -6,9 +6,9 @@ import pytest
 from conftest import EXACT, choose
 from files import BASE, OTHER, OTHER_VAE
 from flavours import FORGE
-from pictures import draw, same
+from pictures import draw, known, same
 from server import Server
-from test_bake import fingerprint
+from test_bake import fingerprint, known_fingerprint
 
 
 def test_another_checkpoint_while_baked(server: Server, exact: dict) -> None:
@@ -24,7 +24,7 @@ def test_another_checkpoint_read_into_the_same_model(full_server: Server) -> Non
 
 
 def _switch_and_back(server: Server) -> None:
-    before, plain = fingerprint(server), draw(server)
+    before, plain = known_fingerprint(server), known(server)
     choose(server, OTHER)
     other_before, other = fingerprint(server), draw(server)
     choose(server, BASE)
@@ -46,7 +46,7 @@ def _switch_and_back(server: Server) -> None:
 def test_another_vae_while_baked(server: Server, exact: dict) -> None:
     if server.flavour is FORGE:
         pytest.skip("on Forge a VAE is part of the choice of checkpoint: choosing one loads the model anew")
-    before, plain = fingerprint(server), draw(server)
+    before, plain = known_fingerprint(server), known(server)
     server.do("bake", offset=EXACT, strength=1)
     baked = draw(server)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import EXACT, LORA
-from pictures import PROMPT, Offset, axes, distance, draw, grid, grid_args, same, xyz_info
+from pictures import PROMPT, Offset, axes, distance, draw, grid, grid_args, known, same, xyz_info
 from server import Server
 
 pytestmark = pytest.mark.usefixtures("lora", "exact")
@@ -19,7 +19,7 @@ def test_each_axis_is_there_once(server: Server) -> None:
 
 
 def test_strengths(server: Server) -> None:
-    plain, full = draw(server), draw(server, offset=Offset(LORA))
+    plain, full = known(server), known(server, offset=Offset(LORA))
     cells = grid(server, ("[DPO] Strength", ["0", "1", "0"]), offset=Offset(LORA, 0.3))
     first, second, third = cells.all
     assert same(first, plain)
@@ -32,22 +32,22 @@ def test_strengths(server: Server) -> None:
 
 def test_strengths_of_an_offset_file(server: Server) -> None:
     first, second, third = grid(server, ("[DPO] Strength", ["0", "1", "0"]), offset=Offset(EXACT)).all
-    assert same(first, draw(server))
+    assert same(first, known(server))
     assert same(third, first)
-    assert same(second, draw(server, offset=Offset(EXACT)))
+    assert same(second, known(server, offset=Offset(EXACT)))
 
 
 def test_offsets(server: Server) -> None:
     """An axis switches a script on that is off; "None" leaves the model alone."""
     names = [LORA, f"{EXACT}.safetensors"]
     cells = grid(server, ("[DPO] Offset", names)).all
-    assert same(cells[0], draw(server, offset=Offset(LORA)))
-    assert same(cells[1], draw(server, offset=Offset(EXACT)))
+    assert same(cells[0], known(server, offset=Offset(LORA)))
+    assert same(cells[1], known(server, offset=Offset(EXACT)))
 
 
 def test_ranks(server: Server) -> None:
     low, all_of_it = grid(server, ("[DPO] Rank", ["1", "8"]), offset=Offset(LORA)).all
-    plain, full = draw(server), draw(server, offset=Offset(LORA))
+    plain, full = known(server), known(server, offset=Offset(LORA))
     assert distance(all_of_it, full) < 0.1 * distance(plain, full)
     assert not same(low, full)
     assert not same(low, plain)
@@ -55,16 +55,16 @@ def test_ranks(server: Server) -> None:
 
 def test_blocks(server: Server) -> None:
     cells = grid(server, ("[DPO] Blocks", ["ALL=0", "IN=0,MID=0", "ALL=1"]), offset=Offset(LORA)).all
-    assert same(cells[0], draw(server))
-    assert same(cells[1], draw(server, offset=Offset(LORA, blocks="IN=0,MID=0")))
-    assert same(cells[2], draw(server, offset=Offset(LORA)))
+    assert same(cells[0], known(server))
+    assert same(cells[1], known(server, offset=Offset(LORA, blocks="IN=0,MID=0")))
+    assert same(cells[2], known(server, offset=Offset(LORA)))
 
 
 def test_methods(server: Server) -> None:
     off, lora, exact = grid(server, ("[DPO] Method", ["off", "LoRA", "exact"]), offset=Offset(LORA)).all
-    assert same(off, draw(server))
-    assert same(lora, draw(server, offset=Offset(LORA)))
-    assert same(exact, draw(server, offset=Offset(EXACT)))
+    assert same(off, known(server))
+    assert same(lora, known(server, offset=Offset(LORA)))
+    assert same(exact, known(server, offset=Offset(EXACT)))
 
 
 def test_two_axes(server: Server) -> None:
@@ -72,8 +72,8 @@ def test_two_axes(server: Server) -> None:
         server, ("[DPO] Strength", ["0", "1"]), ("[DPO] Offset", [LORA, f"{EXACT}.safetensors"]), offset=Offset(LORA)
     ).all
     assert same(cells[0], cells[2])
-    assert same(cells[1], draw(server, offset=Offset(LORA)))
-    assert same(cells[3], draw(server, offset=Offset(EXACT)))
+    assert same(cells[1], known(server, offset=Offset(LORA)))
+    assert same(cells[3], known(server, offset=Offset(EXACT)))
 
 
 @pytest.mark.errors_logged
