@@ -593,8 +593,8 @@ def slowly(*args, **options):
     time.sleep(0.2)
     return factorise(*args, **options)
 lib_dpo.decompose.factorise = slowly
-from lib_dpo.cli import main
-sys.exit(main(sys.argv[1:]))
+import runpy
+runpy.run_module("lib_dpo", run_name="__main__")
 """
 
 

@@ -391,7 +391,7 @@ def test_save_as_checkpoint(with_lora: Session, host: FakeHost):
 
 
 def compared(session: Session) -> list[Any]:
-    return run(session, compare.compare, "mine", "0.5, 1", "a cat\n\na dog", "", "1, 2", 4, 7, "", 64, 48, "", outputs=6)
+    return run(session, compare.compare, "mine", "0.5, 1", "a cat\n\na dog", "", "1, 2", 4, 7, "", 64, 64, "", outputs=6)
 
 
 def test_compare_shows_grid_verdict_and_a_pair(with_lora: Session):
