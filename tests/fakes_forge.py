@@ -252,6 +252,13 @@ class Objects:
         return Objects(self.unet, self.clip)
 
 
+class Engine:
+    """The model object."""
+
+    def __init__(self, **names: Any) -> None:
+        vars(self).update(names)
+
+
 class FakeInitialModel:
     """What Forge has before the first generation: true, and without anything."""
 
@@ -273,6 +280,8 @@ class FakeForge:
         if fork in ("forge", "neo"):
             self.data.forge_loading_parameters = {}
             self.data.forge_hash = ""
+        else:
+            self.data.loaded_sd_models = []
         self.Processing = type("StableDiffusionProcessing", (), {"cached_c": [None, None], "cached_uc": [None, None]})
         hires = {"cached_hr_c": [None, None], "cached_hr_uc": [None, None]}
         self.ProcessingTxt2Img = type("StableDiffusionProcessingTxt2Img", (self.Processing,), hires)
@@ -369,7 +378,7 @@ class FakeForge:
         if self.fork in ("forge", "neo"):
             module.storage_dtype = self.dtype  # type: ignore[assignment]
         objects = Objects(self.patcher(module), Clip(self.patcher(module_of(clip))))
-        engine = SimpleNamespace(
+        engine = Engine(
             forge_objects=objects,
             forge_objects_original=objects.shallow_copy(),
             forge_objects_after_applying_lora=objects.shallow_copy(),
@@ -547,8 +556,12 @@ class Harness:
 
     def load_beside(self, name: str) -> None:
         self.kept[self.chosen] = self.fake.data.sd_model
+        if hasattr(self.fake.data, "loaded_sd_models"):
+            self.fake.data.loaded_sd_models += self.kept.values()
         self.load(name)
         self.kept[name] = self.fake.data.sd_model
+        if hasattr(self.fake.data, "loaded_sd_models"):
+            self.fake.data.loaded_sd_models.append(self.kept[name])
 
     def reload(self) -> None:
         self.fake.load(self.fake.folder / f"{self.chosen}.safetensors")

@@ -177,6 +177,24 @@ def test_a_new_model_is_clean_and_the_old_one_is_let_go(host: FakeForge, live: F
     assert old() is None
 
 
+@pytest.mark.parametrize("baked", [True, False])
+def test_a_shell_that_stays_keeps_no_copies_of_weights(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, baked: bool
+):
+    host, live = FakeForge("reforge", tmp_path).install(monkeypatch), ForgeLive()
+    shell = host.load(host.checkpoint("a", 0))  # reForge never lets go of it
+    if baked:
+        live.bake(patch_of(files), 0.5)
+    else:
+        host.picture(live, patch_of(files), 0.5)
+    copies = shell.forge_objects_original.unet.backup
+    assert copies
+    host.load(host.checkpoint("b", 1))
+    assert live.baked() is None
+    assert not copies
+    assert not shell.forge_objects_original.unet.patches
+
+
 def test_forge_bakes_what_is_chosen(forge: FakeForge, live: ForgeLive, files: Path):
     forge.choose(forge.checkpoint("b", 1))
     assert live.loaded().name == "a"

@@ -25,6 +25,7 @@ from lib_dpo.hosts.forge_modules import (
     chosen_engine,
     chosen_file,
     clear_conds,
+    kept_engines,
     live_engine,
     load_chosen,
     loaded_engine,
@@ -103,6 +104,7 @@ class ForgeLive:
 
     def __init__(self) -> None:
         self._in_conds: str | None = None  # the text encoder patch that cached conds were made with; None: unknown
+        self._seen: list[weakref.ref[Any]] = []  # models with our patches
 
     def loaded(self) -> LoadedModel | None:
         engine = live_engine()
@@ -122,6 +124,7 @@ class ForgeLive:
 
     def bake(self, patch: Patch, strength: float, on_progress: Progress | None = None) -> Baked:
         engine = chosen_engine()
+        self._remember(engine)
         state, original = _state(engine), engine.forge_objects_original
         earlier = state.bake if self.baked() else None
         before = Patchers(original.unet, original.clip)
@@ -180,6 +183,7 @@ class ForgeLive:
 
     def baked(self) -> Baked | None:
         engine = live_engine()
+        self._let_go(engine)
         state = _state(engine) if engine is not None else None
         if engine is None or state is None or state.bake is None:
             return None
@@ -253,10 +257,26 @@ class ForgeLive:
         if last is not None and base is last.patched:  # Forge calls twice before the hires pass
             base = last.base
         if last is None or last.base is not base or last.applied != (patch.id, strength):
+            self._remember(engine)
             patches = _prepared(engine, patch, Steps(0, None))
             last = _Reused(base, (patch.id, strength), _patched_clone(base, getattr(patches, which), patch, strength))
             state.reused[which] = last
         return last.patched
+
+    def _remember(self, engine: Any) -> None:
+        if not any(seen() is engine for seen in self._seen):
+            self._seen.append(weakref.ref(engine))
+
+    def _let_go(self, engine: Any) -> None:
+        """Take our patches out of models that were unloaded: reForge keeps their shells, and so the copies of weights."""
+        loaded = kept_engines()
+        if loaded is None:
+            return
+        loaded.append(engine)
+        for other in [seen() for seen in self._seen]:
+            if other is not None and not any(other is one for one in loaded):
+                _forget(other)
+        self._seen = [seen for seen in self._seen if any(seen() is one for one in loaded)]
 
     def checks(self) -> Sequence[Check]:
         return checks()
@@ -273,6 +293,16 @@ def _state(engine: Any) -> _State:
         state = _State(weakref.ref(patcher.model), storage_of(patcher))
         setattr(engine, _STATE, state)
     return state
+
+
+def _forget(engine: Any) -> None:
+    """Leave nothing of ours with a model that is out of use, nor the copies of its weights."""
+    state: _State | None = vars(engine).pop(_STATE, None)
+    for objects in (engine.forge_objects_original, engine.forge_objects, engine.forge_objects_after_applying_lora):
+        if state is not None and state.bake is not None:
+            objects.unet, objects.clip = state.bake.clean.unet, state.bake.clean.clip
+        for patcher in (objects.unet, patcher_of(objects.clip)):
+            getattr(patcher, "backup", {}).clear()
 
 
 def _uncancelled(on_progress: Progress | None) -> Progress | None:

@@ -71,6 +71,12 @@ def live_engine() -> Any | None:
     return model if getattr(model, "forge_objects_original", None) is not None else None
 
 
+def kept_engines() -> list[Any] | None:
+    """The model objects that reForge and Classic have loaded; None on Forge and Neo, which have one and let go of others."""
+    loaded = getattr(import_module("modules.sd_models").model_data, "loaded_sd_models", None)
+    return None if loaded is None else list(loaded)
+
+
 def loaded_engine() -> Any:
     """The same. Raises NoModelError before the first load."""
     engine = live_engine()
