@@ -190,7 +190,7 @@ def test_a_shell_that_stays_keeps_no_copies_of_weights(
     copies = shell.forge_objects_original.unet.backup
     assert copies
     host.load(host.checkpoint("b", 1))
-    assert live.baked() is None
+    host.picture(live)
     assert not copies
     assert not shell.forge_objects_original.unet.patches
 

@@ -124,6 +124,7 @@ class ForgeLive:
 
     def bake(self, patch: Patch, strength: float, on_progress: Progress | None = None) -> Baked:
         engine = chosen_engine()
+        self._let_go_of_others(engine)
         self._remember(engine)
         state, original = _state(engine), engine.forge_objects_original
         earlier = state.bake if self.baked() else None
@@ -183,7 +184,6 @@ class ForgeLive:
 
     def baked(self) -> Baked | None:
         engine = live_engine()
-        self._let_go(engine)
         state = _state(engine) if engine is not None else None
         if engine is None or state is None or state.bake is None:
             return None
@@ -227,6 +227,7 @@ class ForgeLive:
             self._patch_clip(p, patch, strength)
 
     def on_batch(self, p: Any, patch: Patch | None, strength: float) -> None:
+        self._let_go_of_others(p.sd_model)
         if patch is None:  # switched off: its tensors may be gigabytes
             state = _state(p.sd_model)
             state.reused.clear()
@@ -267,8 +268,11 @@ class ForgeLive:
         if not any(seen() is engine for seen in self._seen):
             self._seen.append(weakref.ref(engine))
 
-    def _let_go(self, engine: Any) -> None:
-        """Take our patches out of models that were unloaded: reForge keeps their shells, and so the copies of weights."""
+    def _let_go_of_others(self, engine: Any) -> None:
+        """Take our patches out of models that were unloaded: reForge keeps their shells, and so the copies of weights.
+
+        Under the host's lock only: while a kept model is taken up again it is for a moment in no list.
+        """
         loaded = kept_engines()
         if loaded is None:
             return
