@@ -1,0 +1,1 @@
+"""A small world to try DPO offsets in: pictures of coloured shapes with captions, a judge, and the bundled model."""

@@ -1,0 +1,148 @@
+"""Reads count, colour, shape and position off a picture: what was drawn, by rules, without any model.
+
+The paper is the median colour. What differs from it falls into connected pieces; each piece is compared with the
+palette and, scaled to one size, with a stencil of every shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lib_dpo.toy.pictures import COLOURS, COUNTS, POSITIONS, PROPERTIES, SHAPES, SIZE, Pictures, Scene, coverage
+
+_CONTRAST = 60.0  # grey levels: pictures without any such difference are empty
+_SPECK = 20  # pixels: smaller pieces do not count
+_OFF_PALETTE = 75.0  # distance in RGB from which a colour has no name
+_STENCIL = 12  # pieces are scaled to this many pixels a side
+_OFF_STENCIL = 0.17  # mean difference of coverage from which a shape has no name
+_MIDDLE = 6.0  # pixels: a group nearer to the middle is nowhere
+_ROUNDS = 4 * SIZE  # enough for a piece as winding as fits
+
+Gray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A connected piece of a picture."""
+
+    x: float
+    y: float
+    colour: str | None
+    shape: str | None
+
+
+def read(pictures: Pictures) -> list[Scene]:
+    """What every picture shows. None where pieces disagree, or where a property is none of the known ones."""
+    images = pictures.astype(np.float64)
+    paper = np.median(images.reshape(len(images), -1, 3), axis=1)
+    contrast = np.abs(images - paper[:, None, None, :]).max(axis=-1)
+    peak = np.percentile(contrast.reshape(len(images), -1), 98, axis=1)
+    cover = contrast / np.maximum(peak, _CONTRAST)[:, None, None]
+    labels = _label(cover > 0.5)
+    return [_read_one(*parts) for parts in zip(images, cover, labels, strict=True)]
+
+
+def adherence(pictures: Pictures, scenes: Sequence[Scene]) -> NDArray[np.float64]:
+    """How many of the properties that the captions name the pictures show: (n, 2), share of them and 1.0 if all."""
+    shares = []
+    for seen, said in zip(read(pictures), scenes, strict=True):
+        right = [getattr(seen, name) == getattr(said, name) for name in PROPERTIES if getattr(said, name)]
+        shares.append((sum(right) / len(right), float(all(right))) if right else (1.0, 1.0))
+    return np.array(shares).reshape(-1, 2)
+
+
+def _label(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
+    """Connected pieces of every picture, (n, SIZE, SIZE): equal positive numbers; 0 is paper.
+
+    Every pixel takes the largest number among itself and its four neighbours until nothing changes.
+    """
+    numbers = np.arange(1, mask[0].size + 1).reshape(mask.shape[1:]) if len(mask) else np.zeros((SIZE, SIZE), np.intp)
+    labels = np.pad(np.where(mask, numbers, 0), ((0, 0), (1, 1), (1, 1)))
+    inner = labels[:, 1:-1, 1:-1]
+    for _ in range(_ROUNDS):
+        spread = inner.copy()
+        for shifted in (labels[:, :-2, 1:-1], labels[:, 2:, 1:-1], labels[:, 1:-1, :-2], labels[:, 1:-1, 2:]):
+            np.maximum(spread, shifted, out=spread)
+        spread[~mask] = 0
+        if np.array_equal(spread, inner):
+            break
+        inner[:] = spread
+    return inner
+
+
+def _read_one(image: Gray, cover: Gray, labels: NDArray[np.intp]) -> Scene:
+    numbers, sizes = np.unique(labels[labels > 0], return_counts=True)
+    pieces = [_piece(image, cover, labels == number) for number in numbers[sizes >= _SPECK]]
+    return Scene(
+        count=COUNTS[len(pieces) - 1] if 0 < len(pieces) <= len(COUNTS) else None,
+        colour=_agreed([piece.colour for piece in pieces]),
+        shape=_agreed([piece.shape for piece in pieces]),
+        position=_position(pieces),
+    )
+
+
+def _agreed(names: Sequence[str | None]) -> str | None:
+    return names[0] if len(set(names)) == 1 else None
+
+
+def _piece(image: Gray, cover: Gray, mask: NDArray[np.bool_]) -> _Piece:
+    rows, columns = np.nonzero(mask)
+    inside = mask & (cover > 0.85)
+    colour = image[inside if inside.any() else mask].mean(axis=0)
+    box = np.s_[max(rows.min() - 1, 0) : rows.max() + 2, max(columns.min() - 1, 0) : columns.max() + 2]
+    near = _grown(mask)[box]
+    return _Piece(columns.mean() + 0.5, rows.mean() + 0.5, _colour(colour), _shape(np.clip(cover[box], 0, 1) * near))
+
+
+def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The piece and the pixels around it, which hold its soft edge."""
+    padded = np.pad(mask, 1)
+    return padded[1:-1, 1:-1] | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+
+
+def _colour(rgb: NDArray[np.float64]) -> str | None:
+    distances = {name: float(np.linalg.norm(rgb - np.array(other))) for name, other in COLOURS.items()}
+    nearest = min(distances, key=distances.__getitem__)
+    return nearest if distances[nearest] < _OFF_PALETTE else None
+
+
+def _shape(piece: Gray) -> str | None:
+    scaled = _scaled(piece)
+    distances = {name: float(np.abs(scaled - stencil).mean()) for name, stencil in _stencils().items()}
+    nearest = min(distances, key=distances.__getitem__)
+    return nearest if distances[nearest] < _OFF_STENCIL else None
+
+
+@cache
+def _stencils() -> dict[str, Gray]:
+    return {name: _scaled(coverage(name, SIZE / 2, SIZE / 2, 9.0)) for name in SHAPES}
+
+
+def _scaled(cover: Gray) -> Gray:
+    """A piece scaled to (_STENCIL, _STENCIL): its own box, cut at the share of a pixel, sampled linearly."""
+    for axis in (0, 1):
+        profile = cover.max(axis=1 - axis)
+        filled = np.flatnonzero(profile > 0.5)
+        first, last = filled[0], filled[-1] + 1
+        low = first - (profile[first - 1] if first > 0 else 0.0)
+        high = last + (profile[last] if last < len(profile) else 0.0)
+        places = low + (np.arange(_STENCIL) + 0.5) * (high - low) / _STENCIL - 0.5
+        under = np.clip(np.floor(places).astype(int), 0, len(profile) - 1)
+        over = np.minimum(under + 1, len(profile) - 1)
+        share = np.clip(places - under, 0.0, 1.0).reshape((-1, 1) if axis == 0 else (1, -1))
+        cover = np.take(cover, under, axis) * (1 - share) + np.take(cover, over, axis) * share
+    return cover
+
+
+def _position(pieces: Sequence[_Piece]) -> str | None:
+    if not pieces:
+        return None
+    middle = np.mean([(piece.x, piece.y) for piece in pieces], axis=0) - SIZE / 2
+    reach = {name: float(middle @ np.array(direction)) for name, direction in POSITIONS.items()}
+    farthest = max(reach, key=reach.__getitem__)
+    return farthest if reach[farthest] >= _MIDDLE else None
