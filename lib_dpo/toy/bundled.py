@@ -1,0 +1,87 @@
+"""The bundled model: where its files lie, its networks as diffusers and transformers build them, and pictures from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib_dpo.model import open_model
+from lib_dpo.offset import Offset
+from lib_dpo.pipeline import open_pipeline
+from lib_dpo.toy.generate import GUIDANCE, STEPS, decode, sample
+from lib_dpo.toy.pictures import Pictures, Scene, caption
+
+FOLDER = Path(__file__).resolve().parent.parent.parent / "models" / "bundled"
+BASE = "toy-shapes.safetensors"
+REFERENCE = "toy-shapes-dpo/unet/diffusion_pytorch_model.safetensors"
+CLIP = "clip"  # folder of the tokenizer and of the text encoder's configuration
+_TOKENS = 77
+_BATCH = 50
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The base, ready to generate. Weights are float32; only `set_unet` changes them."""
+
+    pipeline: Any  # of diffusers
+    live: Mapping[str, Tensor]  # canonical key -> the pipeline's own tensor
+    base: Mapping[str, Tensor]  # canonical key -> the UNet's weight as in the file
+
+    @torch.no_grad()
+    def embed(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts as the UNet takes them, (n, 77, width)."""
+        found = self.pipeline.tokenizer(
+            list(prompts), padding="max_length", max_length=_TOKENS, truncation=True, return_tensors="pt"
+        )
+        hidden: Tensor = self.pipeline.text_encoder(input_ids=found.input_ids).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def set_unet(self, offset: Offset | None = None, strength: float = 1.0) -> None:
+        """Give the UNet the base's weights plus `strength` times the offset; always from the base, so nothing adds up."""
+        for key, weight in self.base.items():
+            live = self.live[key]
+            live.copy_(weight.reshape(live.shape))
+            if offset is not None and key in offset.shapes:
+                live.add_(offset.read(key).reshape(live.shape), alpha=strength)
+
+
+def load(folder: Path = FOLDER) -> Networks:
+    """Open the bundled base.
+
+    Raises:
+        MissingExtraError: diffusers or transformers is not installed.
+    """
+    with open_model(folder / BASE) as model:
+        weights = open_pipeline(model, folder / CLIP)
+        base = {key: model.read(key).float() for key in model.keys("unet")}
+    return Networks(weights.pipeline, weights.tensors, base)
+
+
+def generate(
+    networks: Networks,
+    scenes: Sequence[Scene],
+    seeds: Sequence[int],
+    *,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    on_progress: OnProgress | None = None,
+) -> Pictures:
+    """One picture for every scene's caption and its seed, in batches; `on_progress` may raise to stop."""
+    context, empty = networks.embed([caption(scene) for scene in scenes]), networks.embed([""])
+    parts = []
+    for start in range(0, len(scenes), _BATCH):
+        part = slice(start, start + _BATCH)
+        latents = sample(networks.pipeline.unet, context[part], empty, seeds[part], steps=steps, guidance=guidance)
+        parts.append(decode(networks.pipeline.vae, latents))
+        if on_progress:
+            on_progress(min(start + _BATCH, len(scenes)), len(scenes))
+    return np.concatenate(parts)

@@ -1,0 +1,1 @@
+"""Programs for developers: the environments, and the bundled model."""

@@ -1,0 +1,66 @@
+"""Make the bundled model and its DPO reference from nothing, and measure them.
+
+    python -m tools.train_bundled_model --work build/bundled            all stages, then the files and the figures
+    python -m tools.train_bundled_model --work build/bundled --smoke    the same in seconds; the pictures are noise
+
+Run it from the folder of the repository with the packages of `pip install '.[standalone]'`. It goes on where it was
+stopped: --work keeps the state of every stage. --bpe is the file of merges that the packages open_clip_torch and
+clip-anytorch ship; without it the tokenizer's files of the bundled model are used again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lib_dpo.toy import bundled
+from tools.bundled import autoencoder, denoiser, files, preference, text_encoder
+from tools.bundled.recipe import SHIPPED, SMOKE, Recipe
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the arguments and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the state of every stage")
+    parser.add_argument("--out", type=Path, help="folder for the files (default: WORK/model)")
+    parser.add_argument("--bpe", type=Path, help="bpe_simple_vocab_16e6.txt.gz")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of each stage")
+    parser.add_argument("--threads", type=int, help="of torch; the shipped files were made with one")
+    args = parser.parse_args(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    out = args.out or args.work / "model"
+    make(SMOKE if args.smoke else SHIPPED, args.work, out, bpe=args.bpe, say=lambda line: print(line, flush=True))
+    print(json.dumps(files.hashes(out), indent=2))
+
+
+def make(recipe: Recipe, work: Path, out: Path, *, bpe: Path | None, say: Callable[[str], None]) -> None:
+    """All stages, each going on from its state in `work`, and the files in `out`."""
+    clip = out / bundled.CLIP
+    if bpe:
+        text_encoder.write_tokenizer(bpe, clip, recipe)
+    else:
+        text_encoder.copy_tokenizer(bundled.FOLDER / bundled.CLIP, clip, recipe)
+    tokenizer = _tokenizer(clip)
+    vae = autoencoder.fit(recipe, work, say)
+    text = text_encoder.fit(recipe, tokenizer, work, say)
+    world = denoiser.make_world(recipe, vae, text, tokenizer)
+    base = denoiser.fit(recipe, world, work, say)
+    files.write_base(out, vae, text, base, recipe)
+    tuned = preference.fit(recipe, world, base, work, say)
+    files.write_reference(out, tuned)
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+if __name__ == "__main__":
+    main()
