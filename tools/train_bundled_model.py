@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lib_dpo.toy import bundled
-from tools.bundled import autoencoder, denoiser, files, preference, text_encoder
+from tools.bundled import autoencoder, denoiser, files, measure, preference, text_encoder
 from tools.bundled.recipe import SHIPPED, SMOKE, Recipe
 
 
@@ -31,11 +31,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bpe", type=Path, help="bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each stage")
     parser.add_argument("--threads", type=int, help="of torch; the shipped files were made with one")
+    parser.add_argument("--measure", type=int, default=0, metavar="N", help="then generate N pictures a side and judge them")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     out = args.out or args.work / "model"
-    make(SMOKE if args.smoke else SHIPPED, args.work, out, bpe=args.bpe, say=lambda line: print(line, flush=True))
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+
+    make(SMOKE if args.smoke else SHIPPED, args.work, out, bpe=args.bpe, say=say)
+    if args.measure:
+        print(json.dumps(measure.measure(out, args.work, count=args.measure, say=say), indent=2))
     print(json.dumps(files.hashes(out), indent=2))
 
 

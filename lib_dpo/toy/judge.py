@@ -20,6 +20,7 @@ _SPECK = 20  # pixels: smaller pieces do not count
 _OFF_PALETTE = 75.0  # distance in RGB from which a colour has no name
 _STENCIL = 12  # pieces are scaled to this many pixels a side
 _OFF_STENCIL = 0.17  # mean difference of coverage from which a shape has no name
+_SLIM = 0.6  # short side over long side of a piece's box below which its shape has no name
 _MIDDLE = 6.0  # pixels: a group nearer to the middle is nowhere
 _ROUNDS = 4 * SIZE  # enough for a piece as winding as fits
 
@@ -38,6 +39,8 @@ class _Piece:
 
 def read(pictures: Pictures) -> list[Scene]:
     """What every picture shows. None where pieces disagree, or where a property is none of the known ones."""
+    if not len(pictures):
+        return []
     images = pictures.astype(np.float64)
     paper = np.median(images.reshape(len(images), -1, 3), axis=1)
     contrast = np.abs(images - paper[:, None, None, :]).max(axis=-1)
@@ -61,7 +64,7 @@ def _label(mask: NDArray[np.bool_]) -> NDArray[np.intp]:
 
     Every pixel takes the largest number among itself and its four neighbours until nothing changes.
     """
-    numbers = np.arange(1, mask[0].size + 1).reshape(mask.shape[1:]) if len(mask) else np.zeros((SIZE, SIZE), np.intp)
+    numbers = np.arange(1, mask[0].size + 1).reshape(mask.shape[1:])
     labels = np.pad(np.where(mask, numbers, 0), ((0, 0), (1, 1), (1, 1)))
     inner = labels[:, 1:-1, 1:-1]
     for _ in range(_ROUNDS):
@@ -112,6 +115,8 @@ def _colour(rgb: NDArray[np.float64]) -> str | None:
 
 
 def _shape(piece: Gray) -> str | None:
+    if min(piece.shape) < _SLIM * max(piece.shape):
+        return None
     scaled = _scaled(piece)
     distances = {name: float(np.abs(scaled - stencil).mean()) for name, stencil in _stencils().items()}
     nearest = min(distances, key=distances.__getitem__)

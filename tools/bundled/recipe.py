@@ -20,10 +20,10 @@ class Recipe:
     """Everything that decides what comes out."""
 
     seed: int = 0
-    autoencoder: Stage = Stage(1500, 16, 1e-3)
-    text_encoder: Stage = Stage(600, 128, 1e-3)
-    denoiser: Stage = Stage(6000, 64, 1e-3)
-    preference: Stage = Stage(1000, 32, 1e-4)
+    autoencoder: Stage = Stage(800, 8, 1.5e-3)
+    text_encoder: Stage = Stage(400, 128, 1e-3)
+    denoiser: Stage = Stage(3000, 64, 1e-3)
+    preference: Stage = Stage(400, 32, 1e-4)
     beta: float = 2000.0  # of the Diffusion-DPO loss
     pictures: int = 32  # of every scene, drawn and encoded once
     autoencoder_widths: tuple[int, ...] = (32, 32, 32, 32)

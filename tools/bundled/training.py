@@ -16,7 +16,7 @@ from tools.bundled.recipe import Stage
 
 Loss = Callable[[int, np.random.Generator, torch.Generator], Tensor]
 _SAVE_EVERY = 60.0  # seconds
-_SAY_EVERY = 100  # steps
+_SAY_EVERY = 50  # steps
 _WARM_UP = 100  # steps
 
 

@@ -1,0 +1,114 @@
+"""The bundled model: that training makes both of its parts, and that the shipped files are what the note says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lib_dpo.dense import write_offset
+from lib_dpo.hashes import file_sha256
+from lib_dpo.lora import open_offset
+from lib_dpo.model import open_model
+from lib_dpo.offset import open_pair
+from lib_dpo.shapes import checkpoint_shapes
+from lib_dpo.toy.bundled import BASE, FOLDER, REFERENCE, generate, load
+from lib_dpo.toy.pictures import Scene, held_out
+from lib_dpo.toy.study import gain, plateau, point
+from tools.bundled.captions import all_captions, seen_by_captioner
+from tools.bundled.recipe import SMOKE
+from tools.train_bundled_model import make
+
+LARGEST = 20e6  # bytes of all files together
+NOTE = FOLDER / "README.md"
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("diffusers")
+    folder = tmp_path_factory.mktemp("bundled")
+    make(SMOKE, folder / "work", folder / "model", bpe=None, say=lambda _: None)
+    return folder
+
+
+@pytest.mark.newest
+def test_training_makes_a_pair_that_the_engine_knows(smoke: Path):
+    with open_model(smoke / "model" / BASE) as base, open_model(smoke / "model" / REFERENCE) as tuned:
+        pair = open_pair(base, tuned)
+        assert pair.architecture.name == "sd1"
+        assert tuned.components() == ("unet",)
+        shortcuts = {key for key in checkpoint_shapes("sd1") if "nin_shortcut" in key}  # none where widths do not change
+        assert checkpoint_shapes("sd1").keys() - shortcuts == base.checkpoint.infos.keys()
+        assert {info.dtype for info in tuned.checkpoint.infos.values()} == {"F16"}
+        assert any(pair.delta(key).any() for key in pair.keys)
+
+
+@pytest.mark.newest
+def test_training_goes_on_from_its_state_and_comes_out_the_same(smoke: Path):
+    before = file_sha256(smoke / "model" / REFERENCE)
+    (smoke / "work" / "preference.pt").unlink()
+    make(SMOKE, smoke / "work", smoke / "again", bpe=None, say=lambda _: None)
+    assert file_sha256(smoke / "again" / BASE) == file_sha256(smoke / "model" / BASE)
+    assert file_sha256(smoke / "again" / REFERENCE) == before
+
+
+def test_captions_of_the_training_are_wrong_about_as_often_as_they_should_be():
+    rng = np.random.default_rng(0)
+    said = [seen_by_captioner(Scene("two", "red", "cross", "on the left"), rng) for _ in range(2000)]
+    assert {one.colour for one in said} == {"red", None}
+    named = [one.count for one in said if one.count]
+    assert 0.4 < named.count("three") / len(named) < 0.5
+    assert set(said) < set(all_captions())
+
+
+@pytest.mark.newest
+def test_a_shipped_picture_comes_from_prompt_and_seed_and_strength():
+    pytest.importorskip("diffusers")
+    networks = load()
+    scenes = list(held_out()[:2])
+    first = generate(networks, scenes, [1, 2], steps=2)
+    assert first.shape == (2, 64, 64, 3)
+    assert first.dtype == np.uint8
+    assert np.array_equal(first, generate(networks, scenes, [1, 2], steps=2))
+    assert not np.array_equal(first[0], generate(networks, scenes[:1], [3], steps=2)[0])
+
+
+@pytest.mark.newest
+def test_strength_is_always_counted_from_the_base(tmp_path: Path):
+    pytest.importorskip("diffusers")
+    networks = load()
+    before = {key: tensor.clone() for key, tensor in networks.live.items()}
+    with open_model(FOLDER / BASE) as base, open_model(FOLDER / REFERENCE) as tuned:
+        pair = open_pair(base, tuned)
+        write_offset(pair, tmp_path / "offset.safetensors")
+        checkpoint, offset = open_offset(tmp_path / "offset.safetensors")
+        with checkpoint:
+            networks.set_unet(offset, 2.0)
+        key = "model.diffusion_model.middle_block.1.proj_in.weight"
+        expected = base.read(key).float() + 2 * pair.delta(key)
+        torch.testing.assert_close(networks.live[key], expected)  # float32, one rounding either way
+        networks.set_unet()
+    assert all(torch.equal(before[key], tensor) for key, tensor in networks.live.items())
+
+
+def test_shipped_files_are_small_and_as_the_note_says():
+    listed = dict(
+        re.findall(r"^\| `([^`]+)` \| [\d,]+ \| `([0-9a-f]{64})` \|$", NOTE.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    files = {path.relative_to(FOLDER).as_posix(): path for path in FOLDER.rglob("*") if path.is_file() and path != NOTE}
+    assert listed == {name: file_sha256(path) for name, path in files.items()}
+    assert sum(path.stat().st_size for path in files.values()) <= LARGEST
+
+
+def test_intervals_are_those_of_the_textbook():
+    one = point(1.0, np.repeat([1.0, 0.0], [81, 263 - 81]))
+    assert (round(one.low, 4), round(one.high, 4)) == (0.2553, 0.3662)  # Newcombe 1998, table I, method 3
+    mean, low, high = gain(np.zeros(100), np.repeat([1.0, 0.0], 50))
+    assert mean == 0.5
+    assert low == pytest.approx(0.5 - 1.959964 * 0.502519 / 10, abs=1e-5)
+    assert high == pytest.approx(1 - low)
+    curve = [point(n / 2, np.repeat([1.0, 0.0], [share, 100 - share])) for n, share in enumerate((30, 72, 80, 78, 40))]
+    assert plateau(curve) == (0.5, 1.5)
