@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts wit
 
 logger = logging.getLogger(__name__)
 
+_LARGEST_STRENGTH = 100.0
 _PATCHES_KEPT = 4  # open offsets: their files are mapped, which costs no memory of its own
 
 
@@ -239,7 +240,7 @@ class Session:
         """Write the loaded checkpoint's file plus strength x offset as a new checkpoint: never from the live weights."""
         from lib_dpo.bake import bake
 
-        check("strength", strength)
+        _check_strength(strength)
         self.host.live.ready()
         output, patch = self.library.new_checkpoint(name), self.patch(offset, blocks=blocks, rank=rank)
         with open_model(self.loaded().path) as target:
@@ -312,7 +313,7 @@ class Session:
 
     def bake(self, job: Job, *, offset: str, strength: float, blocks: str = "", rank: int | None = None) -> Baked:
         """Add strength x offset to the loaded model until `unbake`."""
-        check("strength", strength)
+        _check_strength(strength)
         self.host.live.ready()
         return self.host.live.bake(self.patch(offset, blocks=blocks, rank=rank), strength, job.progress)
 
@@ -372,6 +373,13 @@ class Session:
     def _fits_loaded(self, architecture: str) -> bool:
         model = self.host.live.loaded()
         return model is not None and self._architecture(model.path) is ARCHITECTURES[architecture]
+
+
+def _check_strength(strength: float) -> None:
+    """Refuse what is no number, and what is a slip of the finger."""
+    check("strength", strength)
+    if abs(strength) > _LARGEST_STRENGTH:
+        raise SettingError(f"strength {strength:g} is too large; expected -{_LARGEST_STRENGTH:g} to {_LARGEST_STRENGTH:g}")
 
 
 def _sendable(text: str) -> str:

@@ -142,6 +142,7 @@ def test_refusals_name_what_to_do(session: Session):
         ({"blocks": "MIDDLE=1"}, SettingError, "block weight"),
         ({"rank": 9}, SettingError, "rank 9 is outside"),
         ({"strength": float("nan")}, SettingError, "not a finite number"),
+        ({"strength": 1e39}, SettingError, "too large"),
         ({"offset": "none such"}, NotFoundError, "no offset named"),
     ):
         arguments = {"offset": "dpo", "strength": 1.0} | options
