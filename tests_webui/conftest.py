@@ -129,6 +129,9 @@ def _watched(server: Server, request: pytest.FixtureRequest) -> Iterator[Server]
 def clean(server: Server) -> None:
     """The base loaded as its file has it."""
     status = server.get("status")
+    if status["model"] is None:  # still being loaded since the start, or not before the first picture
+        request(server, steps=1)
+        status = server.get("status")
     if status["model"] is None or status["model"]["file"] != BASE:
         choose(server, BASE)
     if server.get("status")["baked"]:

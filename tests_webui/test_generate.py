@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
+import httpx
 import numpy as np
 import pytest
 from conftest import EXACT, LORA, choose
@@ -104,8 +105,11 @@ def test_a_lora_of_the_text_encoder(server: Server) -> None:
 def test_a_failure_in_the_middle_leaves_a_clean_model(server: Server) -> None:
     plain = known(server)
     body = {"prompt": PROMPT, "steps": 2, "width": 64, "height": 64, "sampler_name": "Euler", **HIRES}
-    answer = server.ask("POST", "/sdapi/v1/txt2img", body | {"alwayson_scripts": Offset(LORA).args()})
-    if answer.is_success:
+    try:
+        done = server.ask("POST", "/sdapi/v1/txt2img", body | {"alwayson_scripts": Offset(LORA).args()}).is_success
+    except httpx.TransportError:  # Forge lets the error through to its web server, which hangs up
+        done = False
+    if done:
         pytest.skip("this host fills in the strength without which others fail in the middle")
     assert same(draw(server), plain)
     assert server.get("status")["text"].endswith("clean")

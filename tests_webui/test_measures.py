@@ -17,6 +17,7 @@ from server import PROBE, REPOSITORY, Server
 
 LORA, EXACT = "measured", "measured-exact"
 _REPEATS = 3
+_BAKES = 7
 _STEP: dict[str, Any] = {"steps": 1}
 
 
@@ -87,7 +88,7 @@ def test_bake_and_undo(full_server: Server, offsets: None, report: Report) -> No
     plain = draw(full_server)
     bakes, undos, floors, late = [], [], [], []
     kept = 0
-    for _ in range(_REPEATS):
+    for _ in range(_BAKES):
         began = time.perf_counter()
         kept = full_server.do("bake", offset=EXACT, strength=1)["bytes_kept"]
         bakes.append(time.perf_counter() - began)
@@ -95,11 +96,13 @@ def test_bake_and_undo(full_server: Server, offsets: None, report: Report) -> No
         undos.append(_seconds(lambda: full_server.do("unbake")))
         floors.append(_floor(file, kept))
     assert (draw(full_server) == plain).all()
-    bake, undo, floor = median(bakes), median(undos), median(floors)
-    report.measure("bake of an offset file, SD 1.5", bake, "s", f"{kept / 1e9:.2f} GB of originals kept")
+    # The least of each: where memory comes from a hypervisor, the first bakes mostly wait for it.
+    bake, undo, floor = min(bakes), min(undos), min(floors)
+    note = f"{kept / 1e9:.2f} GB of originals kept; all: " + ", ".join(f"{seconds:.1f}" for seconds in bakes)
+    report.measure("reading that file and copying these weights once", floor, "s")
+    report.measure("bake of an offset file, SD 1.5", bake, "s", f"{_ratio(bake, floor)} that; {note}")
     report.measure("the first picture after a bake, beyond the next", median(late), "s")
-    report.measure("undo", undo, "s")
-    report.measure("reading that file and copying these weights once", floor, "s", _ratio(bake, floor) + " for the bake")
+    report.measure("undo", undo, "s", f"{_ratio(undo, floor)} that")
     report.measure("memory of the WebUI afterwards", full_server.rss() / 1e9, "GB")
 
 
