@@ -60,7 +60,9 @@ class Server:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log_path = data / f"server-{port}.log"
-        self._http = httpx.Client(base_url=self.url, timeout=_ANSWER_S, auth=auth, trust_env=False)
+        # A connection of its own for each request: after an error in a request, Forge's web server hangs up.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self._http = httpx.Client(base_url=self.url, timeout=_ANSWER_S, auth=auth, trust_env=False, limits=limits)
         command = [str(self._python), "launch.py", *self.flavour.flags, "--port", str(port), "--data-dir", str(data), *flags]
         with open(self.log_path, "wb") as log:
             self._process = subprocess.Popen(
