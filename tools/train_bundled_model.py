@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lib_dpo.toy import bundled
-from tools.bundled import autoencoder, denoiser, files, measure, preference, text_encoder
+from tools.bundled import autoencoder, denoiser, files, measure, note, preference, text_encoder
 from tools.bundled.recipe import SHIPPED, SMOKE, Recipe
 
 
@@ -40,10 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     def say(line: str) -> None:
         print(line, flush=True)
 
-    make(SMOKE if args.smoke else SHIPPED, args.work, out, bpe=args.bpe, say=say)
-    if args.measure:
-        print(json.dumps(measure.measure(out, args.work, count=args.measure, say=say), indent=2))
-    print(json.dumps(files.hashes(out), indent=2))
+    recipe = SMOKE if args.smoke else SHIPPED
+    make(recipe, args.work, out, bpe=args.bpe, say=say)
+    figures = measure.measure(out, args.work, count=args.measure, say=say) if args.measure else None
+    (args.work / "figures.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
+    (out / "README.md").write_text(note.note(recipe, files.hashes(out), figures), encoding="utf-8", newline="\n")
+    say(f"the files and a note of them are in {out}")
 
 
 def make(recipe: Recipe, work: Path, out: Path, *, bpe: Path | None, say: Callable[[str], None]) -> None:

@@ -46,8 +46,8 @@ def write_reference(folder: Path, unet: Any) -> None:
 
 
 def hashes(folder: Path) -> dict[str, tuple[int, str]]:
-    """Path below the folder -> size in bytes and SHA-256, of every file that training writes."""
-    files = sorted([*folder.rglob("*.safetensors"), *folder.rglob("*.yaml"), *(folder / CLIP).iterdir()])
+    """Path below the folder -> size in bytes and SHA-256, of every file but the note."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
     return {file.relative_to(folder).as_posix(): (file.stat().st_size, file_sha256(file)) for file in files}
 
 
