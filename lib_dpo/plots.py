@@ -16,7 +16,7 @@ from lib_dpo.writer import write_bytes_atomic
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_INK, _ACCENT, _SOFT = "#1f2933", "#c2410c", "#64748b"
+INK, ACCENT, SOFT, LINE = "#1f2933", "#c2410c", "#64748b", "#e2e8f0"
 
 
 def plot_diff(report: DiffReport, path: Path) -> None:
@@ -25,19 +25,30 @@ def plot_diff(report: DiffReport, path: Path) -> None:
     Raises:
         OutputError: the picture cannot be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = 2 if report.spectra else 1
-    figure = Figure(figsize=(12, 4.6 * rows), dpi=130, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 4.6 * rows)
     grid = figure.add_gridspec(rows, 2, height_ratios=[1, 0.9][:rows])
     heat = figure.add_subplot(grid[0, :])
     _heat_map(heat, figure, report)
     if report.spectra:
         _spectrum(figure.add_subplot(grid[1, 0]), report)
         _size_curve(figure.add_subplot(grid[1, 1]), report)
-    figure.suptitle(f"{report.tuned} minus {report.base}", fontsize=13, color=_INK, weight="bold")
+    figure.suptitle(f"{report.tuned} minus {report.base}", fontsize=13, color=INK, weight="bold")
+    write_figure(figure, path)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib, measures in inches, that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG. Raises OutputError: it cannot be written."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", metadata={"Software": "sd-webui-dpo"})
     write_bytes_atomic(path, picture.getvalue())
@@ -71,41 +82,42 @@ def _spectrum(axes: Axes, report: DiffReport) -> None:
     spectra = report.spectra
     assert spectra is not None, "called only with spectra"
     values = np.array(spectra.mean_spectrum)
-    axes.loglog(np.arange(1, len(values) + 1), np.maximum(values, 1e-6), color=_ACCENT, linewidth=2)
+    axes.loglog(np.arange(1, len(values) + 1), np.maximum(values, 1e-6), color=ACCENT, linewidth=2)
     for rank in (16, 64, 128):
         if rank < len(values):
-            axes.axvline(rank, color=_SOFT, linewidth=0.8, linestyle=":")
+            axes.axvline(rank, color=SOFT, linewidth=0.8, linestyle=":")
             axes.annotate(
-                f"rank {rank}", (rank, 1), xytext=(3, -4), textcoords="offset points", fontsize=7.5, color=_SOFT, va="top"
+                f"rank {rank}", (rank, 1), xytext=(3, -4), textcoords="offset points", fontsize=7.5, color=SOFT, va="top"
             )
     axes.set_xlabel("component", fontsize=9)
     axes.set_ylabel("singular value, first = 1", fontsize=9)
     axes.set_title("How the change is spread: mean spectrum of all layers", fontsize=10, loc="left")
-    _finish(axes)
+    plain(axes)
 
 
 def _size_curve(axes: Axes, report: DiffReport) -> None:
     spectra = report.spectra
     assert spectra is not None, "called only with spectra"
     best = 100 * np.array(spectra.energy_at_size)
-    axes.plot(spectra.size_mb, best, color=_ACCENT, linewidth=2, label="ranks chosen per layer (--size-mb, --energy)")
+    axes.plot(spectra.size_mb, best, color=ACCENT, linewidth=2, label="ranks chosen per layer (--size-mb, --energy)")
     sizes, kept = np.array(spectra.size_mb_at_rank), 100 * np.array(spectra.energy_at_rank)
     shown = sizes <= max(spectra.size_mb, default=math.inf)
-    axes.plot(sizes[shown], kept[shown], "o-", color=_SOFT, markersize=4, linewidth=1, label="the same rank everywhere")
+    axes.plot(sizes[shown], kept[shown], "o-", color=SOFT, markersize=4, linewidth=1, label="the same rank everywhere")
     for rank, x, y in zip(np.array(spectra.ranks)[shown], sizes[shown], kept[shown], strict=True):
         if rank >= 16:
-            axes.annotate(f"{rank}", (x, y), textcoords="offset points", xytext=(4, -10), fontsize=7.5, color=_SOFT)
+            axes.annotate(f"{rank}", (x, y), textcoords="offset points", xytext=(4, -10), fontsize=7.5, color=SOFT)
     axes.set_ylim(0, 102)
     axes.set_xlim(left=0)
     axes.set_xlabel("size of the LoRA in MB (fp16)", fontsize=9)
     axes.set_ylabel("energy kept, %", fontsize=9)
     axes.set_title("What a LoRA of a given size keeps", fontsize=10, loc="left")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
-    _finish(axes)
+    plain(axes)
 
 
-def _finish(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Small ticks, a light grid, no frame."""
     axes.tick_params(labelsize=8)
-    axes.grid(which="major", color="#e2e8f0", linewidth=0.7)
+    axes.grid(which="major", color=LINE, linewidth=0.7)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
