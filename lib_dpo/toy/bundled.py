@@ -11,18 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lib_dpo.decompose import side_by_side
+from lib_dpo.errors import BadFileError
 from lib_dpo.model import open_model
 from lib_dpo.offset import Offset
 from lib_dpo.pipeline import open_pipeline
+from lib_dpo.settings import BUNDLED_MODEL
 from lib_dpo.toy.generate import GUIDANCE, STEPS, decode, sample
 from lib_dpo.toy.pictures import Pictures, Scene, caption
 
-FOLDER = Path(__file__).resolve().parent.parent.parent / "models" / "bundled"
+FOLDER = BUNDLED_MODEL
 BASE = "toy-shapes.safetensors"
 REFERENCE = "toy-shapes-dpo/unet/diffusion_pytorch_model.safetensors"
 CLIP = "clip"  # folder of the tokenizer and of the text encoder's configuration
 _TOKENS = 77
-_BATCH = 50
+_BATCH = 20
 
 OnProgress = Callable[[int, int], None]
 
@@ -58,12 +61,24 @@ def load(folder: Path = FOLDER) -> Networks:
     """Open the bundled base.
 
     Raises:
+        BadFileError: the model's files are not there.
         MissingExtraError: diffusers or transformers is not installed.
     """
+    check_there(folder)
     with open_model(folder / BASE) as model:
         weights = open_pipeline(model, folder / CLIP)
         base = {key: model.read(key).float() for key in model.keys("unet")}
     return Networks(weights.pipeline, weights.tensors, base)
+
+
+def check_there(folder: Path) -> None:
+    """Refuse a folder that lacks a file of the bundled model. Raises BadFileError."""
+    lacking = [name for name in (BASE, REFERENCE, f"{CLIP}/vocab.json", f"{CLIP}/merges.txt") if not (folder / name).is_file()]
+    if lacking:
+        raise BadFileError(
+            f"{folder}: lacks {', '.join(lacking)} of the bundled model; get the whole repository, or make the model in about "
+            f"two hours: python -m tools.train_bundled_model --work build/bundled --out {folder}"
+        )
 
 
 def generate(
@@ -75,13 +90,25 @@ def generate(
     guidance: float = GUIDANCE,
     on_progress: OnProgress | None = None,
 ) -> Pictures:
-    """One picture for every scene's caption and its seed, in batches; `on_progress` may raise to stop."""
+    """One picture for every scene's caption and its seed, in batches, as many at once as torch has threads.
+
+    A batch on one thread is robust: its small steps wait for one another on two threads, for very long where a core is busy
+    with something else.
+
+    Args:
+        on_progress: called with the pictures that are done and all of them; may raise to stop.
+    """
     context, empty = networks.embed([caption(scene) for scene in scenes]), networks.embed([""])
-    parts = []
-    for start in range(0, len(scenes), _BATCH):
-        part = slice(start, start + _BATCH)
+
+    def draw(part: slice) -> Pictures:
         latents = sample(networks.pipeline.unet, context[part], empty, seeds[part], steps=steps, guidance=guidance)
-        parts.append(decode(networks.pipeline.vae, latents))
-        if on_progress:
-            on_progress(min(start + _BATCH, len(scenes)), len(scenes))
+        return decode(networks.pipeline.vae, latents)
+
+    parts: list[Pictures] = []
+    batches = [slice(start, start + _BATCH) for start in range(0, len(scenes), _BATCH)]
+    with side_by_side(draw, batches, torch.device("cpu")) as drawn:
+        for part in drawn:
+            parts.append(part)
+            if on_progress:
+                on_progress(sum(map(len, parts)), len(scenes))
     return np.concatenate(parts)
