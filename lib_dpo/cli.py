@@ -19,7 +19,7 @@ from typing import Any
 from lib_dpo import __version__
 from lib_dpo.cli_pictures import add_commands as add_picture_commands
 from lib_dpo.errors import Cancelled, DpoError, MissingExtraError, OutputError, SettingError, printable
-from lib_dpo.settings import FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, RankPolicy, check
+from lib_dpo.settings import BUNDLED_MODEL, FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, RankPolicy, check
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 2 refused, 130 cancelled."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(name)s: %(message)s")
+    if not args.debug:  # diffusers asks for parts of transformers that want torchvision, which we do not need
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         started = time.perf_counter()
         _check_reports(args)
@@ -155,8 +157,11 @@ def _parser() -> argparse.ArgumentParser:
 
     add_picture_commands(command, _number)
 
-    sub = command("demo", _demo, "the whole story on a small model made here, without a network")
-    sub.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="DIR", help="folder to write to")
+    sub = command("demo", _demo, "the whole story on the bundled model, with pictures that are judged, without a network")
+    sub.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to write to (default: demo, or study)")
+    sub.add_argument("--study", action="store_true", help="many more pictures and strengths: a quarter of an hour or so")
+    sub.add_argument("--pictures", type=_number(int), metavar="N", help=FIELDS["pictures"].help)
+    sub.add_argument("--model", type=Path, default=BUNDLED_MODEL, metavar="DIR", help="folder of the bundled model")
     return parser
 
 
@@ -236,6 +241,8 @@ def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
     with tqdm(total=1, desc=title, unit="", disable=None, leave=False, bar_format=_BAR, file=sys.stderr) as bar:
 
         def tell(done: int, total: int, key: str) -> None:
+            if done == 0:  # counting begins here: what came before says nothing of the time that is left
+                bar.reset(total)
             bar.total = total
             bar.update(done - bar.n)
 
@@ -415,6 +422,25 @@ def _compat(args: argparse.Namespace) -> Result:
 
 
 def _demo(args: argparse.Namespace) -> Result:
-    from lib_dpo.demo import demo
+    from dataclasses import replace
 
-    return demo(args.output, overwrite=args.overwrite, say=print), ""
+    from tqdm import tqdm
+
+    from lib_dpo.demo import demo
+    from lib_dpo.toy.series import SHORT, STUDY
+
+    check("pictures", args.pictures)
+    amount = STUDY if args.study else SHORT
+    if args.pictures is not None:
+        amount = replace(amount, pictures=args.pictures)
+    folder = args.output or Path("study" if args.study else "demo")
+    with _progress("drawing") as tell:
+        figures = demo(
+            folder,
+            model=args.model,
+            amount=amount,
+            overwrite=args.overwrite,
+            say=lambda line: tqdm.write(line),  # above the bar
+            on_progress=lambda done, total: tell(done, total, "pictures"),
+        )
+    return figures, ""

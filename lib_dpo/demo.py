@@ -1,11 +1,19 @@
-"""The whole story on a small made-up pair, without a network: diff, extract, verify, bake, compat."""
+"""The whole story on the bundled model, without a network: diff, extract, verify, bake, compat, and judged pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import platform
+import tempfile
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lib_dpo import __version__
 from lib_dpo.analyse import diff
 from lib_dpo.bake import bake
 from lib_dpo.compat import compat
@@ -16,74 +24,162 @@ from lib_dpo.model import Model, open_model
 from lib_dpo.offset import Pair, open_pair
 from lib_dpo.plots import plot_diff
 from lib_dpo.settings import ExtractSettings, RankPolicy
-from lib_dpo.synthetic import small_pair
+from lib_dpo.toy import words
+from lib_dpo.toy.bundled import BASE, FOLDER, REFERENCE, check_there, load
+from lib_dpo.toy.chart import plot_study
+from lib_dpo.toy.generate import GUIDANCE, STEPS
+from lib_dpo.toy.page import Card, Picture, page
+from lib_dpo.toy.series import SHORT, Amount, OnProgress, Series, draw_series
+from lib_dpo.toy.sheets import lora_sheet, strength_sheet
+from lib_dpo.toy.study import Findings, find
 from lib_dpo.verify import verify
-from lib_dpo.writer import check_output
+from lib_dpo.writer import check_output, write_bytes_atomic, write_text_atomic
 
-_RANKS = (2, 8, 32)
+_OFFSET, _BAKED = "dpo_offset.safetensors", "baked.safetensors"
+_DIFF, _CURVE, _STRENGTHS, _LORAS, _PAGE = "diff.png", "adherence.png", "strengths.png", "loras.png", "report.html"
+_MODEL, _TUNING = "toy-shapes", "toy-shapes-dpo"
+_WIDTH = 100  # of the text on a terminal
+
+Say = Callable[[str], None]
 
 
-def demo(folder: Path, *, overwrite: bool = False, say: Callable[[str], None]) -> dict[str, Any]:
-    """Make a pair with the structure of SD 1.5 and a tenth of its widths, and take it through every step.
+def demo(
+    folder: Path,
+    *,
+    model: Path = FOLDER,
+    amount: Amount = SHORT,
+    overwrite: bool = False,
+    say: Say,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Take the bundled model and its DPO tuning through every step, draw pictures and judge them.
 
     Args:
-        folder: where the pair, the LoRAs, the baked checkpoint and the picture go.
+        folder: where LoRAs, offset file, baked checkpoint, pictures and report go, all at the end: an error or a
+            cancellation leaves nothing.
+        model: the folder of the bundled model.
         say: called with each line of the story.
+        on_progress: called with the pictures that are done and all of them; may raise to stop.
 
     Returns:
         The figures of every step.
 
     Raises:
+        BadFileError: the bundled model is not there. MissingExtraError: diffusers is not installed.
         OutputError: files of an earlier demo are there and `overwrite` is off.
     """
-    say("A base and its DPO tuning, made up here: the layout of SD 1.5, a tenth of its widths, random weights.")
-    say("The numbers are real, but no picture can come of them; the point is the files and what is measured on them.\n")
-    base_path, tuned_path = small_pair(folder / "tiny-dpo", "sd1", overwrite=overwrite)
-    with open_model(base_path) as base, open_model(tuned_path) as tuned:
-        pair = open_pair(base, tuned)
-        check_output(folder / "diff.png", overwrite=overwrite)
-        figures: dict[str, Any] = {"diff": _diff(pair, folder / "diff.png", say)}
-        figures["extract"] = [_extract(pair, folder / f"dpo_rank{rank}.safetensors", rank, overwrite, say) for rank in _RANKS]
-        figures["bake"] = _bake(pair, folder, overwrite, say)
-    say(f"\nEverything is in {folder}: open diff.png, or try `python -m lib_dpo inspect` on any of the files.")
+    check_there(model)
+    for name in _names(amount):
+        check_output(folder / name, overwrite=overwrite)
+    printed: list[str] = []
+
+    def tell(line: str) -> None:
+        printed.append(line)
+        say(line)
+
+    tell("The bundled model: a small Stable Diffusion 1.5 that draws coloured shapes, and a DPO tuning of it.\n")
+    networks = load(model)
+    with _all_or_nothing(folder, overwrite=overwrite) as work:
+        with open_model(model / BASE) as base, open_model(model / REFERENCE) as tuned:
+            figures = _files(open_pair(base, tuned), work, amount, tell)
+        tell(f"\n6. pictures: {amount.pictures} of prompts that no training showed, at each strength and with each LoRA.")
+        loras = {rank: work / _lora(rank) for rank in amount.ranks}
+        series = draw_series(networks, work / _OFFSET, loras, amount, on_progress=on_progress)
+        findings = _find(series, figures)
+        _tell_findings(findings, series, tell)
+        _draw(findings, series, work)
+        write_text_atomic(work / _PAGE, _page(findings, series, figures, work, "\n".join(printed).strip()))
+        files = [str(folder / file.name) for file in sorted(work.iterdir())]
+    say(f"\nEverything is in {folder}: open {_PAGE}, or try `python -m lib_dpo inspect` on any of the files.")
+    switching = {"switch_seconds": series.switch_seconds, "picture_seconds": series.cell_seconds}
+    return {**_moved(figures, work, folder), **findings.as_json(), "switching": switching, "files": files}
+
+
+def _names(amount: Amount) -> list[str]:
+    loras = [_lora(rank) for rank in amount.ranks]
+    return [_OFFSET, _BAKED, Path(_BAKED).with_suffix(".yaml").name, *loras, _DIFF, _CURVE, _STRENGTHS, _LORAS, _PAGE]
+
+
+def _lora(rank: int) -> str:
+    return f"dpo_rank{rank}.safetensors"
+
+
+@contextmanager
+def _all_or_nothing(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A folder to work in whose files move to `folder` at the end; when the work fails or is stopped, none do."""
+    nearest = next(each for each in (folder, *folder.absolute().parents) if each.is_dir())  # on the same disk
+    with tempfile.TemporaryDirectory(prefix=".dpo-demo-", dir=nearest) as name:
+        yield Path(name)
+        for file in Path(name).iterdir():
+            check_output(folder / file.name, overwrite=overwrite)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(Path(name).iterdir()):
+            os.replace(file, folder / file.name)
+
+
+def _moved(figures: Any, work: Path, folder: Path) -> Any:
+    """Figures with the places of the finished files instead of those that were worked on."""
+    if isinstance(figures, dict):
+        return {key: _moved(value, work, folder) for key, value in figures.items()}
+    if isinstance(figures, list):
+        return [_moved(value, work, folder) for value in figures]
+    if isinstance(figures, str) and figures.startswith(str(work)):
+        return str(folder / Path(figures).name)
     return figures
 
 
-def _diff(pair: Pair, picture: Path, say: Callable[[str], None]) -> dict[str, Any]:
+# ---- files ----
+
+
+def _files(pair: Pair, work: Path, amount: Amount, say: Say) -> dict[str, Any]:
+    figures: dict[str, Any] = {"diff": _diff(pair, work / _DIFF, say)}
+    say("2. extract: the change as a LoRA, at some ranks. Energy kept is the share of the change that the file holds.")
+    figures["extract"] = [_extract(pair, work / _lora(rank), rank, say) for rank in amount.ranks]
+    return figures | _bake(pair, work, say)
+
+
+def _diff(pair: Pair, picture: Path, say: Say) -> dict[str, Any]:
     report = diff(pair, spectra=True, device="cpu")
     plot_diff(report, picture)
     say(f"1. diff: {report.verdict.text}")
-    say(f"   Picture of where and how: {picture}\n")
+    say(f"   Where and how, as a picture: {picture.name}\n")
     return report.as_json()
 
 
-def _extract(pair: Pair, path: Path, rank: int, overwrite: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    if rank == _RANKS[0]:
-        say("2. extract: the change as a LoRA, at three ranks. Energy kept is the share of the change that the file holds.")
-    report = extract(pair, path, ExtractSettings(RankPolicy(rank=rank), device="cpu"), overwrite=overwrite)
+def _extract(pair: Pair, path: Path, rank: int, say: Say) -> dict[str, Any]:
+    report = extract(pair, path, ExtractSettings(RankPolicy(rank=rank), device="cpu"))
     checkpoint, offset = open_offset(path)
     with checkpoint:
         again = verify(offset, pair).tally.total.energy_kept
     kept = report.tally.total.energy_kept
-    say(f"   rank {rank:>2}: {path.name:<24} {report.file_bytes / 1e6:5.1f} MB, keeps {100 * kept:5.1f} %")
-    say(f"            verify, from the file alone: {100 * again:.1f} %")
-    return report.as_json()
+    say(
+        f"   rank {rank:>2}: {path.name:<22} {report.file_bytes / 1e6:5.2f} MB, keeps {100 * kept:5.1f} %; "
+        f"verify, from the file alone: {100 * again:.1f} %"
+    )
+    return {"rank": rank, **report.as_json(), "energy_kept_verified": again}
 
 
-def _bake(pair: Pair, folder: Path, overwrite: bool, say: Callable[[str], None]) -> dict[str, Any]:
-    offset_path, baked_path = folder / "dpo_offset.safetensors", folder / "baked.safetensors"
-    written = write_offset(pair, offset_path, overwrite=overwrite)
-    say(f"\n3. offset: all of the change in one file, {offset_path.name} ({written.file_bytes / 1e6:.1f} MB).")
-    checkpoint, offset = open_offset(offset_path)
+def _bake(pair: Pair, work: Path, say: Say) -> dict[str, Any]:
+    written = write_offset(pair, work / _OFFSET)
+    say(f"\n3. offset: all of the change in one file, {_OFFSET} ({written.file_bytes / 1e6:.1f} MB).")
+    checkpoint, offset = open_offset(work / _OFFSET)
     with checkpoint:
-        report = bake(pair.base, offset, baked_path, overwrite=overwrite)
-    with open_model(baked_path) as baked:
-        exact = _equals_tuned(baked, pair)
-        fit = compat(baked, pair)
-    say(f"4. bake: base + 1.0 x offset = {baked_path.name}; {report.changed} tensors changed, {report.kept} copied as is.")
-    say(f"   Equal to the tuned model, rounded to the base's fp16, in {100 * exact:.3f} % of the weights.")
-    say(f"5. compat, asked about the baked file: {fit.text}")
-    return {"offset": written.as_json(), "bake": report.as_json(), "equals_tuned": exact, "compat": fit.as_json()}
+        report = bake(pair.base, offset, work / _BAKED)
+    with open_model(work / _BAKED) as baked:
+        equal = _equals_tuned(baked, pair)
+        inside = compat(baked, pair)
+    fit = compat(pair.base, pair)
+    say(f"4. bake: base + 1.0 x offset = {_BAKED}; {report.changed} tensors changed, {report.kept} copied as they were.")
+    say(f"   Of its weights {100 * equal:.3f} % are equal to the tuned model's, to the last bit.")
+    say(f"5. compat, asked about the base: {fit.text}")
+    say(f"   compat, asked about the baked file: {inside.text}")
+    return {
+        "offset": written.as_json(),
+        "bake": report.as_json(),
+        "equals_tuned": equal,
+        "compat": fit.as_json(),
+        "compat_baked": inside.as_json(),
+    }
 
 
 def _equals_tuned(baked: Model, pair: Pair) -> float:
@@ -94,3 +190,62 @@ def _equals_tuned(baked: Model, pair: Pair) -> float:
         same += int((weight == pair.tuned.read(key).reshape(weight.shape).to(weight.dtype)).sum())
         total += weight.numel()
     return same / total
+
+
+# ---- pictures ----
+
+
+def _find(series: Series, figures: Mapping[str, Any]) -> Findings:
+    return find(
+        {strength: drawn.scores for strength, drawn in series.strengths.items()},
+        {rank: drawn.scores for rank, drawn in series.loras.items()},
+        {one["rank"]: one["energy_kept"] for one in figures["extract"]},
+        figures["compat"]["suggested_strength"],
+    )
+
+
+def _tell_findings(findings: Findings, series: Series, say: Say) -> None:
+    say("   Share of the pictures that show everything their prompt names, and its 95 % interval:\n")
+    for name, share, interval in words.table(findings):
+        say(f"   {name:<16} {share:>8}   {interval}")
+    say("")
+    for line in (*words.sentences(findings, series), "", words.TOYS):
+        say(textwrap.fill(line, _WIDTH, initial_indent="   ", subsequent_indent="   "))
+
+
+def _draw(findings: Findings, series: Series, work: Path) -> None:
+    plot_study(findings, work / _CURVE)
+    write_bytes_atomic(work / _STRENGTHS, strength_sheet(series, model=_MODEL, offset=_TUNING))
+    write_bytes_atomic(work / _LORAS, lora_sheet(series, model=_MODEL, offset=_TUNING))
+
+
+def _page(findings: Findings, series: Series, figures: Mapping[str, Any], work: Path, printed: str) -> str:
+    rows = words.table(findings)
+    shares = "; ".join(f"{name} {share}" for name, share, _ in rows)
+    shown = [
+        (_CURVE, "Adherence against strength", f"Share of the pictures that show all their prompt names: {shares}.",
+         "Bars and band are 95 % intervals. Shaded: strengths that these pictures cannot tell from the best one."),
+        (_STRENGTHS, "The same pictures at several strengths",
+         "A grid of pictures of coloured shapes: a row per prompt and seed, a column per strength, the untouched model first.",
+         "Every column has the same prompts and seeds; only the strength differs."),
+        (_LORAS, "With LoRAs, and with the full change",
+         "The same rows of pictures without DPO, with LoRAs of rising rank, and with the full change, at strength 1.",
+         "All at strength 1: LoRAs of rising rank beside the model alone and the whole change."),
+        (_DIFF, "What DPO changed in the weights",
+         "Heat-map of the size of the change by block and kind of layer, mean spectrum, and energy kept against file size. "
+         + figures["diff"]["verdict"]["text"], figures["diff"]["verdict"]["text"]),
+    ]  # fmt: skip
+    return page(
+        "What a DPO offset does, on a toy model",
+        lead="A small Stable Diffusion 1.5 learnt to draw coloured shapes from careless captions, and was then tuned with DPO "
+        "to do what the prompt says. The offset is the difference of the two: here it is taken off, made into LoRAs, put back, "
+        "and tried on prompts that no training showed.",
+        warning=words.TOYS,
+        cards=[Card(figure, text) for figure, text in words.headlines(findings)],
+        findings=words.sentences(findings, series),
+        pictures=[Picture(title, (work / name).read_bytes(), alt, text) for name, title, alt, text in shown],
+        table=[("applied", "pictures that fit their prompt", "95 % interval"), *rows],
+        printed=printed,
+        foot=f"sd-webui-dpo {__version__}, torch {torch.__version__}, Python {platform.python_version()}. Every picture: DDIM, "
+        f"{STEPS} steps, guidance {GUIDANCE:g}.",
+    )

@@ -52,6 +52,9 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         "steps": Field("Steps", "of the sampler, per picture", int, minimum=1, maximum=1000),
         "cfg": Field("CFG scale", "how closely pictures follow the prompt", float, minimum=0, maximum=100),
         "side": Field("Width or height", "of a picture in pixels, a multiple of 8", int, minimum=64, maximum=4096),
+        "pictures": Field(
+            "Pictures", "judged at each strength and with each LoRA (default 40; study: 500)", int, minimum=8, maximum=10_000
+        ),
         "blocks": Field("Block weights", "such as IN00=0.5,MID=0,OUT=1; what is not named has weight 1", str),
     }
 )

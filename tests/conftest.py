@@ -10,8 +10,23 @@ os.environ["MPLBACKEND"] = "Agg"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
+from pathlib import Path
+
+import pytest
 from hypothesis import settings
 
 settings.register_profile("local", deadline=None)  # a shared machine is slow at times
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a few steps of the bundled model's training make: its state in `work`, the files in `model`."""
+    pytest.importorskip("diffusers")
+    from tools.bundled.recipe import SMOKE
+    from tools.train_bundled_model import make
+
+    folder = tmp_path_factory.mktemp("bundled")
+    make(SMOKE, folder / "work", folder / "model", bpe=None, say=lambda _: None)
+    return folder

@@ -23,14 +23,6 @@ from tools.bundled.recipe import SMOKE
 from tools.train_bundled_model import make
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("diffusers")
-    folder = tmp_path_factory.mktemp("bundled")
-    make(SMOKE, folder / "work", folder / "model", bpe=None, say=lambda _: None)
-    return folder
-
-
 @pytest.mark.newest
 def test_training_makes_a_pair_that_the_engine_knows(smoke: Path):
     with open_model(smoke / "model" / BASE) as base, open_model(smoke / "model" / REFERENCE) as tuned:

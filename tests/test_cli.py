@@ -188,14 +188,6 @@ def test_diff_draws_a_picture(sd1: Layouts, tmp_path: Path):
     assert [path.name for path in picture.parent.iterdir()] == ["pair.png"]
 
 
-def test_demo_tells_the_whole_story(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert tiny.run("demo", "-o", tmp_path / "demo") == 0
-    assert "keeps" in capsys.readouterr().out
-    before = tiny.snapshot(tmp_path)
-    assert tiny.run("demo", "-o", tmp_path / "demo") == 2
-    assert tiny.snapshot(tmp_path) == before
-
-
 def test_blocks_and_strength_scale_what_is_baked(sd1: Layouts, tmp_path: Path):
     offset, baked = tmp_path / "offset.safetensors", tmp_path / "baked.safetensors"
     assert tiny.run("offset", *pair(sd1), "-o", offset) == 0

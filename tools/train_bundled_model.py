@@ -13,13 +13,16 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lib_dpo.demo import demo
 from lib_dpo.toy import bundled
-from tools.bundled import autoencoder, denoiser, files, measure, note, preference, text_encoder
+from lib_dpo.toy.series import STUDY
+from tools.bundled import autoencoder, denoiser, files, note, preference, text_encoder
 from tools.bundled.recipe import SHIPPED, SMOKE, Recipe
 
 
@@ -31,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bpe", type=Path, help="bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each stage")
     parser.add_argument("--threads", type=int, help="of torch; the shipped files were made with one")
-    parser.add_argument("--measure", type=int, default=0, metavar="N", help="then generate N pictures a side and judge them")
+    parser.add_argument("--measure", type=int, default=0, metavar="N", help="then study it, N pictures a side")
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -42,7 +45,10 @@ def main(argv: list[str] | None = None) -> None:
 
     recipe = SMOKE if args.smoke else SHIPPED
     make(recipe, args.work, out, bpe=args.bpe, say=say)
-    figures = measure.measure(out, args.work, count=args.measure, say=say) if args.measure else None
+    figures = None
+    if args.measure:
+        amount = replace(STUDY, pictures=args.measure)
+        figures = demo(args.work / "study", model=out, amount=amount, overwrite=True, say=say)
     (args.work / "figures.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
     (out / "README.md").write_text(note.note(recipe, files.hashes(out), figures), encoding="utf-8", newline="\n")
     say(f"the files and a note of them are in {out}")

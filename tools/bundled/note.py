@@ -73,16 +73,15 @@ def _measured(figures: Mapping[str, Any]) -> list[str]:
     lines += ["| strength of the exact offset | share | 95 % interval |", "|--:|--:|---|"]
     for one in figures["adherence"]:
         lines.append(f"| {one['strength']:g} | {_percent(one['mean'])} | {_percent(one['low'])} to {_percent(one['high'])} |")
-    mean, low, high = figures["gain"]
-    lines += [
-        "",
-        f"Gain at strength 1, same prompts and seeds: {_points(mean)} points, 95 % interval {_points(low)} to {_points(high)}.",
-    ]
+    low, high = (_points(figures["gain"][name]) for name in ("low", "high"))
+    gain = f"{_points(figures['gain']['mean'])} points, 95 % interval {low} to {high}"
+    lines += ["", f"Gain at strength 1, same prompts and seeds: {gain}."]
     for one in figures["loras"]:
-        lines.append(
-            f"A LoRA of rank {one['rank']} keeps {_percent(one['energy_kept'])} of the offset's energy and "
-            f"{_percent(one['share_of_gain'])} of the gain."
-        )
+        line = f"A LoRA of rank {one['rank']} keeps {_percent(one['energy_kept'])} of the offset's energy"
+        if share := one["share_of_gain"]:
+            kept, low, high = (_percent(share[name]) for name in ("mean", "low", "high"))
+            line += f" and {kept} of the gain, 95 % interval {low} to {high}"
+        lines.append(line + ".")
     first, last = figures["plateau"]
     lines.append(f"The best strengths are {first:g} to {last:g}; `compat` suggests {figures['suggested']:g}.")
     return lines

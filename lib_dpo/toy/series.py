@@ -1,0 +1,129 @@
+"""The pictures of a study: the same prompts and seeds at every strength and with every LoRA, drawn and judged."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib_dpo.lora import open_offset
+from lib_dpo.offset import Offset
+from lib_dpo.toy.bundled import Networks, generate
+from lib_dpo.toy.judge import adherence
+from lib_dpo.toy.pictures import Pictures, Scene, held_out
+from lib_dpo.toy.study import FULL, Scores
+
+SHOWN_SEEDS = (1, 2)
+_SHOWN = (  # held out, with every count, shape and position among them
+    Scene("three", "red", "cross", "on the left"),
+    Scene("one", "yellow", "square", "on the right"),
+    Scene("two", "green", "circle", "at the top"),
+    Scene("one", "blue", "triangle", "at the bottom"),
+)
+_FIRST_SEED = 1000  # of the pictures that nobody is shown
+_TIMED_CELLS = 3
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is drawn."""
+
+    pictures: int  # at every strength and with every LoRA; at least those of `shown()`
+    strengths: tuple[float, ...]  # of the full change; 0 and 1 are among them
+    ranks: tuple[int, ...]  # of the LoRAs, at strength 1; the last one is the main one
+
+
+# The layers of the bundled model are 32 to 64 wide: rank 8 is a quarter of what the narrowest can have.
+SHORT = Amount(pictures=40, strengths=(0.0, 0.5, 1.0, 1.5, 2.0), ranks=(2, 4, 8))
+STUDY = Amount(pictures=500, strengths=tuple(n / 4 for n in range(13)), ranks=(1, 2, 4, 8))
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The pictures of one strength or LoRA."""
+
+    scores: Scores
+    shown: Pictures  # the first ones, for people
+    switch_seconds: float  # what it took to give the UNet this strength
+
+
+@dataclass(frozen=True)
+class Series:
+    """All pictures of a study."""
+
+    strengths: Mapping[float, Drawn]
+    loras: Mapping[int, Drawn]
+    cell_seconds: float  # of one picture alone
+
+    @property
+    def switch_seconds(self) -> float:
+        """What another strength costs in between, the file read anew."""
+        return statistics.median(one.switch_seconds for one in (*self.strengths.values(), *self.loras.values()))
+
+
+def shown() -> list[tuple[Scene, int]]:
+    """What people are shown, each scene with every seed: fixed before anybody saw a picture of them."""
+    return [(scene, seed) for scene in _SHOWN for seed in SHOWN_SEEDS]
+
+
+def subjects(count: int) -> list[tuple[Scene, int]]:
+    """What is drawn, prompt and seed: what people are shown, then all held-out scenes in turn. The same at every strength."""
+    scenes, first = held_out(), shown()
+    return first + [(scenes[n % len(scenes)], _FIRST_SEED + n) for n in range(count - len(first))]
+
+
+def draw_series(
+    networks: Networks, offset: Path, loras: Mapping[int, Path], amount: Amount, *, on_progress: OnProgress | None = None
+) -> Series:
+    """Draw and judge at every strength of an offset file, and with LoRAs by rank; leaves the networks as the base.
+
+    Args:
+        on_progress: called with the pictures that are done and all of them; may raise to stop.
+    """
+    wanted = [(offset, strength) for strength in amount.strengths] + [(loras[rank], FULL) for rank in amount.ranks]
+    drawn: list[Drawn] = []
+
+    def tell(done: int, _: int) -> None:
+        if on_progress:
+            on_progress(len(drawn) * amount.pictures + done, len(wanted) * amount.pictures)
+
+    tell(0, amount.pictures)
+    for path, strength in wanted:
+        drawn.append(_draw(networks, path, strength, amount.pictures, tell))
+    networks.set_unet()
+    split = len(amount.strengths)
+    return Series(
+        strengths=dict(zip(amount.strengths, drawn[:split], strict=True)),
+        loras=dict(zip(amount.ranks, drawn[split:], strict=True)),
+        cell_seconds=_cell_seconds(networks),
+    )
+
+
+def _draw(networks: Networks, path: Path, strength: float, pictures: int, tell: OnProgress) -> Drawn:
+    checkpoint, offset = open_offset(path)
+    with checkpoint:
+        seconds = _switch(networks, offset, strength)
+    pairs = subjects(pictures)
+    scenes = [scene for scene, _ in pairs]
+    made = generate(networks, scenes, [seed for _, seed in pairs], on_progress=tell)
+    return Drawn(adherence(made, scenes)[:, 1], made[: len(shown())], seconds)
+
+
+def _switch(networks: Networks, offset: Offset, strength: float) -> float:
+    started = time.perf_counter()
+    networks.set_unet(offset, strength)
+    return time.perf_counter() - started
+
+
+def _cell_seconds(networks: Networks) -> float:
+    """Median time of a picture drawn alone, as a grid of WebUIs does."""
+    times = []
+    for scene, seed in shown()[:_TIMED_CELLS]:
+        started = time.perf_counter()
+        generate(networks, [scene], [seed])
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)

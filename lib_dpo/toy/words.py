@@ -1,0 +1,97 @@
+"""What a study found, in plain words: for the terminal and the page."""
+
+from __future__ import annotations
+
+from lib_dpo.toy.series import Series
+from lib_dpo.toy.study import FULL, Findings, Interval
+
+TOYS = (
+    "These are toy pictures: a small model that draws coloured shapes, judged by rules. They show how the tool works and how "
+    "to read its figures. What DPO does to your model, only pictures from it can say: the command compare draws them."
+)
+
+
+def sentences(findings: Findings, series: Series) -> list[str]:
+    """One finding each."""
+    return [_gain(findings), _curve(findings), _suggested(findings), *_loras(findings), _switching(series)]
+
+
+def table(findings: Findings) -> list[tuple[str, str, str]]:
+    """Rows of what was applied, the share of pictures that fit their prompts, and its 95 % interval."""
+    rows = [("without DPO" if not one.strength else f"strength {one.strength:g}", one) for one in findings.points]
+    rows += [(f"LoRA of rank {one.rank}", one.point) for one in findings.loras]
+    return [(name, percent(one.mean), f"{percent(one.low)} to {percent(one.high)}") for name, one in rows]
+
+
+def headlines(findings: Findings) -> list[tuple[str, str]]:
+    """A figure and what it is, three or four of them."""
+    gain, (first, last) = findings.gain, findings.plateau
+    low, high = f"{100 * gain.low:+.0f}", f"{100 * gain.high:+.0f}"
+    text = f"in the share of pictures that fit their prompt, at strength 1 (95 % interval {low} to {high})"
+    found = [(f"{100 * gain.mean:+.0f} points", text)]
+    found.append((f"{first:g} to {last:g}" if first != last else f"{first:g}", "strengths as good as the best"))
+    found.append((f"{findings.suggested:g}", "strength that the tool suggests"))
+    if findings.loras and (share := findings.loras[-1].share):
+        kept = f"of the gain is kept by a LoRA of rank {findings.loras[-1].rank}"
+        found.append((f"{100 * share.mean:.0f} %", kept))
+    return found
+
+
+def percent(share: float) -> str:
+    """Such as 41.7 %."""
+    return f"{100 * share:.1f} %"
+
+
+def points(interval: Interval) -> str:
+    """A difference of shares in percentage points, with its interval."""
+    return f"{100 * interval.mean:+.1f} points (95 % interval {100 * interval.low:+.1f} to {100 * interval.high:+.1f})"
+
+
+def _gain(findings: Findings) -> str:
+    at = {one.strength: one for one in findings.points}
+    before, after = percent(at[0.0].mean), percent(at[FULL].mean)
+    text = f"{before} of {at[0.0].n} pictures show all that their prompt names without DPO, {after} with it at strength 1"
+    if findings.gain.rises or findings.gain.falls:
+        return f"{text}: {points(findings.gain)}, same prompts and seeds."
+    return f"{text}: that may be chance, {points(findings.gain)}."
+
+
+def _curve(findings: Findings) -> str:
+    best, last = findings.best, findings.points[-1].strength
+    if not findings.rise.rises:
+        return "The curve over the strengths does not rise for sure."
+    text = f"The curve rises up to strength {best:g}, {points(findings.rise)}"
+    if best == last:
+        return f"{text}, and ends there."
+    if findings.fall.falls:
+        return f"{text}, and falls from there to strength {last:g}, {points(findings.fall)}."
+    return f"{text}; up to strength {last:g} it does not fall for sure, {points(findings.fall)}."
+
+
+def _suggested(findings: Findings) -> str:
+    first, last = findings.plateau
+    plateau = f"Strengths {first:g} to {last:g} are" if first != last else f"Strength {first:g} is"
+    where = "is among them" if findings.suggested_is_best else "is NOT among them"
+    if first == last:
+        where = "is just that" if findings.suggested_is_best else "is another one"
+    told = f"the suggested strength, {findings.suggested:g}, {where}"
+    return f"{plateau} as good as the best, as far as these pictures can tell; {told}."
+
+
+def _loras(findings: Findings) -> list[str]:
+    if not findings.loras:
+        return []
+    main = findings.loras[-1]
+    if main.share is None:
+        return ["What LoRAs keep of the gain cannot be told, since the gain itself is not sure."]
+    share, low, high = (f"{100 * value:.0f}" for value in main.share)
+    return [
+        f"A LoRA of rank {main.rank}, which holds {percent(main.energy_kept)} of the change, keeps {share} % "
+        f"of its gain (95 % interval {low} to {high} %)."
+    ]
+
+
+def _switching(series: Series) -> str:
+    switch, cell = series.switch_seconds, series.cell_seconds
+    share = f"{100 * switch / cell:.0f} %"
+    return f"Going over to another strength takes {switch:.3f} s, {share} of the {cell:.2f} s that one picture takes."
