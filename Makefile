@@ -7,13 +7,16 @@ IN_ENV = @$(PYTHON) tools/env.py
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-a1111 test-forge test-all test-webui check format bench env
+.PHONY: help demo study test test-a1111 test-forge test-all test-webui check format bench env
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
-demo:  ## the whole story on a small made-up pair, no network
+demo:  ## the whole story on the bundled model, with pictures and a report: a minute or so, no network
 	$(IN_ENV) newest -m lib_dpo demo --overwrite $(ARGS)
+
+study:  ## the same with 500 pictures a side and finer strengths: a quarter of an hour or so
+	$(IN_ENV) newest -m lib_dpo demo --study --overwrite --json study/figures.json $(ARGS)
 
 test:  ## all tests, on the newest versions
 	$(IN_ENV) newest -m pytest $(ARGS)
