@@ -51,7 +51,11 @@ def initialise(network: torch.nn.Module, generator: torch.Generator) -> None:
 
 
 def fit(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Any:
-    """Train it on drawn pictures, then let its latents have mean 0 and variance 1 / LATENT_SCALE^2, as SD 1.5's have."""
+    """Train it on drawn pictures, then let its latents have mean 0 and variance 1 / LATENT_SCALE^2, as SD 1.5's have.
+
+    At last the decoder alone is trained on, to draw edges and corners sharply; latents stay what they are. SD's own
+    decoder was improved the same way (huggingface.co/stabilityai/sd-vae-ft-mse).
+    """
     network = build(recipe)
     scenes = all_scenes()
 
@@ -67,7 +71,26 @@ def fit(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Any:
     train("autoencoder", network, recipe.autoencoder, loss, seed=recipe.seed, folder=folder, average=0.99, say=say)
     rng, _ = generators(recipe.seed, "normalise", 0)
     _normalise(network, draw(scenes, rng))
+    _sharpen(network, recipe, scenes, folder, say)
     return network
+
+
+def _sharpen(network: Any, recipe: Recipe, scenes: Sequence[Scene], folder: Path, say: Callable[[str], None]) -> None:
+    decoder = network.decoder.requires_grad_(True)
+
+    def loss(_: int, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
+        chosen = rng.integers(len(scenes), size=recipe.decoder.batch)
+        pictures = to_tensor(draw([scenes[n] for n in chosen], rng))
+        with torch.no_grad():
+            latents = network.encode(pictures).latent_dist.mean
+            noise = torch.randn(latents.shape, generator=generator)
+            ready = network.post_quant_conv(latents + _NOISE / LATENT_SCALE * noise)
+        error = decoder(ready) - pictures
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()  # arXiv 1511.05440, eq. 6, with alpha 1
+        total: Tensor = error.abs().mean() + error.square().mean() + edges
+        return total
+
+    train("decoder", decoder, recipe.decoder, loss, seed=recipe.seed, folder=folder, average=0.99, say=say)
 
 
 @torch.no_grad()

@@ -20,9 +20,10 @@ class Recipe:
     """Everything that decides what comes out."""
 
     seed: int = 0
-    autoencoder: Stage = Stage(800, 8, 1.5e-3)
+    autoencoder: Stage = Stage(1600, 8, 1.5e-3)
+    decoder: Stage = Stage(1500, 8, 1e-3)
     text_encoder: Stage = Stage(400, 128, 1e-3)
-    denoiser: Stage = Stage(3000, 64, 1e-3)
+    denoiser: Stage = Stage(4000, 64, 1e-3)
     preference: Stage = Stage(400, 32, 1e-4)
     beta: float = 2000.0  # of the Diffusion-DPO loss
     pictures: int = 32  # of every scene, drawn and encoded once
@@ -38,6 +39,7 @@ SHIPPED = Recipe()
 SMOKE = replace(
     SHIPPED,
     autoencoder=Stage(2, 2, 1e-3),
+    decoder=Stage(2, 2, 1e-3),
     text_encoder=Stage(2, 4, 1e-3),
     denoiser=Stage(2, 4, 1e-3),
     preference=Stage(2, 2, 1e-4),
