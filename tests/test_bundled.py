@@ -1,8 +1,9 @@
-"""The bundled model: that training makes both of its parts, and pictures from them. The trained files are not there yet."""
+"""The bundled model: that training makes both of its parts, and pictures from them; and that what ships is what was made."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from lib_dpo.shapes import checkpoint_shapes
 from lib_dpo.toy.bundled import BASE, FOLDER, REFERENCE, generate, load
 from lib_dpo.toy.pictures import Scene, held_out
 from lib_dpo.toy.study import gain, plateau, point
+from tools.bundled.files import hashes
 from tools.bundled.captions import all_captions, seen_by_captioner
 from tools.bundled.recipe import SMOKE
 from tools.train_bundled_model import make
@@ -79,6 +81,14 @@ def test_strength_is_always_counted_from_the_base(smoke: Path, tmp_path: Path):
         torch.testing.assert_close(networks.live[key], expected)  # float32, one rounding either way
         networks.set_unet()
     assert all(torch.equal(before[key], tensor) for key, tensor in networks.live.items())
+
+
+def test_the_files_that_ship_are_those_of_the_note():
+    note = (FOLDER / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([^`]+)` \| ([\d,]+) \| `([0-9a-f]{64})` \|$", note, re.MULTILINE)
+    assert {name: (int(size.replace(",", "")), digest) for name, size, digest in rows} == hashes(FOLDER)
+    assert {BASE, BASE.replace(".safetensors", ".yaml"), REFERENCE} < hashes(FOLDER).keys()
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 20_000_000
 
 
 def test_the_tokenizer_that_ships_is_clips():

@@ -63,7 +63,8 @@ class Server:
         # A connection of its own for each request: after an error in a request, Forge's web server hangs up.
         limits = httpx.Limits(max_keepalive_connections=0)
         self._http = httpx.Client(base_url=self.url, timeout=_ANSWER_S, auth=auth, trust_env=False, limits=limits)
-        command = [str(self._python), "launch.py", *self.flavour.flags, "--port", str(port), "--data-dir", str(data), *flags]
+        places = ["--data-dir", str(data), "--gradio-allowed-path", str(self._webui)]  # Forge: else none of its own scripts
+        command = [str(self._python), "launch.py", *self.flavour.flags, "--port", str(port), *places, *flags]
         with open(self.log_path, "wb") as log:
             self._process = subprocess.Popen(
                 command, cwd=self._webui, env=_environment(data), stdin=subprocess.DEVNULL, stdout=log,

@@ -67,7 +67,7 @@ def make(recipe: Recipe, work: Path, out: Path, *, bpe: Path | None, say: Callab
     world = denoiser.make_world(recipe, vae, text, tokenizer)
     base = denoiser.fit(recipe, world, work, say)
     files.write_base(out, vae, text, base, recipe)
-    tuned = preference.fit(recipe, world, base, work, say)
+    tuned = preference.fit(recipe, world, base, vae, work, say)
     files.write_reference(out, tuned)
 
 

@@ -26,7 +26,8 @@ class Recipe:
     denoiser: Stage = Stage(4000, 64, 1e-3)
     preference: Stage = Stage(400, 32, 1e-4)
     beta: float = 2000.0  # of the Diffusion-DPO loss
-    pictures: int = 32  # of every scene, drawn and encoded once
+    pictures: int = 32  # of every scene, drawn by the program and encoded once
+    drawn: int = 8  # of every scene, by the base: those that are compared
     autoencoder_widths: tuple[int, ...] = (32, 32, 32, 32)
     unet_widths: tuple[int, ...] = (32, 64, 32, 32)
     unet_heads: int = 8
@@ -44,6 +45,7 @@ SMOKE = replace(
     denoiser=Stage(2, 4, 1e-3),
     preference=Stage(2, 2, 1e-4),
     pictures=1,
+    drawn=2,
 )
 
 # SD 1.5's own numbers

@@ -72,7 +72,7 @@ def train(
         if last or time.monotonic() - saved > _SAVE_EVERY:
             saved = time.monotonic()
             state = {"network": network.state_dict(), "optimiser": optimiser.state_dict(), "mean": mean}
-            _save(state | {"step": step + 1, "seconds": time.monotonic() - start}, path)
+            save(state | {"step": step + 1, "seconds": time.monotonic() - start}, path)
     network.load_state_dict(mean)
     network.requires_grad_(False).eval()
 
@@ -90,7 +90,8 @@ def _rate_at(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) + 0.01
 
 
-def _save(state: object, path: Path) -> None:
+def save(state: object, path: Path) -> None:
+    """Write a file of torch under its name only when it is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
