@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ _STALE = (
     "dpo.energy_kept",  # and its parts
     "dpo.rank_policy",
 )
+_ATTENTION = re.compile(r"(.+self_attn[._])(?:q|k|v|out)_proj")
 
 
 @dataclass(frozen=True)
@@ -143,17 +145,38 @@ def _ranks(
             numel *= math.prod(lora.infos[core.parts["mid"]].shape[2:])
         per_rank = _dtype(lora, core, precision).itemsize * numel // core.rank
         spectra[name] = Spectrum(core.values.square().numpy(), per_rank, 3 * (ENTRY_BYTES + len(name)), len(core.values))
+    whole = _whole_attention(cores)
+    rest = {
+        name: replace(row, energies=row.energies[1:], fixed_bytes=0, cap=row.cap - 1) if name in whole else row
+        for name, row in spectra.items()
+    }
     if policy.energy is not None:
         total = sum(float(row.energies.sum()) for row in spectra.values())
-        return allocate(spectra, energy=policy.energy * total)
-    size = policy.size_mb or 0.0
-    metadata = _metadata(lora, policy)
-    overhead = len(json.dumps(metadata).encode()) + ENTRY_BYTES
-    overhead += sum(lora.infos[key].nbytes + ENTRY_BYTES + len(key) for key in others)
-    ranks = allocate(spectra, budget=int(size * 1e6) - overhead)
-    if not any(ranks.values()):
-        raise SettingError(f"size {size:g} MB holds no layer of {lora.path.name}; choose a larger size")
-    return ranks
+        taken = sum(float(spectra[name].energies[0]) for name in whole)
+        ranks = allocate(rest, energy=policy.energy * total - taken)
+    else:
+        size = policy.size_mb or 0.0
+        metadata = _metadata(lora, policy)
+        overhead = len(json.dumps(metadata).encode()) + ENTRY_BYTES
+        overhead += sum(lora.infos[key].nbytes + ENTRY_BYTES + len(key) for key in others)
+        overhead += sum(spectra[name].bytes_per_rank + spectra[name].fixed_bytes for name in whole)
+        budget = int(size * 1e6) - overhead
+        ranks = allocate(rest, budget=budget)
+        if budget < 0 or not (whole or any(ranks.values())):
+            raise SettingError(f"size {size:g} MB holds no layer of {lora.path.name}; choose a larger size")
+    return {name: rank + (name in whole) for name, rank in ranks.items()}
+
+
+def _whole_attention(names: Iterable[str]) -> set[str]:
+    """Modules of text encoders that get one component at least: hosts take CLIP-G's q, k, v and out together or not at all.
+
+    Names do not tell SD 2's encoder, which is of that kind, from SD 1's, so all encoders are treated alike.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        if match := _ATTENTION.fullmatch(name):
+            groups.setdefault(match[1], []).append(name)
+    return {name for group in groups.values() if len(group) > 1 for name in group}
 
 
 def _own(policy: RankPolicy, lora: Checkpoint, core: _Core) -> int:

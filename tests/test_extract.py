@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from lib_dpo import decompose
 from lib_dpo.arch import ARCHITECTURES
+from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.errors import Cancelled, NothingToDoError, SettingError
 from lib_dpo.extract import ExtractReport, extract
 from lib_dpo.figures import right_base
@@ -23,6 +24,7 @@ from lib_dpo.layers import plan_layers
 from lib_dpo.lora import open_offset, read_lora
 from lib_dpo.model import open_model
 from lib_dpo.offset import Pair, open_pair
+from lib_dpo.resize import resize
 from lib_dpo.settings import ExtractSettings, RankPolicy
 from lib_dpo.shapes import small, unet_diffusers_config
 from lib_dpo.synthetic import small_pair
@@ -306,6 +308,22 @@ def test_clip_g_attention_is_written_whole_or_not_at_all(sdxl: Files, tmp_path: 
     assert written == {f"{layer}{part}_proj" for part in ("q", "k", "v", "out")}
     assert report.components == ("unet", "te2")
     assert report.verdict.level != "fits"
+
+
+@pytest.mark.parametrize("policy", [{"energy": 0.5}, {"size_mb": 0.5}])
+def test_resizing_keeps_clip_g_attention_whole(sdxl: Files, tmp_path: Path, policy: dict[str, float]) -> None:
+    keys = [TE2 + "out_proj.weight", TE2.replace(".3.", ".4.") + "in_proj_weight"]
+    run(changed_text_encoders(sdxl, tmp_path / "in", keys), tmp_path / "l.safetensors", rank=4)
+    with open_checkpoint(tmp_path / "l.safetensors") as lora:
+        report = resize(lora, tmp_path / "r.safetensors", RankPolicy(**policy))  # type: ignore[arg-type]
+    before, after = load_file(tmp_path / "l.safetensors"), load_file(tmp_path / "r.safetensors")
+    assert {key for key in after if "te2" in key} == {key for key in before if "te2" in key}
+    assert sum("lora_up" in key for key in after if "te2" in key) == 8
+    assert len(after) < len(before)
+    if "energy" in policy:
+        assert 0.5 - 1e-4 <= report.energy_kept < 0.51
+    else:
+        assert 0.45e6 < report.file_bytes <= 0.5e6
 
 
 def test_fused_attention_is_split_into_its_three_parts(sdxl: Files, tmp_path: Path) -> None:
