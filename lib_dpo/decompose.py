@@ -92,7 +92,7 @@ class Decomposer:
         self.fallbacks: Counter[str] = Counter()
 
     def load(self, layer: Layer, out: Tensor | None = None) -> tuple[Tensor, Row]:
-        """The layer's delta as a float32 matrix (out, in * kh * kw), and its figures. Out of memory: on the CPU.
+        """The layer's delta as a float32 matrix (out, in * kh * kw), and its figures; on the CPU where the device fails.
 
         Args:
             out: memory for the delta, as in `Pair.weight`.
@@ -101,7 +101,7 @@ class Decomposer:
         try:
             delta, row = measure(self._pair, key, device=self._device, part=part, out=out)
         except RuntimeError as error:
-            self._fall_back(error, key)
+            self._fall_back(error, key, self._device)
             delta, row = measure(self._pair, key, part=part)
         return delta.reshape(layer.matrix), row
 
@@ -124,8 +124,8 @@ class Decomposer:
             try:
                 batch = factorise(torch.stack(list(deltas)), rank, method=method, seeds=seeds)
                 return [Factors(*parts) for parts in zip(*batch, strict=True)]
-            except (RuntimeError, NotImplementedError) as error:
-                self._fall_back(error, names[0])
+            except RuntimeError as error:
+                self._fall_back(error, names[0], deltas[0].device)
         rows = zip(deltas, names, seeds, strict=True)
         return [self._one(delta, name, seed, rank, method) for delta, name, seed in rows]
 
@@ -137,8 +137,8 @@ class Decomposer:
         for device, dtype, how in attempts:
             try:
                 factors = factorise(delta.to(device, dtype), rank, method=how, seeds=(seed,))
-            except (RuntimeError, NotImplementedError) as error:
-                self._fall_back(error, name)
+            except RuntimeError as error:
+                self._fall_back(error, name, device)
             else:
                 return Factors(*(part.float() for part in factors))
         raise BadTensorError(
@@ -150,15 +150,22 @@ class Decomposer:
         """The exact spectrum, float64 on the CPU; computed there in float64 where the device fails."""
         try:
             return singular_values(delta)
-        except (RuntimeError, NotImplementedError) as error:
-            self._fall_back(error, name)
+        except RuntimeError as error:
+            self._fall_back(error, name, delta.device)
             return singular_values(delta.cpu().double())
 
-    def _fall_back(self, error: BaseException, name: str) -> None:
-        """Count an error that another way may avoid; raise any other. LinAlgError and OutOfMemoryError are RuntimeErrors."""
+    def _fall_back(self, error: RuntimeError, name: str, device: torch.device) -> None:
+        """Count an error that another way may avoid; raise any other.
+
+        On the CPU that is only what the maths itself raises. A GPU's solvers fail in many words and no class of their own:
+        "cusolver error: ...", "requires compiling PyTorch with MAGMA", "not supported on MPS". There it is every error.
+
+        Args:
+            device: where it happened.
+        """
         if is_out_of_memory(error):
             reason = "out of memory"
-        elif isinstance(error, (torch.linalg.LinAlgError, NotImplementedError)):  # type: ignore[attr-defined]  # not in its stubs
+        elif device.type != "cpu" or isinstance(error, (torch.linalg.LinAlgError, NotImplementedError)):  # type: ignore[attr-defined]  # not in its stubs
             reason = "decomposition failed"
         else:
             raise error

@@ -1,16 +1,22 @@
-"""Layers side by side: in order, each alone on its thread, and the host's settings as they were."""
+"""Layers side by side: in order, each alone on its thread, and the host's settings as they were. What a broken GPU costs."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 
-from lib_dpo.decompose import side_by_side
+from lib_dpo import decompose
+from lib_dpo.decompose import Decomposer, side_by_side
+from lib_dpo.errors import Cancelled
 from lib_dpo.lowrank import factorise
+from lib_dpo.model import open_model
+from lib_dpo.offset import Pair, open_pair
+from lib_dpo.synthetic import small_pair
 
 CPU = torch.device("cpu")
 
@@ -100,3 +106,91 @@ def test_factors_do_not_depend_on_what_runs_beside_them(three_threads: None) -> 
     for A, factors in zip(matrices, together, strict=True):
         with side_by_side(lambda A: factorise(A, 12, method="randomized"), [A], CPU) as done:
             assert all(torch.equal(one, other) for one, other in zip(factors, next(done), strict=True))
+
+
+# ---- devices that fail ----
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a GPU until it is moved to the CPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+    def to(self, *where: Any, **options: Any) -> torch.Tensor:  # type: ignore[override]
+        if torch.device("cuda") in where:
+            return self
+        return self.as_subclass(torch.Tensor).to(*where, **options)
+
+    def cpu(self, *args: Any, **options: Any) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    files = small_pair(tmp_path_factory.mktemp("sd1"), "sd1")
+    with open_model(files[0]) as base, open_model(files[1]) as tuned:
+        yield open_pair(base, tuned)
+
+
+def breaking(work: Callable[..., Any], error: BaseException) -> Callable[..., Any]:
+    """The same function, but it raises on a device other than the CPU."""
+
+    def broken(A: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if A.device.type != "cpu":
+            raise error
+        return work(A, *args, **options)
+
+    return broken
+
+
+def matrices(device: str, count: int = 2) -> Sequence[torch.Tensor]:
+    made = [torch.randn(24, 40, generator=torch.Generator().manual_seed(n)) for n in range(count)]
+    return [A.as_subclass(OnDevice) for A in made] if device == "cuda" else made
+
+
+BROKEN_SOLVERS = [
+    RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnXsyevd`"),
+    RuntimeError("hipsolver error: HIPSOLVER_STATUS_INTERNAL_ERROR"),
+    RuntimeError("Calling torch.linalg.eigh on a CUDA tensor requires compiling PyTorch with MAGMA."),
+    RuntimeError("linalg_eigh: not supported on MPS"),
+    NotImplementedError("aten::_linalg_eigh.eigenvalues is not currently implemented for the MPS device"),
+]
+
+
+@pytest.mark.parametrize("error", BROKEN_SOLVERS)
+def test_whatever_a_device_cannot_decompose_is_done_on_the_cpu(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    decomposer = Decomposer(pair, torch.device("cuda"), method="exact", seed=0)
+    expected = [factorise(A, 4, method="exact") for A in matrices("cpu")]
+    spectrum = decomposer.singular_values(matrices("cpu")[0], "a")
+    for name in ("factorise", "singular_values"):
+        monkeypatch.setattr(decompose, name, breaking(getattr(decompose, name), error))
+    found = decomposer.factorise(matrices("cuda"), 4, ["a", "b"])
+    assert decomposer.fallbacks == {"decomposition failed": 3}  # the batch, and each alone
+    for factors, right in zip(found, expected, strict=True):
+        assert factors.up.device == CPU
+        assert torch.equal(factors.up, right.up)
+    torch.testing.assert_close(decomposer.singular_values(matrices("cuda")[0], "a"), spectrum, rtol=1e-3, atol=1e-3)
+    assert decomposer.fallbacks == {"decomposition failed": 4}
+
+
+@pytest.mark.parametrize(
+    ("device", "error"), [("cpu", RuntimeError("a bug")), ("cuda", Cancelled("stop")), ("cuda", TypeError("a bug"))]
+)
+def test_a_bug_on_the_cpu_and_a_stop_anywhere_are_raised(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, device: str, error: Exception
+) -> None:
+    def fail(*args: Any, **options: Any) -> Any:
+        raise error
+
+    decomposer = Decomposer(pair, torch.device(device), method="exact", seed=0)
+    for name in ("factorise", "singular_values"):
+        monkeypatch.setattr(decompose, name, fail)
+    with pytest.raises(type(error), match=str(error)):
+        decomposer.factorise(matrices(device, 1), 4, ["a"])
+    with pytest.raises(type(error), match=str(error)):
+        decomposer.singular_values(matrices(device)[0], "a")
+    assert not decomposer.fallbacks
