@@ -17,7 +17,15 @@ from lib_dpo.devices import is_out_of_memory, release
 from lib_dpo.errors import BadTensorError
 from lib_dpo.figures import Row, measure
 from lib_dpo.layers import Layer
-from lib_dpo.lowrank import Factors, choose_method, factorise, full_precision, seed_for, singular_values
+from lib_dpo.lowrank import (
+    Factors,
+    choose_method,
+    factorise,
+    full_precision,
+    residual_energy_,
+    seed_for,
+    singular_values,
+)
 from lib_dpo.offset import Pair
 from lib_dpo.settings import Method
 
@@ -102,7 +110,11 @@ class Decomposer:
             delta, row = measure(self._pair, key, device=self._device, part=part, out=out)
         except RuntimeError as error:
             self._fall_back(error, key, self._device)
-            delta, row = measure(self._pair, key, part=part)
+            return self._load_on_cpu(layer)
+        return delta.reshape(layer.matrix), row
+
+    def _load_on_cpu(self, layer: Layer) -> tuple[Tensor, Row]:
+        delta, row = measure(self._pair, layer.module.key, part=layer.module.part)
         return delta.reshape(layer.matrix), row
 
     def factorise(self, deltas: Sequence[Tensor], rank: int, names: Sequence[str]) -> list[Factors]:
@@ -153,6 +165,17 @@ class Decomposer:
         except RuntimeError as error:
             self._fall_back(error, name, delta.device)
             return singular_values(delta.cpu().double())
+
+    def round_(self, layer: Layer, delta: Tensor, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
+        """Both factors in another dtype, and ||delta - up down||^2 of these. Overwrites `delta`; out of memory: on the CPU."""
+        try:
+            up, down = factors.up.to(dtype), factors.down.to(dtype)
+            return up, down, residual_energy_(delta, up, down)
+        except RuntimeError as error:
+            self._fall_back(error, layer.module.key, delta.device)
+        up, down = factors.up.cpu().to(dtype), factors.down.cpu().to(dtype)
+        delta, _ = self._load_on_cpu(layer)  # again: the one on the device may be half overwritten
+        return up, down, residual_energy_(delta, up, down)
 
     def _fall_back(self, error: RuntimeError, name: str, device: torch.device) -> None:
         """Count an error that another way may avoid; raise any other.

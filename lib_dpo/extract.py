@@ -21,7 +21,7 @@ from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders, measure,
 from lib_dpo.keymap import component_of
 from lib_dpo.layers import Layer, plan_layers
 from lib_dpo.lora import ENTRY_BYTES, METADATA_BYTES, kohya_metadata
-from lib_dpo.lowrank import Factors, energy, full_precision, residual_energy_
+from lib_dpo.lowrank import Factors, energy, full_precision
 from lib_dpo.offset import Pair, licence
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
@@ -289,8 +289,7 @@ class _Run:
         if factors is None:
             row.residual = row.offset
             return _Prepared(layer, row)
-        up, down = factors.up.to(self.dtype), factors.down.to(self.dtype)
-        row.residual = residual_energy_(delta, up, down)
+        up, down, row.residual = self.decomposer.round_(layer, delta, factors, self.dtype)
         self._check_fits(layer, row.residual)
         return _Prepared(layer, row, up, down)
 

@@ -268,6 +268,28 @@ def test_a_decomposition_that_fails_is_done_in_float64_and_counted(
     assert report.tally.total.energy_kept == pytest.approx(fine.tally.total.energy_kept, abs=1e-4)
 
 
+def test_memory_that_runs_out_after_the_decomposition_costs_one_layer_a_second_reading(
+    sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = decompose.residual_energy_, []
+
+    def residual_energy_(A: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> float:
+        found = real(A, up, down)  # which overwrites A
+        calls.append(A)
+        if len(calls) == 5:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    for name in ("fine", "short"):
+        (tmp_path / name).mkdir()
+    run(sd1, tmp_path / "fine" / "l.safetensors", rank=4)
+    monkeypatch.setattr(decompose, "residual_energy_", residual_energy_)
+    report = run(sd1, tmp_path / "short" / "l.safetensors", rank=4)
+    assert report.fallbacks == {"out of memory": 1}
+    assert len(calls) == report.layers + 1
+    assert (tmp_path / "short" / "l.safetensors").read_bytes() == (tmp_path / "fine" / "l.safetensors").read_bytes()
+
+
 def test_a_batch_that_does_not_fit_is_done_one_by_one(sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = torch.cuda.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(decompose, "factorise", failing(error, when=lambda A, options: A.ndim == 3))
