@@ -19,10 +19,10 @@ from lib_dpo.figures import Row, measure
 from lib_dpo.layers import Layer
 from lib_dpo.lowrank import (
     Factors,
-    choose_method,
     factorise,
     full_precision,
     residual_energy_,
+    resolve_method,
     seed_for,
     singular_values,
 )
@@ -88,7 +88,7 @@ class Scratch(threading.local):
 
 
 class Decomposer:
-    """Loads and factorises layers of a pair on one device. Counts the methods used and the fallbacks taken.
+    """Loads and factorises layers of a pair on one device. Counts the methods that ran and the fallbacks taken.
 
     May be used from several threads at once.
     """
@@ -127,17 +127,15 @@ class Decomposer:
             BadTensorError: no way worked.
         """
         seeds = [seed_for(self._seed, name) for name in names]
-        method = self._method
-        if method == "auto":
-            method = choose_method(min(deltas[0].shape), max(deltas[0].shape), rank)
-        with self._counting:
-            self.methods[method] += len(deltas)
+        method = resolve_method(min(deltas[0].shape), max(deltas[0].shape), rank, self._method)
         if len(deltas) > 1 and len({delta.device for delta in deltas}) == 1:  # one may be on the CPU, out of memory
             try:
                 batch = factorise(torch.stack(list(deltas)), rank, method=method, seeds=seeds)
-                return [Factors(*parts) for parts in zip(*batch, strict=True)]
             except RuntimeError as error:
                 self._fall_back(error, names[0], deltas[0].device)
+            else:
+                self._count(method, len(deltas))
+                return [Factors(*parts) for parts in zip(*batch, strict=True)]
         rows = zip(deltas, names, seeds, strict=True)
         return [self._one(delta, name, seed, rank, method) for delta, name, seed in rows]
 
@@ -152,11 +150,16 @@ class Decomposer:
             except RuntimeError as error:
                 self._fall_back(error, name, device)
             else:
+                self._count(how, 1)
                 return Factors(*(part.float() for part in factors))
         raise BadTensorError(
             f"{self._pair.tuned.path.name}: the offset of {name} could not be decomposed, not even on the CPU in float64; "
             "check both files with `inspect`, and get them again if they are damaged"
         )
+
+    def _count(self, method: Method, layers: int) -> None:
+        with self._counting:
+            self.methods[method] += layers
 
     def singular_values(self, delta: Tensor, name: str) -> Tensor:
         """The exact spectrum, float64 on the CPU; computed there in float64 where the device fails."""

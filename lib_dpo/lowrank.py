@@ -114,11 +114,9 @@ def factorise(
         raise ValueError(f"rank {rank} is outside 1..{short} of a {out}x{in_} matrix")
     if len(seeds) != len(A):
         raise ValueError(f"{len(seeds)} seeds for {len(A)} matrices")
-    if method == "auto":
-        method = choose_method(short, long, rank)
     wide = A if out <= in_ else A.mT  # (batch, short, long)
     blocks = blocks or krylov_blocks(rank)
-    if method == "exact" or blocks * block_size(rank) >= short:  # a Krylov basis that spans everything is exact
+    if resolve_method(short, long, rank, method, blocks=blocks) == "exact":
         U, projection = _gram_subspace(wide, rank)
     else:
         U, projection = _krylov_subspace(wide, rank, seeds, blocks)
@@ -127,6 +125,15 @@ def factorise(
     left = U * root.mT  # (batch, short, rank)
     right = projection / root.clamp_min(torch.finfo(A.dtype).tiny)  # (batch, rank, long)
     return Factors(left, right, values) if out <= in_ else Factors(right.mT, left.mT, values)
+
+
+def resolve_method(
+    short: int, long: int, rank: int, method: Method, *, blocks: int | None = None
+) -> Literal["exact", "randomized"]:
+    """The method that `factorise` runs: where a Krylov basis would span everything, the exact one, which costs less."""
+    if method == "auto":
+        method = choose_method(short, long, rank)
+    return "exact" if (blocks or krylov_blocks(rank)) * block_size(rank) >= short else method
 
 
 def choose_method(short: int, long: int, rank: int) -> Literal["exact", "randomized"]:

@@ -194,3 +194,24 @@ def test_a_bug_on_the_cpu_and_a_stop_anywhere_are_raised(
     with pytest.raises(type(error), match=str(error)):
         decomposer.singular_values(matrices(device)[0], "a")
     assert not decomposer.fallbacks
+
+
+# ---- what is counted ----
+
+
+def test_the_method_that_ran_is_counted_not_the_one_asked_for(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    decomposer = Decomposer(pair, CPU, method="randomized", seed=0)
+    decomposer.factorise(matrices("cpu"), 1, ["a", "b"])  # 12 blocks of 4 columns span all 24 rows
+    assert decomposer.methods == {"exact": 2}
+    decomposer.factorise([torch.randn(64, 80, generator=torch.Generator().manual_seed(0))], 1, ["c"])
+    assert decomposer.methods == {"exact": 2, "randomized": 1}
+    real = decompose.factorise
+
+    def factorise(A: torch.Tensor, rank: int, **options: Any) -> Any:
+        if options["method"] == "randomized":
+            raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
+        return real(A, rank, **options)
+
+    monkeypatch.setattr(decompose, "factorise", factorise)
+    decomposer.factorise([torch.randn(64, 80, generator=torch.Generator().manual_seed(0))], 1, ["d"])
+    assert decomposer.methods == {"exact": 3, "randomized": 1}
