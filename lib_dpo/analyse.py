@@ -50,7 +50,7 @@ class Spectra:
     """Figures from the singular values of every layer; energies as shares of ||offset||^2 of what is extracted."""
 
     ranks: list[int]
-    energy_at_rank: list[float]  # the optimum of a LoRA with this rank in every layer
+    energy_at_rank: list[float]  # the optimum of a LoRA with this rank in every layer, capped as `extract` caps it
     size_mb_at_rank: list[float]  # fp16
     size_mb: list[float]  # along the optimal allocation of ranks
     energy_at_size: list[float]
@@ -170,8 +170,8 @@ def _spectra(pair: Pair, tally: Tally, device: torch.device, steps: Steps) -> Sp
             effective.setdefault(block_of(pair.architecture, layer.module.key) or "", []).append(_effective_rank(energies))
         steps.advance(layer.numel, layer.module.key)
     total = sum(row.offset for name, row in tally.components.items() if name in components)
-    at_rank = [sum(float(s.energies[:rank].sum()) for s in rows.values()) / total for rank in _CURVE_RANKS]
-    sizes = [sum(s.bytes_per_rank * min(rank, len(s.energies)) for s in rows.values()) / 1e6 for rank in _CURVE_RANKS]
+    at_rank = [sum(float(s.energies[: min(rank, s.cap)].sum()) for s in rows.values()) / total for rank in _CURVE_RANKS]
+    sizes = [sum(s.bytes_per_rank * min(rank, s.cap) for s in rows.values()) / 1e6 for rank in _CURVE_RANKS]
     curve = size_curve(rows)
     return Spectra(
         ranks=list(_CURVE_RANKS),

@@ -26,7 +26,7 @@ from lib_dpo.offset import Pair, licence
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.ranks import Spectrum, allocate, break_even_rank
-from lib_dpo.settings import ExtractSettings
+from lib_dpo.settings import ExtractSettings, RankPolicy
 from lib_dpo.writer import LEGACY_HASH, SafetensorsWriter
 
 
@@ -46,6 +46,7 @@ class ExtractReport:
     methods: Mapping[str, int]
     fallbacks: Mapping[str, int]
     energy_wanted: float | None
+    capped: int  # layers whose rank is below the one asked for, since larger factors outgrow the layer
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -57,6 +58,7 @@ class ExtractReport:
             "file_bytes": self.file_bytes,
             "rank_policy": self.policy,
             "ranks": {"min": min(used, default=0), "max": max(used, default=0)},
+            "capped_layers": self.capped,
             "components": list(self.components),
             **self.tally.energy_kept(),
             "energy_wanted": self.energy_wanted,
@@ -98,7 +100,7 @@ def extract(
         fixed = settings.policy.fixed
         steps = Steps(sum(layer.numel for layer in layers) * (1 if fixed else 2), on_progress)
         if fixed:
-            ranks = _fixed_ranks(layers, fixed, settings.policy.conv_rank)
+            ranks = _fixed_ranks(layers, settings.policy)
         else:
             ranks = _planned_ranks(pair, layers, components, settings, decomposer, steps, device)
         run = _Run(pair, Path(output), settings, components, layers, ranks, decomposer, steps)
@@ -117,17 +119,22 @@ def _measure_text_encoders(pair: Pair) -> Tally:
 # ---- ranks ----
 
 
-def _fixed_ranks(layers: Sequence[Layer], rank: int, conv_rank: int | None) -> dict[str, int]:
+def _fixed_ranks(layers: Sequence[Layer], policy: RankPolicy) -> dict[str, int]:
+    """The rank asked for, but in no layer one from which on its factors are larger than the layer itself."""
     pairs = [layer for layer in layers if layer.kind == "pair"]
     for name, value, own in (
-        ("rank", rank, pairs),
-        ("conv_rank", conv_rank or 1, [layer for layer in pairs if layer.is_wide_convolution]),
+        ("rank", policy.fixed or 1, pairs),
+        ("conv_rank", policy.conv_rank or 1, [layer for layer in pairs if layer.is_wide_convolution]),
     ):
         largest = max((min(layer.matrix) for layer in own), default=value)
         if value > largest:
             raise SettingError(f"{name} {value} is larger than every layer; expected at most {largest} for this model")
-    wanted = {layer: conv_rank if conv_rank and layer.is_wide_convolution else rank for layer in pairs}
-    return {layer.module.name: min(value, *layer.matrix) for layer, value in wanted.items()}
+    return {layer.module.name: min(_asked(policy, layer), break_even_rank(*layer.matrix)) for layer in pairs}
+
+
+def _asked(policy: RankPolicy, layer: Layer) -> int:
+    """The rank that a policy names for a layer; 0 where it names none."""
+    return policy.conv_rank if policy.conv_rank and layer.is_wide_convolution else policy.fixed or 0
 
 
 def _planned_ranks(
@@ -215,7 +222,7 @@ class _Run:
     ) -> ExtractReport:
         self.tally = Tally(self.pair.architecture)
         self.digest = hashlib.sha256()
-        self.written = 0
+        self.written = self.capped = 0
         self.dtype = PRECISION[self.settings.precision]
         largest = max(math.prod(self.pair.base.shape(layer.module.key)) for layer in self.layers)
         self.scratch = Scratch(largest if device.type == "cpu" else 0)
@@ -257,6 +264,7 @@ class _Run:
             methods=self.decomposer.methods,
             fallbacks=self.decomposer.fallbacks,
             energy_wanted=self.settings.policy.energy,
+            capped=self.capped,
         )
 
     def _expected_bytes(self) -> int:
@@ -318,6 +326,7 @@ class _Run:
         self._add(layer, "lora_down.weight", down.reshape(rank, in_ // math.prod(kernel), *kernel))
         self._add(layer, "lora_up.weight", up.reshape(layer.shape[0], rank, *(1 for _ in kernel)))
         self.written += 1
+        self.capped += self.ranks[layer.module.name] < _asked(self.settings.policy, layer)
 
     def _check_fits(self, layer: Layer, residual: float) -> None:
         if not residual < float("inf"):  # NaN too

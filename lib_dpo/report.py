@@ -51,6 +51,11 @@ def extract_text(report: ExtractReport) -> str:
         f"noise floor {_percent(total.noise_floor)}: the share that rounding of the two files alone explains",
         report.verdict.text,
     ]
+    if report.capped:
+        lines.append(
+            f"{report.capped} of {report.layers} layers at a lower rank than asked for: beyond it, factors would be "
+            "larger than the layers themselves"
+        )
     if report.fallbacks:
         lines.append("fell back: " + ", ".join(f"{reason} {count} x" for reason, count in report.fallbacks.items()))
     return "\n".join(lines)

@@ -84,18 +84,21 @@ def test_the_figures_of_diff_are_those_of_float64(sd1: Files) -> None:
     assert key in pair.keys
 
 
-def test_the_spectra_say_what_an_extraction_would_keep(sd1: Files, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [8, 64])  # 64 is more than most layers can use
+def test_the_spectra_say_what_an_extraction_would_keep(sd1: Files, tmp_path: Path, rank: int) -> None:
     from lib_dpo.extract import extract
     from lib_dpo.settings import ExtractSettings, RankPolicy
 
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         pair = open_pair(base, tuned)
         report = diff(pair, spectra=True, device="cpu")
-        settings = ExtractSettings(RankPolicy(rank=8), method="exact", device="cpu")
+        settings = ExtractSettings(RankPolicy(rank=rank), method="exact", device="cpu")
         extracted = extract(pair, tmp_path / "l.safetensors", settings)
     assert report.spectra is not None
-    at_8 = report.spectra.energy_at_rank[report.spectra.ranks.index(8)]
-    assert at_8 == pytest.approx(extracted.tally.total.energy_kept, abs=1e-4)
+    row = report.spectra.ranks.index(rank)
+    assert report.spectra.energy_at_rank[row] == pytest.approx(extracted.tally.total.energy_kept, abs=1e-4)
+    numbers = sum(tensor.numel() for key, tensor in load_file(tmp_path / "l.safetensors").items() if not key.endswith("alpha"))
+    assert report.spectra.size_mb_at_rank[row] == pytest.approx(2e-6 * numbers)
     sizes, energies = report.spectra.size_mb, report.spectra.energy_at_size
     assert sizes == sorted(sizes)
     assert energies == sorted(energies)

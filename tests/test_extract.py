@@ -24,6 +24,8 @@ from lib_dpo.layers import plan_layers
 from lib_dpo.lora import open_offset, read_lora
 from lib_dpo.model import open_model
 from lib_dpo.offset import Pair, open_pair
+from lib_dpo.ranks import break_even_rank
+from lib_dpo.report import extract_text
 from lib_dpo.resize import resize
 from lib_dpo.settings import ExtractSettings, RankPolicy
 from lib_dpo.shapes import small, unet_diffusers_config
@@ -90,7 +92,7 @@ def test_every_method_comes_to_999_thousandths_of_the_optimum(sd1: Files, tmp_pa
         pair = open_pair(base, tuned)
         for layer in plan_layers(pair, "portable", ("unet",)):
             delta = pair.delta(layer.module.key).reshape(layer.matrix).double()
-            optimum += float(torch.linalg.svdvals(delta)[:4].square().sum())
+            optimum += float(torch.linalg.svdvals(delta)[: min(4, break_even_rank(*layer.matrix))].square().sum())
     kept = report.tally.total.offset - report.tally.total.residual
     assert 0.999 * optimum <= kept <= optimum * (1 + 1e-6)
 
@@ -114,7 +116,10 @@ def test_the_report_the_metadata_and_verify_agree(sdxl: Files, tmp_path: Path) -
     assert not found.unmatched
 
 
-def test_at_full_rank_in_fp32_nothing_is_missed_but_norms_and_biases(sd1: Files, tmp_path: Path) -> None:
+def test_at_full_rank_in_fp32_nothing_is_missed_but_norms_and_biases(
+    sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lib_dpo.extract.break_even_rank", min)
     report = run(sd1, tmp_path / "l.safetensors", rank=128, precision="fp32", method="exact")
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         pair = open_pair(base, tuned)
@@ -148,9 +153,28 @@ def test_conv_rank_counts_for_3x3_convolutions_only(sd1: Files, tmp_path: Path) 
     for key, tensor in load_file(tmp_path / "l.safetensors").items():
         if key.endswith("lora_down.weight"):
             wide = tensor.ndim == 4 and tensor.shape[-1] > 1
-            assert tensor.shape[0] == min(2 if wide else 6, tensor[0].numel()), key
+            assert tensor.shape[0] == (2 if wide else 6), key
             up = load_file(tmp_path / "l.safetensors")[key.replace("down", "up")] if wide else None
             assert up is None or up.shape[2:] == (1, 1)
+
+
+@pytest.mark.parametrize("ranks", [{"rank": 64}, {"rank": 8, "conv_rank": 48}])
+def test_no_pair_is_larger_than_its_layer_and_the_report_counts_those_kept_smaller(
+    sd1: Files, tmp_path: Path, ranks: dict[str, int]
+) -> None:
+    report = run(sd1, tmp_path / "l.safetensors", **ranks)
+    lora, capped = load_file(tmp_path / "l.safetensors"), 0
+    for key, down in lora.items():
+        if not key.endswith("lora_down.weight"):
+            continue
+        (rank, in_), out = down.flatten(1).shape, len(lora[key.replace("down.weight", "up.weight")])
+        asked = ranks.get("conv_rank", ranks["rank"]) if down[0, 0].numel() > 1 else ranks["rank"]
+        assert rank == min(asked, out * in_ // (out + in_)), key
+        capped += rank < asked
+    assert capped > 0
+    assert report.as_json()["capped_layers"] == capped
+    assert f"\n{capped} of {report.layers} layers at a lower rank than asked for" in extract_text(report)
+    assert "lower rank" not in extract_text(run(sd1, tmp_path / "s.safetensors", size_mb=1))
 
 
 def test_the_energy_policy_reaches_its_energy_in_a_smaller_file_than_one_rank_for_all(sd1: Files, tmp_path: Path) -> None:
@@ -348,7 +372,8 @@ def test_resizing_keeps_clip_g_attention_whole(sdxl: Files, tmp_path: Path, poli
         assert 0.45e6 < report.file_bytes <= 0.5e6
 
 
-def test_fused_attention_is_split_into_its_three_parts(sdxl: Files, tmp_path: Path) -> None:
+def test_fused_attention_is_split_into_its_three_parts(sdxl: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lib_dpo.extract.break_even_rank", min)
     files = changed_text_encoders(sdxl, tmp_path / "in", [TE2 + "in_proj_weight"])
     run(files, tmp_path / "l.safetensors", rank=64, precision="fp32", method="exact")
     lora, base, tuned = load_file(tmp_path / "l.safetensors"), load_file(files[0]), load_file(files[1])
