@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lib_dpo import decompose
-from lib_dpo.arch import ARCHITECTURES
+from lib_dpo.arch import ARCHITECTURES, TextEncoder
 from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.errors import Cancelled, NothingToDoError, SettingError
 from lib_dpo.extract import ExtractReport, extract
 from lib_dpo.figures import right_base
-from lib_dpo.keymap import UNET, unet_to_diffusers
+from lib_dpo.keymap import UNET, lora_modules, unet_to_diffusers
 from lib_dpo.layers import plan_layers
 from lib_dpo.lora import open_offset, read_lora
 from lib_dpo.model import open_model
@@ -28,7 +28,7 @@ from lib_dpo.ranks import break_even_rank
 from lib_dpo.report import extract_text
 from lib_dpo.resize import resize
 from lib_dpo.settings import ExtractSettings, RankPolicy
-from lib_dpo.shapes import small, unet_diffusers_config
+from lib_dpo.shapes import checkpoint_shapes, small, unet_diffusers_config
 from lib_dpo.synthetic import small_pair
 from lib_dpo.verify import verify
 
@@ -468,6 +468,61 @@ def test_diffusers_loads_every_key_of_a_portable_file_and_fuses_the_same_weights
             expected = offset.read(names[name]).reshape(value.shape) if name in names else torch.zeros_like(value)
             torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-4)
         assert len(names) == sum(len(shape) > 1 for shape in offset.shapes.values())
+
+
+def small_text_encoder(encoder: TextEncoder, width: int, layers: int) -> torch.nn.Module:
+    """One of transformers, as diffusers expects it for an architecture."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        vocab_size=64,
+    )
+    return (CLIPTextModelWithProjection if encoder.folder == "text_encoder_2" else CLIPTextModel)(config)
+
+
+@pytest.mark.newest
+@pytest.mark.parametrize("arch", ["sd2", "sdxl"])
+def test_a_pipeline_of_diffusers_takes_every_key_of_a_portable_file_with_text_encoders(
+    arch: str, tmp_path: Path, sdxl: Files
+) -> None:
+    import diffusers
+    from peft.tuners.lora import LoraLayer
+
+    architecture = ARCHITECTURES[arch]
+    base = sdxl if arch == "sdxl" else small_pair(tmp_path / "pair", arch)
+    # diffusers leaves the last layer of SD 2's text encoder out, which nothing uses
+    layers = {encoder.folder: encoder.layers - (arch == "sd2") for encoder in architecture.text_encoders}
+    left_out = (UNET, "cond_stage_model.model.transformer.resblocks.23.")
+    keys = [key for key in checkpoint_shapes(arch) if not key.startswith(left_out) and lora_modules(architecture, key)]
+    run(changed_text_encoders(base, tmp_path / "in", keys), tmp_path / "l.safetensors", rank=4, precision="fp32")
+
+    config = {key: value for key, value in unet_diffusers_config(arch, small(arch)).items() if key[0] != "_"}
+    models: dict[str, Any] = {"unet": diffusers.UNet2DConditionModel(**config)}
+    for encoder, width in zip(architecture.text_encoders, small(arch).text, strict=True):
+        models[encoder.folder] = small_text_encoder(encoder, width, layers[encoder.folder])
+    kind = diffusers.StableDiffusionXLPipeline if arch == "sdxl" else diffusers.StableDiffusionPipeline
+    others = dict.fromkeys(name for name in kind._get_signature_keys(kind)[0] if name not in models)
+    kind(**models, **others).load_lora_weights(tmp_path / "l.safetensors")
+
+    written = load_file(tmp_path / "l.safetensors")
+    loaded = 0
+    for name, model in models.items():
+        prefix = next((encoder.kohya for encoder in architecture.text_encoders if encoder.folder == name), "lora_unet")
+        modules = {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+        assert len(modules) == sum(key.startswith(prefix + "_") for key in written) / 3
+        loaded += len(modules)
+        if name == "unet":  # its values: the test above
+            continue
+        for path, module in modules.items():
+            ours = f"{prefix}_text_model_{path.removeprefix('text_model.').replace('.', '_')}"
+            up, down = written[ours + ".lora_up.weight"], written[ours + ".lora_down.weight"]
+            torch.testing.assert_close(module.get_delta_weight("default_0"), up @ down, atol=1e-6, rtol=1e-4)
+    assert 3 * loaded == len(written)
 
 
 @pytest.mark.newest
