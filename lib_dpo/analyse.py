@@ -43,6 +43,7 @@ _KINDS: tuple[tuple[str, str], ...] = (
 KINDS = ("self-attention", "cross-attention", "feed-forward", "projection", "convolution", "embedding", "norm")
 _CURVE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _FP16 = 2
+_SPECTRUM_POINTS = 64
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Spectra:
         return {
             "rank": {"rank": self.ranks, "energy": self.energy_at_rank, "size_mb": self.size_mb_at_rank},
             "size": {"size_mb": self.size_mb, "energy": self.energy_at_size},
+            "mean_spectrum": _thinned(self.mean_spectrum),
             "effective_rank": self.effective_rank,
         }
 
@@ -80,8 +82,17 @@ class DiffReport:
     vae: str
     spectra: Spectra | None
 
+    def heat_map(self) -> dict[str, dict[str, float]]:
+        """Relative change by kind of layer and block, in the order of the forward pass; kinds that changed only."""
+        labels = block_labels(self.tally.architecture)
+        return {
+            kind: {name: rows[name].relative_change for name in labels if name in rows and rows[name].base}
+            for kind, rows in self.kinds.items()
+            if any(row.offset for row in rows.values())
+        }
+
     def as_json(self) -> dict[str, Any]:
-        """The figures that the command prints."""
+        """The figures that the command prints, and those behind its picture."""
         labels = block_labels(self.tally.architecture)
         blocks = {name: self.tally.blocks[name].as_json() for name in labels if name in self.tally.blocks}
         return {
@@ -93,6 +104,7 @@ class DiffReport:
             "components": {name: row.as_json() for name, row in self.tally.components.items()},
             "changed_text_encoders": changed_text_encoders(self.tally),
             "blocks": blocks,
+            "heat_map": self.heat_map(),
             "largest_relative_changes": [{"key": key, "relative_change": value} for key, value in self.largest],
             "vae": self.vae,
             "spectra": self.spectra.as_json() if self.spectra else None,
@@ -187,6 +199,13 @@ def _spectra(pair: Pair, tally: Tally, device: torch.device, steps: Steps) -> Sp
 def _effective_rank(energies: NDArray[np.float64]) -> float:
     shares = energies[energies > 0] / energies.sum()
     return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def _thinned(spectrum: list[float]) -> dict[str, list[Any]]:
+    """A spectrum at `_SPECTRUM_POINTS` components at most, numbered from 1 and evenly spread on a logarithmic axis."""
+    last = max(1, len(spectrum))
+    at = np.unique(np.geomspace(1, last, _SPECTRUM_POINTS).round().astype(np.int64))[: len(spectrum)].tolist()
+    return {"component": at, "value": [spectrum[n - 1] for n in at]}
 
 
 def _mean_spectrum(rows: list[Spectrum]) -> list[float]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib_dpo.analyse import KINDS, DiffReport
+from lib_dpo.analyse import DiffReport
 from lib_dpo.keymap import block_labels
 from lib_dpo.writer import write_bytes_atomic
 
@@ -56,13 +56,9 @@ def write_figure(figure: Any, path: Path) -> None:
 
 def _heat_map(axes: Axes, figure: Any, report: DiffReport) -> None:
     labels = [name for name in block_labels(report.tally.architecture) if name in report.tally.blocks]
-    kinds = [kind for kind in KINDS if any(row.offset for row in report.kinds[kind].values())]
-    values = np.full((len(kinds), len(labels)), np.nan)
-    for i, kind in enumerate(kinds):
-        for j, label in enumerate(labels):
-            row = report.kinds[kind].get(label)
-            if row is not None and row.base:
-                values[i, j] = 100 * row.relative_change
+    heat = report.heat_map()
+    kinds = list(heat)
+    values = np.array([[100 * heat[kind].get(label, math.nan) for label in labels] for kind in kinds])
     image = axes.imshow(values, aspect="auto", cmap="YlOrRd", vmin=0)
     axes.set_facecolor("#f1f5f9")
     axes.set_xticks(range(len(labels)), labels, rotation=90 if len(labels) > 16 else 0, fontsize=8)

@@ -102,6 +102,11 @@ def test_the_spectra_say_what_an_extraction_would_keep(sd1: Files, tmp_path: Pat
     sizes, energies = report.spectra.size_mb, report.spectra.energy_at_size
     assert sizes == sorted(sizes)
     assert energies == sorted(energies)
+    thinned = report.as_json()["spectra"]["mean_spectrum"]
+    assert thinned["component"][0] == thinned["value"][0] == 1
+    assert thinned["component"][-1] == len(report.spectra.mean_spectrum)
+    assert thinned["value"] == [report.spectra.mean_spectrum[n - 1] for n in thinned["component"]]
+    assert len(thinned["component"]) < 65 < len(report.spectra.mean_spectrum)
     plot_diff(report, tmp_path / "d.png")
     assert (tmp_path / "d.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -110,6 +115,21 @@ def test_a_picture_without_spectra(sd1: Files, tmp_path: Path) -> None:
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         plot_diff(diff(open_pair(base, tuned)), tmp_path / "d.png")
     assert (tmp_path / "d.png").stat().st_size > 10_000
+
+
+def test_the_json_holds_the_heat_map(sd1: Files) -> None:
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        pair = open_pair(base, tuned)
+        heat = diff(pair).as_json()["heat_map"]
+        keys = [key for key in pair.keys if "middle_block" in key and ".attn1." in key]
+        weights = torch.cat([base.read(key).double().flatten() for key in keys])
+        deltas = torch.cat([tuned.read(key).double().flatten() for key in keys]) - weights
+    assert list(heat) == list(KINDS)
+    assert heat["self-attention"]["MID"] == pytest.approx(float(deltas.norm() / weights.norm()), rel=1e-5)
+    assert heat["self-attention"].keys() == {"IN01", "IN02", "IN04", "IN05", "IN07", "IN08", "MID"} | {
+        f"OUT{n:02d}" for n in range(3, 12)
+    }
+    assert heat["embedding"].keys() >= {"TIME", "IN01", "OUT11"}
 
 
 # ---- compat ----
