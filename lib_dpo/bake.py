@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from lib_dpo.model import Model
 from lib_dpo.offset import Offset, check_finite, check_is_model
 from lib_dpo.precision import PRECISION, round_once
 from lib_dpo.progress import Progress, Steps
-from lib_dpo.writer import SafetensorsWriter, check_output, write_text_atomic
+from lib_dpo.writer import SafetensorsWriter, check_output, write_bytes_atomic
 
+SidecarFate = Literal["copied", "replaced", "removed", "kept", "none"]
 _PIECE = 1 << 18  # values added at once: their float64 copies stay in the cache
 
 
@@ -38,6 +40,7 @@ class BakeReport:
     kept: int
     not_applied: tuple[str, ...]
     rounding_loss: float  # ||stored - exact||^2 / ||strength * offset||^2
+    sidecar: SidecarFate  # what was done with the .yaml beside the output
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -50,6 +53,7 @@ class BakeReport:
             "tensors_kept": self.kept,
             "not_applied": list(self.not_applied),
             "rounding_loss": self.rounding_loss,
+            "sidecar": self.sidecar,
         }
 
 
@@ -75,11 +79,11 @@ def bake(
         MismatchError: other architectures, a target that lacks tensors or has other shapes, or is itself an offset file.
         SettingError: a block that the architecture does not have.
         BadTensorError: NaN or Inf in the offset or in the result.
-        OutputError: the output exists or cannot be written.
+        OutputError: the output, or another .yaml beside it, exists or cannot be written.
     """
     plan, not_applied = _plan(target, offset)
     check_blocks(blocks, target.architecture)
-    config = _config_to_copy(target.path, output, overwrite=overwrite)
+    check_sidecar(target.path, output, overwrite=overwrite)
     run = _Run(target, offset, strength, blocks, precision)
     infos = target.checkpoint.infos
     output_dtypes = {key: run.output_dtype(key, plan.get(key)) for key in infos}
@@ -96,11 +100,9 @@ def bake(
             else:
                 writer.add(key, run.tensor(key, canonical, output_dtypes[key]))
             steps.advance(infos[key].nbytes, key)
-        writer.finish(_metadata(target, offset, output, strength, blocks, precision, hashes))
-    if config:
-        write_text_atomic(output.with_suffix(".yaml"), config.read_text(encoding="utf-8"))
-    elif not target.path.with_suffix(".yaml").is_file():
-        output.with_suffix(".yaml").unlink(missing_ok=True)  # of what was overwritten: hosts would load ours with it
+        metadata = _metadata(target, offset, output, strength, blocks, precision, hashes)
+        with _sidecar_in_place(target.path, output, overwrite=overwrite) as sidecar:
+            writer.finish(metadata)
     return BakeReport(
         path=output,
         architecture=target.architecture.name,
@@ -110,6 +112,7 @@ def bake(
         kept=len(infos) - run.changed,
         not_applied=not_applied,
         rounding_loss=run.lost / run.wanted if run.wanted else 0.0,
+        sidecar=sidecar,
     )
 
 
@@ -260,18 +263,52 @@ def _models(metadata: Mapping[str, str]) -> dict[str, Any]:
     return models if isinstance(models, dict) else {}
 
 
-def _config_to_copy(target: Path, output: Path, *, overwrite: bool) -> Path | None:
-    """The sidecar .yaml of the target, where it has one: hosts read the prediction type from it.
+def check_sidecar(target: Path, output: Path, *, overwrite: bool) -> None:
+    """Refuse a .yaml beside the output that is not the target's: hosts would load the output with it.
 
     Raises:
-        OutputError: another one lies beside the output, and would be replaced or mistaken for the output's.
+        OutputError: it would have to be replaced or removed, and `overwrite` is not set.
     """
-    config, copy = target.with_suffix(".yaml"), output.with_suffix(".yaml")
-    if config.is_file() and copy.is_file() and copy.read_bytes() == config.read_bytes():
-        return None
-    if config.is_file() or copy.is_file():
-        check_output(copy, overwrite=overwrite)
-    return config if config.is_file() else None
+    if _sidecar_fate(target, output) in ("copied", "replaced", "removed"):
+        check_output(output.with_suffix(".yaml"), overwrite=overwrite)
+
+
+def _sidecar_fate(target: Path, output: Path) -> SidecarFate:
+    """What is to be done so that the output has the sidecar .yaml of the target, or none where that has none."""
+    wanted, found = _sidecar(target), _sidecar(output)
+    if wanted == found:
+        return "none" if found is None else "kept"
+    if wanted is None:
+        return "removed"
+    return "copied" if found is None else "replaced"
+
+
+def _sidecar(checkpoint: Path) -> bytes | None:
+    """The .yaml beside a checkpoint file, from which hosts read the prediction type; None without one."""
+    file = checkpoint.with_suffix(".yaml") if checkpoint.name and not checkpoint.is_dir() else None
+    return file.read_bytes() if file and file.is_file() else None
+
+
+@contextmanager
+def _sidecar_in_place(target: Path, output: Path, *, overwrite: bool) -> Iterator[SidecarFate]:
+    """Have the output's sidecar as it is to be, before the output gets its name; an error in the block undoes it."""
+    check_sidecar(target, output, overwrite=overwrite)  # again: another one may have appeared meanwhile
+    fate, before = _sidecar_fate(target, output), _sidecar(output)
+    try:
+        _put(output.with_suffix(".yaml"), _sidecar(target))
+        yield fate
+    except BaseException:
+        _put(output.with_suffix(".yaml"), before)
+        raise
+
+
+def _put(file: Path, content: bytes | None) -> None:
+    """Make a file hold this, or be gone for None. One that does already is not touched."""
+    if content is None:
+        if file.is_file():
+            file.unlink()
+    elif not file.is_file() or file.read_bytes() != content:
+        write_bytes_atomic(file, content)
 
 
 def _item_bytes(dtype: str) -> int:

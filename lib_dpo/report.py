@@ -94,11 +94,20 @@ def bake_text(report: BakeReport) -> str:
         + f", {report.kept} copied as they were",
         f"rounding to the stored dtype took {_percent(report.rounding_loss)} of the change",
     ]
+    if report.sidecar in _SIDECAR:
+        lines.append(_SIDECAR[report.sidecar].format(report.path.with_suffix(".yaml")))
     if report.not_applied:
         lines.append(
             f"{len(report.not_applied)} keys of the offset are unknown or have no place here, first {report.not_applied[0]}"
         )
     return "\n".join(lines)
+
+
+_SIDECAR = {
+    "copied": "copied the target's .yaml to {}",
+    "replaced": "replaced {}, which was another one, by the target's .yaml",
+    "removed": "removed {}: the target has no .yaml, and hosts would have loaded the new file with it",
+}
 
 
 def resize_text(report: ResizeReport) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -16,16 +18,18 @@ from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.bake import BakeReport, bake
 from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.dense import write_offset
-from lib_dpo.errors import BadTensorError, Cancelled, MismatchError, SettingError
+from lib_dpo.errors import BadTensorError, Cancelled, MismatchError, OutputError, SettingError
 from lib_dpo.extract import extract
 from lib_dpo.keymap import EVERYWHERE, UNET, BlockWeights, block_of, parse_blocks, unet_to_diffusers
 from lib_dpo.lora import open_offset
 from lib_dpo.model import open_model
 from lib_dpo.offset import open_pair
 from lib_dpo.precision import round_once
+from lib_dpo.report import bake_text
 from lib_dpo.resize import resize
 from lib_dpo.settings import ExtractSettings, RankPolicy
 from lib_dpo.synthetic import small_pair
+from lib_dpo.writer import SafetensorsWriter
 
 Files = tuple[Path, Path]
 SD1 = ARCHITECTURES["sd1"]
@@ -177,6 +181,72 @@ def test_everything_else_stays_byte_for_byte(sd1: Files, lora: Path, tmp_path: P
     assert "sshs_model_hash" not in found
     assert json.loads(found["sd_merge_recipe"])["type"] == "dpo-offset"
     assert (tmp_path / "out.yaml").read_text() == "model: {}\n"
+
+
+def test_an_other_sidecar_is_removed_only_as_told_and_said_so(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    sidecar = tmp_path / "b.yaml"
+    sidecar.write_text("mine\n")
+    with pytest.raises(OutputError, match=r"b\.yaml: exists already"):
+        run(sd1[0], lora, tmp_path / "b.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["b.yaml"]
+    report = run(sd1[0], lora, tmp_path / "b.safetensors", overwrite=True)
+    assert not sidecar.exists()
+    assert report.as_json()["sidecar"] == "removed"
+    assert f"removed {sidecar}" in bake_text(report)
+
+
+def test_what_became_of_the_sidecar_is_reported(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    target, output, sidecar = tmp_path / "target.safetensors", tmp_path / "b.safetensors", tmp_path / "b.yaml"
+    target.write_bytes(sd1[0].read_bytes())
+    assert run(target, lora, output).sidecar == "none"
+    target.with_suffix(".yaml").write_bytes(b"model: \xff\n")  # copied as it is, whatever its letters
+    for before, fate in ((None, "copied"), (b"model: \xff\n", "kept"), (b"other\n", "replaced")):
+        if before is not None:
+            sidecar.write_bytes(before)
+        report = run(target, lora, output, overwrite=True)
+        assert (report.sidecar, sidecar.read_bytes()) == (fate, b"model: \xff\n")
+        assert (str(sidecar) in bake_text(report)) == (fate != "kept")
+
+
+@pytest.mark.parametrize("of_target", [True, False])
+def test_an_error_before_the_end_leaves_the_sidecar_and_the_output_as_they_were(
+    sd1: Files, lora: Path, tmp_path: Path, of_target: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, output = tmp_path / "target.safetensors", tmp_path / "b.safetensors"
+    target.write_bytes(sd1[0].read_bytes())
+    if of_target:
+        target.with_suffix(".yaml").write_text("model: {}\n")
+    output.write_text("mine")
+    output.with_suffix(".yaml").write_text("mine too")
+    before = tiny.snapshot(tmp_path)
+    replace = os.replace
+
+    def fail(source: Path, place: Path) -> None:
+        if place == output:
+            raise OSError(28, "No space left on device")
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OutputError, match="disk is full"):
+        run(target, lora, output, overwrite=True)
+    assert tiny.snapshot(tmp_path) == before
+
+
+def test_the_sidecar_is_there_when_the_output_gets_its_name(
+    sd1: Files, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, output = tmp_path / "target.safetensors", tmp_path / "b.safetensors"
+    target.write_bytes(sd1[0].read_bytes())
+    target.with_suffix(".yaml").write_text("model: {}\n")
+    finish = SafetensorsWriter.finish
+
+    def watched(self: SafetensorsWriter, *args: Any, **options: Any) -> None:
+        assert output.with_suffix(".yaml").is_file()
+        assert not output.exists()
+        finish(self, *args, **options)
+
+    monkeypatch.setattr(SafetensorsWriter, "finish", watched)
+    assert run(target, lora, output).sidecar == "copied"
 
 
 def test_the_merge_history_grows_by_both_files(sd1: Files, lora: Path, tmp_path: Path) -> None:
