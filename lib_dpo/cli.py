@@ -319,8 +319,9 @@ def _diff(args: argparse.Namespace) -> Result:
 def _extract(args: argparse.Namespace) -> Result:
     from lib_dpo.extract import extract
     from lib_dpo.report import extract_text
-    from lib_dpo.writer import check_output
+    from lib_dpo.writer import check_output, check_safetensors_output
 
+    check_safetensors_output(args.output, overwrite=args.overwrite)
     settings = ExtractSettings(_policy(args), args.method, args.profile, args.precision, args.device, args.seed)
     with _pair(args) as pair, _progress("extracting") as tell:
         files = (*pair.base.checkpoint.files, *pair.tuned.checkpoint.files)
@@ -333,8 +334,9 @@ def _extract(args: argparse.Namespace) -> Result:
 def _offset(args: argparse.Namespace) -> Result:
     from lib_dpo.dense import write_offset
     from lib_dpo.report import offset_text
-    from lib_dpo.writer import check_output
+    from lib_dpo.writer import check_output, check_safetensors_output
 
+    check_safetensors_output(args.output, overwrite=args.overwrite)
     with _pair(args) as pair, _progress("writing") as tell:
         files = (*pair.base.checkpoint.files, *pair.tuned.checkpoint.files)
         check_output(args.output, overwrite=args.overwrite, inputs=files)
@@ -358,16 +360,18 @@ def _verify(args: argparse.Namespace) -> Result:
 
 
 def _bake(args: argparse.Namespace) -> Result:
-    from lib_dpo.bake import bake
+    from lib_dpo.bake import bake, check_sidecar
     from lib_dpo.checkpoint import sha256_in_background
     from lib_dpo.keymap import parse_blocks
     from lib_dpo.lora import open_offset
     from lib_dpo.model import open_model
     from lib_dpo.report import bake_text
-    from lib_dpo.writer import check_output
+    from lib_dpo.writer import check_output, check_safetensors_output
 
     check("strength", args.strength)
     blocks = parse_blocks(args.blocks)
+    check_safetensors_output(args.output, overwrite=args.overwrite)
+    check_sidecar(Path(args.target), args.output, overwrite=args.overwrite)  # what a hub: name stands for has none
     with ExitStack() as stack:
         target = stack.enter_context(open_model(_path(args, args.target)))
         checkpoint, offset = open_offset(_path(args, args.offset), target.architecture)
@@ -393,10 +397,11 @@ def _resize(args: argparse.Namespace) -> Result:
     from lib_dpo.checkpoint import open_checkpoint
     from lib_dpo.report import resize_text
     from lib_dpo.resize import resize
-    from lib_dpo.writer import check_output
+    from lib_dpo.writer import check_output, check_safetensors_output
 
     if args.rank is None and args.energy is None and args.size_mb is None:
         raise SettingError("resize needs a new rank, energy or size; give --rank, --energy or --size-mb")
+    check_safetensors_output(args.output, overwrite=args.overwrite)
     with open_checkpoint(_path(args, args.lora)) as lora, _progress("resizing") as tell:
         check_output(args.output, overwrite=args.overwrite, inputs=lora.files)
         report = resize(lora, args.output, _policy(args), precision=args.precision, overwrite=args.overwrite, on_progress=tell)

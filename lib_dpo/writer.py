@@ -62,6 +62,16 @@ def check_output(path: str | Path, *, overwrite: bool, inputs: Iterable[Path] = 
         raise OutputError(f"{path}: cannot be created, {folder} is no folder that may be written to; choose another one")
 
 
+def check_safetensors_output(path: str | Path, *, overwrite: bool) -> None:
+    """The same for the file of a `SafetensorsWriter`, by its name alone: before inputs are opened or downloaded."""
+    path = Path(path)
+    if path.suffix.lower() != ".safetensors":
+        raise OutputError(f"{path}: expected a name that ends in .safetensors; rename it")
+    if _encodable(str(path)) != str(path):
+        raise OutputError(f"{path}: has a name that is not UTF-8, which the library cannot open; choose another")
+    check_output(path, overwrite=overwrite)
+
+
 class SafetensorsWriter:
     """Writes one .safetensors file: `with SafetensorsWriter(...) as out`, then `add` each tensor, then `finish`.
 
@@ -89,11 +99,7 @@ class SafetensorsWriter:
         compact: bool = False,
     ) -> None:
         self.path = Path(path)
-        if self.path.suffix.lower() != ".safetensors":
-            raise OutputError(f"{self.path}: expected a name that ends in .safetensors; rename it")
-        if _encodable(str(self.path)) != str(self.path):
-            raise OutputError(f"{self.path}: has a name that is not UTF-8, which the library cannot open; choose another")
-        check_output(self.path, overwrite=overwrite)
+        check_safetensors_output(self.path, overwrite=overwrite)
         self._overwrite = overwrite
         self._start = _up_to_8(8 + max_tensors * _ENTRY_BYTES + max_metadata_bytes)
         self._needed = self._start + expected_bytes

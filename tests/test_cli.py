@@ -451,6 +451,33 @@ def test_an_existing_output_is_kept_or_replaced_as_told(sd1: Layouts, tmp_path: 
     assert tiny.snapshot(tmp_path).keys() == {"lora.safetensors"}
 
 
+@pytest.mark.parametrize("command", ["extract", "offset", "bake", "resize"])
+@pytest.mark.parametrize(("name", "message"), [("mine.safetensors", "--overwrite"), ("out.ckpt", "ends in .safetensors")])
+def test_an_output_is_refused_before_anything_is_fetched(
+    command: str, name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fetch(spec: str, **options: Any) -> Path:
+        pytest.fail(f"{spec} was fetched")
+
+    monkeypatch.setattr("lib_dpo.hub.resolve", fetch)
+    (tmp_path / "mine.safetensors").write_bytes(b"mine")
+    names = {"bake": ("--target", "--offset"), "resize": ("--lora",)}.get(command, ("--base", "--tuned"))
+    arguments = [part for option in names for part in (option, "hub:owner/name")]
+    rank = ("--rank", 2) if command == "resize" else ()
+    assert tiny.run(command, *arguments, *rank, "-o", tmp_path / name) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_other_sidecar_is_refused_before_anything_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("lib_dpo.hub.resolve", lambda spec, **options: pytest.fail(f"{spec} was fetched"))
+    (tmp_path / "out.yaml").write_text("mine\n")
+    output = tmp_path / "out.safetensors"
+    assert tiny.run("bake", "--target", "hub:owner/name", "--offset", "hub:owner/other", "-o", output) == 2
+    assert "out.yaml: exists already" in capsys.readouterr().err
+
+
 def test_missing_folders_are_made(sd1: Layouts, tmp_path: Path):
     assert tiny.run("extract", *pair(sd1), "-o", tmp_path / "a" / "b" / "lora.safetensors", "--rank", 1) == 0
     assert tiny.snapshot(tmp_path).keys() == {"a", "a/b", "a/b/lora.safetensors"}
