@@ -1,4 +1,7 @@
-"""Target + strength x offset, as a new checkpoint file: streamed tensor by tensor, everything else copied byte for byte."""
+"""Target + strength x offset, as a new checkpoint file: streamed tensor by tensor, everything else copied byte for byte.
+
+Of a diffusers folder the UNet alone is written, as one file under diffusers' names.
+"""
 
 from __future__ import annotations
 
@@ -41,6 +44,7 @@ class BakeReport:
     not_applied: tuple[str, ...]
     rounding_loss: float  # ||stored - exact||^2 / ||strength * offset||^2
     sidecar: SidecarFate  # what was done with the .yaml beside the output
+    unet_only: bool  # the target is a diffusers folder
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -54,6 +58,7 @@ class BakeReport:
             "not_applied": list(self.not_applied),
             "rounding_loss": self.rounding_loss,
             "sidecar": self.sidecar,
+            "unet_only": self.unet_only,
         }
 
 
@@ -72,6 +77,7 @@ def bake(
     """Write `target + strength * offset`. Sums in float64, rounded once to the stored dtype.
 
     Args:
+        target: of a diffusers folder the UNet is written, and text encoders are among what was not applied.
         precision: `keep` leaves every dtype as it is; fp16, bf16, fp32 convert UNet, text encoders and VAE.
         hashes: called last; SHA-256 of the target's and the offset's file, for the merge recipe.
 
@@ -85,10 +91,11 @@ def bake(
     check_blocks(blocks, target.architecture)
     check_sidecar(target.path, output, overwrite=overwrite)
     run = _Run(target, offset, strength, blocks, precision)
-    infos = target.checkpoint.infos
+    unet_only, prefix = _is_folder(target), _written_prefix(target)
+    infos = {key: info for key, info in target.checkpoint.infos.items() if key.startswith(prefix)}
     output_dtypes = {key: run.output_dtype(key, plan.get(key)) for key in infos}
     order = list(infos)
-    if precision != "keep":  # widest numbers first, so that every tensor stays aligned
+    if precision != "keep" or unet_only:  # widest numbers first, so that every tensor stays aligned
         order.sort(key=lambda key: -_item_bytes(output_dtypes[key]))
     expected = sum(_item_bytes(output_dtypes[key]) * max(1, math.prod(infos[key].shape)) for key in infos)
     steps = Steps(expected, on_progress)
@@ -96,9 +103,9 @@ def bake(
         for key in order:
             canonical = plan.get(key)
             if canonical is None and output_dtypes[key] == infos[key].dtype:
-                writer.add_raw(key, infos[key].dtype, infos[key].shape, target.checkpoint.raw(key))
+                writer.add_raw(key.removeprefix(prefix), infos[key].dtype, infos[key].shape, target.checkpoint.raw(key))
             else:
-                writer.add(key, run.tensor(key, canonical, output_dtypes[key]))
+                writer.add(key.removeprefix(prefix), run.tensor(key, canonical, output_dtypes[key]))
             steps.advance(infos[key].nbytes, key)
         metadata = _metadata(target, offset, output, strength, blocks, precision, hashes)
         with _sidecar_in_place(target.path, output, overwrite=overwrite) as sidecar:
@@ -113,14 +120,13 @@ def bake(
         not_applied=not_applied,
         rounding_loss=run.lost / run.wanted if run.wanted else 0.0,
         sidecar=sidecar,
+        unet_only=unet_only,
     )
 
 
 def _plan(target: Model, offset: Offset) -> tuple[dict[str, str], tuple[str, ...]]:
     """File key -> canonical key for what changes, and the offset's keys that the target has no place for."""
-    name = target.path.name
-    if target.checkpoint.format == "folder":
-        raise MismatchError(f"{name} is a folder; bake writes one file: give a checkpoint file, or the .safetensors in unet/")
+    name, prefix = target.path.name, _written_prefix(target)
     if target.architecture is not offset.architecture:
         raise MismatchError(
             f"{offset.name} is an offset for {offset.architecture.title} but {name} is {target.architecture.title}; "
@@ -134,7 +140,7 @@ def _plan(target: Model, offset: Offset) -> tuple[dict[str, str], tuple[str, ...
         source = target.sources.get(key)
         if source is None and component_of(target.architecture, key) == "unet":
             raise MismatchError(f"{name} lacks the UNet tensor {key}, which {offset.name} changes; expected a complete UNet")
-        if source is None or len(source.keys) > 1 or source.transpose:
+        if source is None or len(source.keys) > 1 or source.transpose or not source.keys[0].startswith(prefix):
             not_applied.append(key)
             continue
         if key not in weights:
@@ -146,6 +152,16 @@ def _plan(target: Model, offset: Offset) -> tuple[dict[str, str], tuple[str, ...
         fitted(torch.empty(shape, device="meta"), target.shape(key), key, offset.name, name)
         plan[source.keys[0]] = key
     return plan, (*not_applied, *offset.unmatched)
+
+
+def _is_folder(target: Model) -> bool:
+    """Whether it is a diffusers folder: no single file can hold what is in one under its own names."""
+    return target.checkpoint.format == "folder" and target.recognised.layout == "diffusers"
+
+
+def _written_prefix(target: Model) -> str:
+    """What the file keys to write begin with, and lose: `unet.` of a whole diffusers folder, nothing of all others."""
+    return target.recognised.unet_prefix if _is_folder(target) else ""
 
 
 def fitted(delta: Tensor, shape: tuple[int, ...], key: str, offset_name: str, target_name: str) -> Tensor:

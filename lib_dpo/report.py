@@ -94,6 +94,8 @@ def bake_text(report: BakeReport) -> str:
         + f", {report.kept} copied as they were",
         f"rounding to the stored dtype took {_percent(report.rounding_loss)} of the change",
     ]
+    if report.unet_only:
+        lines.append("holds the UNet alone, in diffusers naming, as a file in unet/ does: the target is a folder")
     if report.sidecar in _SIDECAR:
         lines.append(_SIDECAR[report.sidecar].format(report.path.with_suffix(".yaml")))
     if report.not_applied:

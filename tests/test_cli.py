@@ -350,6 +350,40 @@ def test_an_inpainting_model_takes_the_offset_of_a_plain_one(sd1: Layouts, tmp_p
     assert tiny.figures(report, "compat", "--target", target, *pair(sd1))["drift"] > 0.5
 
 
+@pytest.mark.parametrize("part", ["", "unet"])
+@pytest.mark.parametrize("layout", ["folder", "sharded"])
+def test_of_a_folder_the_unet_is_baked_into_one_file(
+    sdxl: Layouts, layout: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder, offset, baked = sdxl[f"base.{layout}"] / part, tmp_path / "o.safetensors", tmp_path / "b.safetensors"
+    assert tiny.run("offset", *pair(sdxl), "-o", offset) == 0
+    before = tiny.snapshot(folder)
+    capsys.readouterr()
+    report = tiny.figures(tmp_path / "r.json", "bake", "--target", folder, "--offset", offset, "-o", baked)
+    assert "UNet alone" in capsys.readouterr().out
+    assert tiny.snapshot(folder) == before
+    assert (report["unet_only"], report["tensors_kept"], report["not_applied"]) == (True, 0, [])
+    with open_model(folder) as target:
+        unet = {
+            name.removeprefix("unet."): target.read(key) for key in target.keys("unet") for name in target.sources[key].keys
+        }
+    found, deltas = load_file(baked), load_file(offset)
+    assert found.keys() == unet.keys() == deltas.keys()
+    for key, weight in unet.items():
+        assert torch.equal(found[key], (weight.double() + deltas[key].double()).to(weight.dtype)), key
+    with open_model(baked) as model:
+        assert (model.architecture.name, model.components()) == ("sdxl", ("unet",))
+
+
+def test_of_a_folder_the_text_encoder_is_named_as_not_applied(sd1: Layouts, tmp_path: Path):
+    tuned = tiny.save(tmp_path / "tuned.safetensors", with_changed_text_encoder("sd1", "cond_stage", 1e-3))
+    lora, baked = tmp_path / "l.safetensors", tmp_path / "b.safetensors"
+    assert tiny.run("extract", *pair(sd1)[:2], "--tuned", tuned, "-o", lora, "--rank", 2) == 0
+    report = tiny.figures(tmp_path / "r.json", "bake", "--target", sd1["base.folder"], "--offset", lora, "-o", baked)
+    assert report["not_applied"]
+    assert all(key.startswith("cond_stage_model.") for key in report["not_applied"])
+
+
 # ---- verdicts ----
 
 
