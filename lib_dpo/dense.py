@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ import torch
 
 from lib_dpo import __version__
 from lib_dpo.errors import NothingToDoError, SettingError
-from lib_dpo.figures import Tally, Verdict, measure, right_base
+from lib_dpo.figures import Tally, Verdict, changed_text_encoders, measure, right_base
 from lib_dpo.keymap import component_of, unet_to_diffusers
+from lib_dpo.lora import modelspec_metadata
 from lib_dpo.lowrank import energy, full_precision
 from lib_dpo.offset import Pair, licence
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
+from lib_dpo.verify import counted
 from lib_dpo.writer import SafetensorsWriter
 
 
@@ -30,6 +33,7 @@ class OffsetReport:
     tensors: int
     file_bytes: int
     tally: Tally
+    kept: Tally  # what energy kept is told of, as for a LoRA: the UNet, and text encoders that changed, of which none is
     verdict: Verdict
     text_encoder_left_out: bool
 
@@ -40,7 +44,7 @@ class OffsetReport:
             "architecture": self.architecture,
             "tensors": self.tensors,
             "file_bytes": self.file_bytes,
-            "energy_kept": self.tally.components["unet"].energy_kept,
+            **self.kept.energy_kept(),
             "noise_floor": self.tally.components["unet"].noise_floor,
             "relative_change": self.tally.components["unet"].relative_change,
             "verdict": self.verdict.as_json(),
@@ -78,6 +82,7 @@ def write_offset(
     ):
         for key in pair.keys:
             delta, row = measure(pair, key)
+            row.residual = row.offset
             name = unet_to_diffusers(pair.architecture, key)
             if name is not None:
                 stored = delta.to(dtype)
@@ -92,12 +97,18 @@ def write_offset(
                 f"{pair.base.path.name} and {pair.tuned.path.name} hold the same UNet: there is no offset to write"
             )
         verdict = right_base(pair, tally)
+        kept = counted(tally, ("unet", *changed_text_encoders(tally)))
+        figures = kept.energy_kept()
         metadata = {
             "format": "pt",
+            **modelspec_metadata(pair.architecture, "offset", output.stem),
             "dpo.kind": "offset",
             "dpo.base": pair.base.name,
             "dpo.tuned": pair.tuned.name,
             "dpo.architecture": pair.architecture.name,
+            "dpo.energy_kept": repr(figures["energy_kept"]),
+            "dpo.energy_kept_by_component": json.dumps(figures["energy_kept_by_component"]),
+            "dpo.energy_kept_by_block": json.dumps(figures["energy_kept_by_block"]),
             "dpo.noise_floor": repr(tally.components["unet"].noise_floor),
             "dpo.verdict": verdict.text,
             "dpo.precision": precision,
@@ -111,6 +122,7 @@ def write_offset(
         tensors=len(unet),
         file_bytes=output.stat().st_size,
         tally=tally,
+        kept=kept,
         verdict=verdict,
         text_encoder_left_out=any(row.offset for name, row in tally.components.items() if name != "unet"),
     )

@@ -385,9 +385,16 @@ def kohya_metadata(arch: Architecture, *, dim: str, alpha: str, conv_dim: str | 
         "ss_network_dim": dim,
         "ss_network_alpha": alpha,
         "ss_network_args": json.dumps(arguments),
+        **modelspec_metadata(arch, "lora", title),
+        "dpo.version": __version__,
+    }
+
+
+def modelspec_metadata(arch: Architecture, kind: str, title: str) -> dict[str, str]:
+    """Stability's `modelspec.*` entries of something that is added to a model of an architecture, such as a `lora`."""
+    return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{arch.modelspec}/lora",
+        "modelspec.architecture": f"{arch.modelspec}/{kind}",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
-        "dpo.version": __version__,
     }

@@ -63,7 +63,12 @@ def extract_text(report: ExtractReport) -> str:
 
 def offset_text(report: OffsetReport) -> str:
     """What the offset file is good for."""
-    lines = [f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.tensors} tensors)", report.verdict.text]
+    lines = [
+        f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.tensors} tensors)",
+        f"energy kept {_percent(report.kept.total.energy_kept)} of the DPO change",
+        *_kept_by_component(report.kept),
+        report.verdict.text,
+    ]
     if report.text_encoder_left_out:
         lines.append("the text encoders differ too; an offset file holds the UNet only")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,10 +70,7 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
             tally.add(key, row)
             steps.advance(numel[key], key)
     touched = {component_of(pair.architecture, key) for key in offset.shapes}
-    wanted = {"unet", *changed_text_encoders(tally), *touched}
-    kept = Tally(pair.architecture)
-    kept.components = {name: row for name, row in tally.components.items() if name in wanted}
-    kept.blocks = {name: row for name, row in tally.blocks.items() if name[:2] != "TE" or name.lower() in wanted}
+    kept = counted(tally, {"unet", *changed_text_encoders(tally), *touched})
     if not kept.total.offset:
         raise NothingToDoError(
             f"{pair.base.path.name} and {pair.tuned.path.name} hold the same weights: there is no change to keep"
@@ -85,6 +82,14 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
         unmatched=offset.unmatched + tuple(sorted(offset.shapes.keys() - numel.keys())),
         claimed=_claimed(offset.metadata),
     )
+
+
+def counted(tally: Tally, components: Collection[str | None]) -> Tally:
+    """The same figures of these components and their blocks only."""
+    kept = Tally(tally.architecture)
+    kept.components = {name: row for name, row in tally.components.items() if name in components}
+    kept.blocks = {name: row for name, row in tally.blocks.items() if name[:2] != "TE" or name.lower() in components}
+    return kept
 
 
 def _claimed(metadata: Mapping[str, str]) -> float | None:

@@ -548,6 +548,37 @@ def test_the_printed_figures_are_those_in_the_json(sd1: Layouts, tmp_path: Path,
     assert re.fullmatch(r"[0-9a-f]{64}", metadata["dpo.base_sha256"])
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+def test_an_offset_file_says_what_it_holds(sd1: Layouts, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    offset, report = tmp_path / "my offset.safetensors", tmp_path / "r.json"
+    found = tiny.figures(report, "offset", *pair(sd1), "-o", offset, "--precision", precision)
+    kept = found["energy_kept"]
+    assert kept == 1 if precision == "fp32" else 0.999 < kept < 1
+    assert found["energy_kept_by_component"] == {"unet": kept}
+    assert {"TIME", "IN00", "MID", "OUT00", "OUT"} <= found["energy_kept_by_block"].keys()
+    assert "energy kept 100.00 %" in capsys.readouterr().out
+    with safe_open(str(offset), framework="pt") as file:
+        metadata = file.metadata()
+    assert float(metadata["dpo.energy_kept"]) == kept
+    for name in ("energy_kept_by_component", "energy_kept_by_block"):
+        assert json.loads(metadata[f"dpo.{name}"]) == found[name]
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/offset"
+    assert metadata["modelspec.title"] == "my offset"
+    verified = tiny.figures(report, "verify", "--lora", offset, *pair(sd1))
+    assert verified["energy_kept_claimed"] == kept
+    assert verified["energy_kept"] == pytest.approx(kept, abs=1e-9)
+    assert verified["energy_kept_by_block"] == pytest.approx(found["energy_kept_by_block"], abs=1e-9)
+
+
+def test_an_offset_file_keeps_nothing_of_a_text_encoder(sd1: Layouts, tmp_path: Path):
+    tuned = tiny.save(tmp_path / "tuned.safetensors", with_changed_text_encoder("sd1", "cond_stage", 1e-3))
+    offset, files = tmp_path / "o.safetensors", (*pair(sd1)[:2], "--tuned", tuned)
+    found = tiny.figures(tmp_path / "r.json", "offset", *files, "-o", offset)
+    verified = tiny.figures(tmp_path / "r.json", "verify", "--lora", offset, *files)
+    assert found["energy_kept_by_component"] == verified["energy_kept_by_component"] == {"unet": 1, "te1": 0}
+    assert found["energy_kept"] == pytest.approx(verified["energy_kept"], abs=1e-9)
+
+
 @pytest.mark.parametrize(
     ("command", "stop"),
     [
