@@ -6,8 +6,8 @@
 They live in ${XDG_CACHE_HOME:-~/.cache}/sd-webui-dpo/envs and are named by a hash of the pins and the Python version:
 a changed pin makes a new one. Delete that folder to get the disk space back.
 
-pip is called with your own configuration and no index of ours. Where PyPI's torch is a CUDA build (Linux on x86-64),
-`export PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu` makes pip offer the small CPU build as well.
+pip is called with your own configuration. On Linux PyPI's torch is a CUDA build of gigabytes: where there is no GPU, and
+you have set no index of your own, PyTorch's index of CPU builds is asked as well, if it can be reached.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sd-webui-dpo" / "envs"
+CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 MARKER = "complete"  # written last: an environment without it is half-built
 PYTHON_310_SETS = ("a1111", "forge")  # the hosts run on 3.10, and their torch has no wheels for much newer ones
 # A Debian Python without python3-venv has no ensurepip, and a pyenv shim exists for versions that do not run.
@@ -113,9 +116,40 @@ def build(env: Path, *, base: str, pins: Path, title: str) -> None:
         say(f"building the environment {title}: the first time this downloads PyTorch and takes minutes")
         shutil.rmtree(env, ignore_errors=True)
         run(base, "-m", "venv", str(env))
-        run(str(env / "bin" / "python"), "-m", "pip", "install", "-qq", "--no-input", "-r", str(pins))
+        python = str(env / "bin" / "python")
+        run(python, "-m", "pip", "install", "-qq", "--no-input", *index_of_cpu_builds(python), "-r", str(pins))
         (env / MARKER).touch()
         say(f"built {env}")
+
+
+def index_of_cpu_builds(python: str) -> list[str]:
+    """Arguments for pip that offer PyTorch's CPU builds; none where a GPU is, or you chose an index, or it is out of reach."""
+    if not sys.platform.startswith("linux") or has_gpu() or has_own_index(python) or not is_reachable(f"{CPU_BUILDS}/torch/"):
+        return []
+    say(f"no GPU here: taking the CPU build of PyTorch from {CPU_BUILDS}")
+    return ["--extra-index-url", CPU_BUILDS]
+
+
+def has_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether there are traces of an NVIDIA or AMD GPU or its driver."""
+    return any(devices.glob("nvidia*")) or (devices / "kfd").exists() or shutil.which("nvidia-smi") is not None
+
+
+def has_own_index(python: str) -> bool:
+    """Whether pip's configuration, files and PIP_ variables alike, says where packages come from."""
+    return (
+        re.search(r"^\S*\.(index-url|extra-index-url|no-index)=", output(python, "-m", "pip", "config", "list"), re.M)
+        is not None
+    )
+
+
+def is_reachable(url: str) -> bool:
+    """Whether a page answers within seconds."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=4):
+            return True
+    except (OSError, ValueError):  # ValueError: a proxy's address that makes no sense
+        return False
 
 
 def run(*command: str) -> None:
