@@ -130,7 +130,7 @@ def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) ->
             blocks[block_of(pair.architecture, key) or ""].add(sums)
             steps.advance(1, key)
     if not any(sums.offset for sums in tensors):
-        raise NothingToDoError(f"{pair.base.path.name} and {pair.tuned.path.name} hold the same UNet: there is no offset")
+        raise NothingToDoError(f"{' and '.join(pair.file_names)} hold the same UNet: there is no offset")
     return _judge(target, pair, tensors, {name: row for name, row in blocks.items() if row.base})
 
 

@@ -93,9 +93,7 @@ def write_offset(
             tally.add(key, row)
             steps.advance(numel[key], key)
         if not tally.components["unet"].offset:
-            raise NothingToDoError(
-                f"{pair.base.path.name} and {pair.tuned.path.name} hold the same UNet: there is no offset to write"
-            )
+            raise NothingToDoError(f"{' and '.join(pair.file_names)} hold the same UNet: there is no offset to write")
         verdict = right_base(pair, tally)
         kept = counted(tally, ("unet", *changed_text_encoders(tally)))
         figures = kept.energy_kept()

@@ -1,7 +1,8 @@
-"""Names of files that people and API callers give: one file in a folder we know, never a path out of it."""
+"""Names of files: as people and API callers give them, never a path out of a folder we know, and as messages show them."""
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -42,3 +43,12 @@ def output_path(folder: Path, name: str) -> Path:
     if _RESERVED.fullmatch(stem) or stem.lower() in _FORBIDDEN_ALIASES:
         raise OutputError(f"the name {shown} is reserved; choose another one")
     return folder / (stem + _SUFFIX)
+
+
+def names_apart(one: Path, other: Path) -> tuple[str, str]:
+    """The names of two files, each with as many folders before it as it takes to tell them apart."""
+    first, second = (Path(os.path.abspath(path)).parts for path in (one, other))
+    for count in range(1, max(len(first), len(second))):
+        if first[-count:] != second[-count:]:
+            return str(Path(*first[-count:])), str(Path(*second[-count:]))
+    return str(one), str(other)

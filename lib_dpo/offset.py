@@ -13,6 +13,7 @@ from lib_dpo.arch import Architecture, Shape
 from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
 from lib_dpo.keymap import UNET, block_of
 from lib_dpo.model import Model
+from lib_dpo.names import names_apart
 
 Kind = Literal["dense", "lora"]
 # A GroupNorm's weight lies near 1 in a model and near 0 in an offset; the smallest mean of SD's own norms is about 0.2.
@@ -56,6 +57,11 @@ class Pair:
     def architecture(self) -> Architecture:
         return self.base.architecture
 
+    @property
+    def file_names(self) -> tuple[str, str]:
+        """What messages call the two files: many references are all named diffusion_pytorch_model.safetensors."""
+        return names_apart(self.base.path, self.tuned.path)
+
     def weight(self, key: str, device: torch.device | str = "cpu", out: Tensor | None = None) -> Tensor:
         """The base's weight in float32 on `device`; the caller's own, to be written to.
 
@@ -85,10 +91,10 @@ class Pair:
         return self.to_delta_(self.weight(key, device), key)
 
     def _blame(self, key: str) -> BadTensorError:
-        for model in (self.base, self.tuned):
-            check_finite(model, key)
+        for model, name in zip((self.base, self.tuned), self.file_names, strict=True):
+            check_finite(model, key, name)
         return BadTensorError(
-            f"{self.tuned.path.name}: tensor {key} differs from the base by more than float32 can hold; get the file again"
+            f"{self.file_names[1]}: tensor {key} differs from the base by more than float32 can hold; get the file again"
         )
 
 
@@ -99,21 +105,25 @@ def _moved(stored: Tensor, device: torch.device | str) -> Tensor:
     return stored.to(device)
 
 
-def check_finite(model: Model, key: str) -> None:
-    """Refuse a tensor with NaN or Inf. Raises BadTensorError with the names it has in the file."""
+def check_finite(model: Model, key: str, name: str = "") -> None:
+    """Refuse a tensor with NaN or Inf. Raises BadTensorError with the names it has in the file.
+
+    Args:
+        name: what the message calls the file, where its own name would not tell.
+    """
     tensor = model.read(key).float()
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise BadTensorError(
-            f"{model.path.name}: tensor {' + '.join(model.sources[key].keys)} holds {bad} NaN or Inf of {tensor.numel()} "
-            "values; expected finite numbers: get the file again, or repair it"
+            f"{name or model.path.name}: tensor {' + '.join(model.sources[key].keys)} holds {bad} NaN or Inf of "
+            f"{tensor.numel()} values; expected finite numbers: get the file again, or repair it"
         )
 
 
-def check_is_model(model: Model) -> None:
-    """Refuse an offset file where a model is expected. Raises MismatchError."""
+def check_is_model(model: Model, name: str = "") -> None:
+    """Refuse an offset file where a model is expected. Raises MismatchError. `name` as in `check_finite`."""
     if is_offset_file(model):
-        raise MismatchError(f"{model.path.name} is an offset file, expected a model; choose the checkpoint itself")
+        raise MismatchError(f"{name or model.path.name} is an offset file, expected a model; choose the checkpoint itself")
 
 
 def open_pair(base: Model, tuned: Model) -> Pair:
@@ -125,41 +135,43 @@ def open_pair(base: Model, tuned: Model) -> Pair:
     """
     if base.path.resolve() == tuned.path.resolve():
         raise NothingToDoError(f"base and tuned are the same file, {base.path.name}; choose the DPO reference as tuned")
+    names = names_apart(base.path, tuned.path)
     if base.architecture is not tuned.architecture:
         raise MismatchError(
-            f"{base.path.name} is {base.architecture.title} but {tuned.path.name} is {tuned.architecture.title}; "
+            f"{names[0]} is {base.architecture.title} but {names[1]} is {tuned.architecture.title}; "
             "base and tuned must be of one architecture"
         )
     if base.recognised.in_channels != tuned.recognised.in_channels:
-        raise MismatchError(_channels_message(base, tuned))
-    _check_unet(base, tuned)
-    for model in (base, tuned):
-        check_is_model(model)
+        raise MismatchError(_channels_message(base, tuned, names))
+    _check_unet(base, tuned, names)
+    for model, name in zip((base, tuned), names, strict=True):
+        check_is_model(model, name)
     ours, shared = base.keys(), set(tuned.keys())
     keys = [key for key in ours if key in shared and block_of(base.architecture, key) not in (None, "VAE")]
     for key in keys:
         if _squeezed(base.shape(key)) != _squeezed(tuned.shape(key)):
             raise MismatchError(
-                f"tensor {key} is {_show(base.shape(key))} in {base.path.name} but {_show(tuned.shape(key))} in "
-                f"{tuned.path.name}; base and tuned must have the same shapes"
+                f"tensor {key} is {_show(base.shape(key))} in {names[0]} but {_show(tuned.shape(key))} in "
+                f"{names[1]}; base and tuned must have the same shapes"
             )
     keys.sort(key=lambda key: not key.startswith(UNET))  # stable: the UNet first
     return Pair(base, tuned, tuple(keys))
 
 
-def _check_unet(base: Model, tuned: Model) -> None:
+def _check_unet(base: Model, tuned: Model, names: tuple[str, str]) -> None:
     ours, theirs = base.keys("unet"), tuned.keys("unet")
-    for model, missing in ((tuned, set(ours) - set(theirs)), (base, set(theirs) - set(ours))):
+    for name, missing in ((names[1], set(ours) - set(theirs)), (names[0], set(theirs) - set(ours))):
         if missing:
             first = min(missing)
             raise MismatchError(
-                f"{model.path.name} lacks {len(missing)} of the {max(len(ours), len(theirs))} UNet tensors, first {first}; "
+                f"{name} lacks {len(missing)} of the {max(len(ours), len(theirs))} UNet tensors, first {first}; "
                 "expected a complete UNet: get the file again"
             )
 
 
-def _channels_message(base: Model, tuned: Model) -> str:
-    both = [f"{model.path.name} takes {model.recognised.in_channels} input channels" for model in (base, tuned)]
+def _channels_message(base: Model, tuned: Model, names: tuple[str, str]) -> str:
+    channels = (model.recognised.in_channels for model in (base, tuned))
+    both = [f"{name} takes {count} input channels" for name, count in zip(names, channels, strict=True)]
     return " but ".join(both) + "; an inpainting model and a plain one have no common offset: use two files of one kind"
 
 

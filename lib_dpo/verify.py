@@ -72,9 +72,7 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
     touched = {component_of(pair.architecture, key) for key in offset.shapes}
     kept = counted(tally, {"unet", *changed_text_encoders(tally), *touched})
     if not kept.total.offset:
-        raise NothingToDoError(
-            f"{pair.base.path.name} and {pair.tuned.path.name} hold the same weights: there is no change to keep"
-        )
+        raise NothingToDoError(f"{' and '.join(pair.file_names)} hold the same weights: there is no change to keep")
     return VerifyReport(
         tally=kept,
         components=tuple(kept.components),

@@ -808,3 +808,25 @@ def test_any_block_weights_are_read_or_refused(text: str):
         return
     assert all(math.isfinite(weight) for _, weight in blocks.weights)
     assert dict(parse_blocks(str(blocks)).weights) == pytest.approx(dict(blocks.weights), rel=1e-5)
+
+
+def test_files_of_one_name_are_told_apart(good: Files, tmp_path: Path, refused: Refused):
+    one, other = tmp_path / "one" / "model.safetensors", tmp_path / "other" / "model.safetensors"
+
+    def refusal(tuned: Path) -> str:
+        for source, place in ((good["base"], one), (tuned, other)):
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(source.read_bytes())
+        return refused("offset", "--base", one, "--tuned", other, "-o", tmp_path / "o.safetensors")
+
+    one_name, other_name = (str(path.relative_to(tmp_path)) for path in (one, other))
+    wrong = refusal(good["sdxl"])
+    assert f"{one_name} is SD 1.x but {other_name} is SDXL" in wrong
+    assert f"{one_name} and {other_name} hold the same UNet" in refusal(good["base"])
+    assert f"{other_name} takes 9 input channels" in refusal(good["inpainting"])
+    lacking = dict(TUNED)
+    del lacking[UNET + "out.2.bias"]
+    assert f"error: {other_name} lacks 1 of" in refusal(tiny.save(tmp_path / "lacking.safetensors", lacking))
+    broken = {**TUNED, UNET + "out.2.bias": torch.full_like(TUNED[UNET + "out.2.bias"], float("nan"))}
+    assert f"error: {other_name}: tensor" in refusal(tiny.save(tmp_path / "broken.safetensors", broken))
+    assert f"error: {other_name} is an offset file" in refusal(good["offset"])

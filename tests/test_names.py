@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_dpo.errors import OutputError
-from lib_dpo.names import output_path
+from lib_dpo.names import names_apart, output_path
 
 FOLDER = Path("/models/Lora")
 
@@ -40,3 +40,21 @@ def test_nothing_leaves_the_folder(name: str):
     except OutputError:
         return
     assert path.resolve().parent == FOLDER
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "names"),
+    [
+        ("a/base.safetensors", "a/tuned.safetensors", ("base.safetensors", "tuned.safetensors")),
+        (
+            "sd/unet/model.safetensors",
+            "dpo/unet/model.safetensors",
+            ("sd/unet/model.safetensors", "dpo/unet/model.safetensors"),
+        ),
+        ("model.safetensors", "dpo/model.safetensors", (f"{Path.cwd().name}/model.safetensors", "dpo/model.safetensors")),
+        ("/a", "/b/a", ("/a", "b/a")),
+        ("same", "same", ("same", "same")),
+    ],
+)
+def test_names_that_are_equal_get_their_folders(one: str, other: str, names: tuple[str, str]):
+    assert names_apart(Path(one), Path(other)) == tuple(str(Path(name)) for name in names)
