@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 
-from lib_dpo.cli import CANCELLED, main
+CANCELLED = 130  # as in cli, which is not imported yet when somebody is quick
 
-for stream in (sys.stdout, sys.stderr):
-    if isinstance(stream, io.TextIOWrapper):  # no terminal is too old for our bars and other people's file names
-        stream.reconfigure(errors="replace")
-code = main()
+
+def run() -> int:
+    """The command line, its imports included. Returns the exit code."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # no terminal is too old for our bars and other people's file names
+                stream.reconfigure(errors="replace")
+        from lib_dpo.cli import main
+
+        code = main()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what was to be done is done and told: Ctrl-C comes too late
+    except KeyboardInterrupt:
+        print("cancelled", file=sys.stderr)
+        return CANCELLED
+    return code
+
+
+code = run()
 if code == CANCELLED:  # threads may still be hashing or computing: an interpreter that ends under them can abort
     sys.stdout.flush()
     sys.stderr.flush()

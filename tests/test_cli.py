@@ -700,3 +700,43 @@ def test_ctrl_c_during_an_extraction_leaves_nothing(sd1: Layouts, tmp_path: Path
     assert (child.returncode, out, len(err.splitlines())) == (130, "", 1)
     assert err.startswith("cancelled")
     assert tiny.snapshot(tmp_path) == {}
+
+
+EARLY = """
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lib_dpo.settings":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+runpy.run_module("lib_dpo", run_name="__main__")
+"""
+
+LATE = """
+import atexit, builtins, os, runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def interrupt(kill=os.kill, here=os.getpid(), number=signal.SIGINT):
+    kill(here, number)
+class Last:
+    def __del__(self, interrupt=interrupt):
+        interrupt()
+builtins.last = Last()
+atexit.register(interrupt)
+runpy.run_module("lib_dpo", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")
+def test_ctrl_c_during_the_imports_is_one_line(sd1: Layouts):
+    child = process("inspect", sd1["base.ldm16"], code=EARLY)
+    assert child.communicate(timeout=60) == ("", "cancelled\n")
+    assert child.returncode == 130
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for another process")
+def test_ctrl_c_after_the_end_changes_nothing(sd1: Layouts):
+    child = process("inspect", sd1["base.ldm16"], code=LATE)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (0, "")
+    assert "SD 1.x" in out
