@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import logging
-import math
 import os
 import re
 import sys
@@ -18,7 +15,8 @@ from typing import Any
 
 from lib_dpo import __version__
 from lib_dpo.cli_pictures import add_commands as add_picture_commands
-from lib_dpo.errors import Cancelled, DpoError, MissingExtraError, OutputError, SettingError, printable
+from lib_dpo.cli_reports import check_reports, progress_bar, write_json
+from lib_dpo.errors import Cancelled, DpoError, SettingError, printable
 from lib_dpo.settings import BUNDLED_MODEL, FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, RankPolicy, check
 
 logger = logging.getLogger(__name__)
@@ -34,12 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         started = time.perf_counter()
-        _check_reports(args)
+        check_reports(args)
         figures, text = args.run(args)
         figures = {"command": args.command, "version": __version__, **figures}
         figures["seconds"] = round(time.perf_counter() - started, 3)
         if args.json:
-            _write_json(args.json, figures)
+            write_json(args.json, figures)
         if text:
             print(text)
         sys.stdout.flush()  # here, where a reader that went away can be told from an error
@@ -195,7 +193,7 @@ def _policy(args: argparse.Namespace) -> RankPolicy:
     return RankPolicy(rank=args.rank, energy=args.energy, size_mb=args.size_mb, conv_rank=args.conv_rank)
 
 
-# ---- files and progress ----
+# ---- files ----
 
 
 def _path(args: argparse.Namespace, spec: str) -> Path:
@@ -233,71 +231,6 @@ def _sources(base: Any, tuned: Any) -> Callable[[], dict[str, str]]:
     return lambda: {name: wait() for name, wait in waiting.items()}
 
 
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar with ETA on a terminal, nothing elsewhere."""
-    from tqdm import tqdm
-
-    with tqdm(total=1, desc=title, unit="", disable=None, leave=False, bar_format=_BAR, file=sys.stderr) as bar:
-
-        def tell(done: int, total: int, key: str) -> None:
-            if done == 0:  # counting begins here: what came before says nothing of the time that is left
-                bar.reset(total)
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield tell
-
-
-_BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
-
-
-def _check_reports(args: argparse.Namespace) -> None:
-    """Refuse early the names of a report or picture: they are written last. What an earlier run wrote may be replaced."""
-    plot = getattr(args, "plot", None)
-    if plot and importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out")
-    if plot and args.json and plot.absolute() == args.json.absolute():
-        raise OutputError(f"{plot}: is to be both the report and the picture; choose another name for one")
-    for path in filter(None, (args.json, plot)):
-        from lib_dpo.writer import check_output
-
-        if path.suffix.lower() in _NOT_REPORTS:
-            raise OutputError(f"{path}: is the name of a checkpoint or its config; choose a name with .json or .png")
-        if not path.exists() or path.is_file() or path.is_dir():  # a device such as /dev/stdout is written to as it is
-            check_output(path, overwrite=args.overwrite or _is_ours(path))
-
-
-_NOT_REPORTS = (".safetensors", ".ckpt", ".pt", ".pth", ".yaml", ".yml")
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether a file is empty, or a report or picture of this command line."""
-    if not path.is_file():
-        return False
-    head = path.read_bytes()[:4096]
-    return not head or head.startswith(b'{\n  "command": ') or (head.startswith(b"\x89PNG") and b"sd-webui-dpo" in head)
-
-
-def _write_json(path: Path, figures: dict[str, Any]) -> None:
-    from lib_dpo.writer import write_text_atomic
-
-    text = json.dumps(_finite(figures), indent=2, allow_nan=False) + "\n"
-    if path.exists() and not path.is_file():
-        path.write_text(text, encoding="utf-8")
-    else:
-        write_text_atomic(path, text)
-
-
-def _finite(content: Any) -> Any:
-    """JSON has no NaN and no Infinity: null in their place."""
-    if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
 # ---- commands: each returns its figures and the text to print ----
 
 Result = tuple[dict[str, Any], str]
@@ -307,7 +240,7 @@ def _diff(args: argparse.Namespace) -> Result:
     from lib_dpo.analyse import diff
     from lib_dpo.report import diff_text
 
-    with _pair(args) as pair, _progress("comparing") as tell:
+    with _pair(args) as pair, progress_bar("comparing") as tell:
         report = diff(pair, spectra=args.plot is not None, device=args.device, on_progress=tell)
     if args.plot:
         from lib_dpo.plots import plot_diff
@@ -323,7 +256,7 @@ def _extract(args: argparse.Namespace) -> Result:
 
     check_safetensors_output(args.output, overwrite=args.overwrite)
     settings = ExtractSettings(_policy(args), args.method, args.profile, args.precision, args.device, args.seed)
-    with _pair(args) as pair, _progress("extracting") as tell:
+    with _pair(args) as pair, progress_bar("extracting") as tell:
         files = (*pair.base.checkpoint.files, *pair.tuned.checkpoint.files)
         check_output(args.output, overwrite=args.overwrite, inputs=files)
         source = _sources(pair.base.checkpoint, pair.tuned.checkpoint)
@@ -337,7 +270,7 @@ def _offset(args: argparse.Namespace) -> Result:
     from lib_dpo.writer import check_output, check_safetensors_output
 
     check_safetensors_output(args.output, overwrite=args.overwrite)
-    with _pair(args) as pair, _progress("writing") as tell:
+    with _pair(args) as pair, progress_bar("writing") as tell:
         files = (*pair.base.checkpoint.files, *pair.tuned.checkpoint.files)
         check_output(args.output, overwrite=args.overwrite, inputs=files)
         source = _sources(pair.base.checkpoint, pair.tuned.checkpoint)
@@ -352,7 +285,7 @@ def _verify(args: argparse.Namespace) -> Result:
     from lib_dpo.report import verify_text
     from lib_dpo.verify import verify
 
-    with _pair(args) as pair, _progress("verifying") as tell:
+    with _pair(args) as pair, progress_bar("verifying") as tell:
         checkpoint, offset = open_offset(_path(args, args.lora), pair.architecture)
         with checkpoint:
             report = verify(offset, pair, on_progress=tell)
@@ -376,7 +309,7 @@ def _bake(args: argparse.Namespace) -> Result:
         target = stack.enter_context(open_model(_path(args, args.target)))
         checkpoint, offset = open_offset(_path(args, args.offset), target.architecture)
         stack.enter_context(checkpoint)
-        tell = stack.enter_context(_progress("baking"))
+        tell = stack.enter_context(progress_bar("baking"))
         check_output(args.output, overwrite=args.overwrite, inputs=(*target.checkpoint.files, *checkpoint.files))
         waiting = [sha256_in_background(file) for file in (target.checkpoint, checkpoint)]
         report = bake(
@@ -402,7 +335,7 @@ def _resize(args: argparse.Namespace) -> Result:
     if args.rank is None and args.energy is None and args.size_mb is None:
         raise SettingError("resize needs a new rank, energy or size; give --rank, --energy or --size-mb")
     check_safetensors_output(args.output, overwrite=args.overwrite)
-    with open_checkpoint(_path(args, args.lora)) as lora, _progress("resizing") as tell:
+    with open_checkpoint(_path(args, args.lora)) as lora, progress_bar("resizing") as tell:
         check_output(args.output, overwrite=args.overwrite, inputs=lora.files)
         report = resize(lora, args.output, _policy(args), precision=args.precision, overwrite=args.overwrite, on_progress=tell)
     return report.as_json(), resize_text(report)
@@ -421,7 +354,7 @@ def _compat(args: argparse.Namespace) -> Result:
     from lib_dpo.model import open_model
     from lib_dpo.report import compat_text
 
-    with open_model(_path(args, args.target)) as target, _pair(args) as pair, _progress("comparing") as tell:
+    with open_model(_path(args, args.target)) as target, _pair(args) as pair, progress_bar("comparing") as tell:
         report = compat(target, pair, on_progress=tell)
     return report.as_json(), compat_text(report)
 
@@ -439,7 +372,7 @@ def _demo(args: argparse.Namespace) -> Result:
     if args.pictures is not None:
         amount = replace(amount, pictures=args.pictures)
     folder = args.output or Path("study" if args.study else "demo")
-    with _progress("drawing") as tell:
+    with progress_bar("drawing") as tell:
         figures = demo(
             folder,
             model=args.model,
