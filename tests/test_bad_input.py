@@ -451,8 +451,6 @@ def test_a_file_of_the_wrong_kind(good: Files, tmp_path: Path, refused: Refused)
     assert "no LoRA pairs" in refused(*command("resize", good, tmp_path, lora=good["offset"]))
     for name, role in (("bake", "target"), ("compat", "target"), ("extract", "base"), ("extract", "tuned")):
         assert "offset" in refused(*command(name, good, tmp_path, **{role: good["offset"]}))
-    folder = tiny.save_folder(tmp_path / "folder", "sd1", tiny.base("sd1"))
-    assert "is a folder" in refused(*command("bake", good, tmp_path, target=folder))
 
 
 @pytest.mark.parametrize(
