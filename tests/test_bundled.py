@@ -19,8 +19,8 @@ from lib_dpo.shapes import checkpoint_shapes
 from lib_dpo.toy.bundled import BASE, FOLDER, REFERENCE, generate, load
 from lib_dpo.toy.pictures import Scene, held_out
 from lib_dpo.toy.study import gain, plateau, point
-from tools.bundled.files import hashes
 from tools.bundled.captions import all_captions, seen_by_captioner
+from tools.bundled.files import hashes
 from tools.bundled.recipe import SMOKE
 from tools.train_bundled_model import make
 
