@@ -32,8 +32,8 @@ on the left, on the right, at the top, at the bottom. It knows no other words.
 **Why the base does not listen well.** The captions that it learnt from are careless, as those of real training sets are:
 they take two for three and left for right nearly half of the time, and blue for purple and circles for squares often.
 
-**What DPO taught it.** The Diffusion-DPO loss (arXiv 2311.12908, eq. 14) on pairs of pictures for one caption: the winner
-shows what the caption says, the loser does not. UNet only, as with the published models.
+**What DPO taught it.** The Diffusion-DPO loss (arXiv 2311.12908, eq. 14) on pairs of the base's own pictures for one caption,
+of which the judge finds that one fits it better. UNet only, as with the published models.
 
 **In AUTOMATIC1111's WebUI**: copy or link `{BASE}` and its `.yaml` into `models/Stable-diffusion`, and choose 64 × 64 pixels,
 CFG scale 3. The `.yaml` names the folder `{CLIP}` as seen from the WebUI's own folder, for an extension that is installed as
