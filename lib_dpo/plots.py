@@ -97,7 +97,8 @@ def _size_curve(axes: Axes, report: DiffReport) -> None:
     best = 100 * np.array(spectra.energy_at_size)
     axes.plot(spectra.size_mb, best, color=ACCENT, linewidth=2, label="ranks chosen per layer (--size-mb, --energy)")
     sizes, kept = np.array(spectra.size_mb_at_rank), 100 * np.array(spectra.energy_at_rank)
-    shown = sizes <= max(spectra.size_mb, default=math.inf)
+    grows = np.diff(sizes, prepend=0.0) > 0  # beyond the rank that the layers can have, all are one point
+    shown = grows & (sizes <= max(spectra.size_mb, default=math.inf))
     axes.plot(sizes[shown], kept[shown], "o-", color=SOFT, markersize=4, linewidth=1, label="the same rank everywhere")
     for rank, x, y in zip(np.array(spectra.ranks)[shown], sizes[shown], kept[shown], strict=True):
         if rank >= 16:
