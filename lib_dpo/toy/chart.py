@@ -49,7 +49,7 @@ def _curve(axes: Axes, findings: Findings) -> None:
     axes.set_xlabel("strength of the offset", fontsize=9)
     axes.set_ylabel("pictures that show all their prompt names, %", fontsize=9)
     axes.set_xticks(np.arange(0, strengths[-1] + 0.1, 0.5))
-    axes.set_ylim(0, 100)
+    axes.set_ylim(0, min(100.0, 1.4 * high.max()))  # room for the legend
     axes.set_title("Adherence against strength", fontsize=10, loc="left")
     axes.legend(fontsize=8, frameon=False, loc="best")
     plain(axes)
@@ -70,7 +70,7 @@ def _loras(axes: Axes, findings: Findings) -> None:
         )  # fmt: skip
         axes.set_ylabel("% of the full change", fontsize=9)
         axes.set_title("What a LoRA keeps of the gain", fontsize=10, loc="left")
-        label, floor, top = "gain kept, 95 % intervals", min(0.0, *rows[:, 1]), max(110.0, *rows[:, 2])
+        label, floor, top = "gain kept, 95 % intervals", min(0.0, *rows[:, 1]), max(110.0, *(rows[:, 2] + 5))
     else:
         points = [one.point for one in findings.loras]
         rows = 100 * np.array([(one.mean, one.low, one.high) for one in points]).reshape(-1, 3)
