@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -96,7 +95,6 @@ def write_offset(
             raise NothingToDoError(f"{' and '.join(pair.file_names)} hold the same UNet: there is no offset to write")
         verdict = right_base(pair, tally)
         kept = counted(tally, ("unet", *changed_text_encoders(tally)))
-        figures = kept.energy_kept()
         metadata = {
             "format": "pt",
             **modelspec_metadata(pair.architecture, "offset", output.stem),
@@ -104,9 +102,7 @@ def write_offset(
             "dpo.base": pair.base.name,
             "dpo.tuned": pair.tuned.name,
             "dpo.architecture": pair.architecture.name,
-            "dpo.energy_kept": repr(figures["energy_kept"]),
-            "dpo.energy_kept_by_component": json.dumps(figures["energy_kept_by_component"]),
-            "dpo.energy_kept_by_block": json.dumps(figures["energy_kept_by_block"]),
+            **kept.energy_metadata(),
             "dpo.noise_floor": repr(tally.components["unet"].noise_floor),
             "dpo.verdict": verdict.text,
             "dpo.precision": precision,

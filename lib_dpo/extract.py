@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -360,7 +359,7 @@ class _Run:
         return right_base(self.pair, everything)
 
     def _metadata(self, verdict: Verdict) -> dict[str, str]:
-        policy, figures = self.settings.policy, self.tally.energy_kept()
+        policy = self.settings.policy
         dim = str(policy.fixed or "Dynamic")
         conv_dim = str(policy.conv_rank or policy.fixed or "Dynamic")
         kohya = kohya_metadata(self.pair.architecture, dim=dim, alpha=dim, conv_dim=conv_dim, title=self.output.stem)
@@ -375,9 +374,7 @@ class _Run:
             "dpo.seed": str(self.settings.seed),
             "dpo.rank_policy": str(policy),
             "dpo.profile": self.settings.profile,
-            "dpo.energy_kept": repr(figures["energy_kept"]),
-            "dpo.energy_kept_by_component": json.dumps(figures["energy_kept_by_component"]),
-            "dpo.energy_kept_by_block": json.dumps(figures["energy_kept_by_block"]),
+            **self.tally.energy_metadata(),
             "dpo.noise_floor": repr(self.tally.total.noise_floor),
             "dpo.verdict": verdict.text,
             "dpo.licence": licence(self.pair),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -147,6 +148,10 @@ class Tally:
             "energy_kept_by_component": {name: row.energy_kept for name, row in self.components.items()},
             "energy_kept_by_block": {name: self.blocks[name].energy_kept for name in blocks},
         }
+
+    def energy_metadata(self) -> dict[str, str]:
+        """The same as entries of a file's metadata."""
+        return {f"dpo.{name}": json.dumps(value) for name, value in self.energy_kept().items()}
 
 
 def measure(

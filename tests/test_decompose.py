@@ -118,7 +118,7 @@ class OnDevice(torch.Tensor):
     def device(self) -> torch.device:
         return torch.device("cuda")
 
-    def to(self, *where: Any, **options: Any) -> torch.Tensor:  # type: ignore[override]
+    def to(self, *where: Any, **options: Any) -> torch.Tensor:  # type: ignore[override]  # overloads there
         if torch.device("cuda") in where:
             return self
         return self.as_subclass(torch.Tensor).to(*where, **options)
@@ -209,7 +209,7 @@ def test_the_method_that_ran_is_counted_not_the_one_asked_for(pair: Pair, monkey
 
     def factorise(A: torch.Tensor, rank: int, **options: Any) -> Any:
         if options["method"] == "randomized":
-            raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]
+            raise torch.linalg.LinAlgError("did not converge")  # type: ignore[attr-defined]  # not in its stubs
         return real(A, rank, **options)
 
     monkeypatch.setattr(decompose, "factorise", factorise)

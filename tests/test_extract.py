@@ -361,7 +361,7 @@ def test_resizing_keeps_clip_g_attention_whole(sdxl: Files, tmp_path: Path, poli
     keys = [TE2 + "out_proj.weight", TE2.replace(".3.", ".4.") + "in_proj_weight"]
     run(changed_text_encoders(sdxl, tmp_path / "in", keys), tmp_path / "l.safetensors", rank=4)
     with open_checkpoint(tmp_path / "l.safetensors") as lora:
-        report = resize(lora, tmp_path / "r.safetensors", RankPolicy(**policy))  # type: ignore[arg-type]
+        report = resize(lora, tmp_path / "r.safetensors", RankPolicy(**policy))  # type: ignore[arg-type]  # of either policy
     before, after = load_file(tmp_path / "l.safetensors"), load_file(tmp_path / "r.safetensors")
     assert {key for key in after if "te2" in key} == {key for key in before if "te2" in key}
     assert sum("lora_up" in key for key in after if "te2" in key) == 8
