@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +17,11 @@ from lib_dpo.lora import open_offset
 from lib_dpo.model import open_model
 from lib_dpo.offset import open_pair
 from lib_dpo.shapes import checkpoint_shapes
-from lib_dpo.toy.bundled import BASE, FOLDER, REFERENCE, generate, load
+from lib_dpo.toy.bundled import BASE, CLIP, FOLDER, REFERENCE, generate, load
+from lib_dpo.toy.generate import LATENTS, sample
 from lib_dpo.toy.pictures import Scene, held_out
 from lib_dpo.toy.study import gain, plateau, point
+from tools.bundled import autoencoder, denoiser, preference, text_encoder, training
 from tools.bundled.captions import all_captions, seen_by_captioner
 from tools.bundled.files import hashes
 from tools.bundled.recipe import SMOKE
@@ -44,6 +47,38 @@ def test_training_goes_on_from_its_state_and_comes_out_the_same(smoke: Path):
     make(SMOKE, smoke / "work", smoke / "again", bpe=None, say=lambda _: None)
     assert file_sha256(smoke / "again" / BASE) == file_sha256(smoke / "model" / BASE)
     assert file_sha256(smoke / "again" / REFERENCE) == before
+
+
+@pytest.mark.newest
+def test_every_loss_stays_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On torch's meta device, which computes nothing and, as a GPU does, refuses tensors of the CPU beside its own."""
+    transformers = pytest.importorskip("transformers")
+    seen = []
+
+    def one_step(name: str, network: Any, stage: Any, loss: training.Loss, *, seed: int, **rest: object) -> None:
+        value = loss(0, *training.generators(seed, name, 0))
+        value.backward()
+        assert {parameter.device for parameter in network.parameters()} == {value.device} == {meta}
+        seen.append(name)
+
+    meta = torch.device("meta")
+    for stage in (autoencoder, text_encoder, denoiser, preference):
+        monkeypatch.setattr(stage, "train", one_step)
+    monkeypatch.setattr(autoencoder, "_normalise", lambda *_: None)  # on the CPU
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda network: network)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(FOLDER / CLIP, local_files_only=True)
+    autoencoder.fit(SMOKE, tmp_path, print, meta)
+    text = text_encoder.fit(SMOKE, tokenizer, tmp_path, print, meta)
+    scenes, said = denoiser.shown_scenes()[:3], [None, *all_captions()]
+    context = text_encoder.embed(text, tokenizer, said[:2]).repeat(len(said), 1, 1)
+    latents = torch.zeros(len(scenes), 1, *LATENTS, device=meta)
+    world = denoiser.World(scenes, latents, {scene: n for n, scene in enumerate(said)}, context)
+    base = denoiser.fit(SMOKE, world, tmp_path, print)
+    drawn = preference.Drawn(torch.zeros(len(scenes), 2, *LATENTS), torch.tensor([[0.0, 1.0]] * len(scenes)))
+    monkeypatch.setattr(preference, "draw", lambda *_: drawn)
+    preference.fit(SMOKE, world, base.requires_grad_(False), None, tmp_path, print)
+    assert sample(base, world.context_of(scenes), world.context_of([None]), [1, 2, 3], steps=1).device == meta
+    assert seen == ["autoencoder", "decoder", "text_encoder", "denoiser", "preference"]
 
 
 def test_captions_of_the_training_are_wrong_about_as_often_as_they_should_be():

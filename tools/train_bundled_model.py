@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bpe", type=Path, help="bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each stage")
     parser.add_argument("--threads", type=int, help="of torch; the shipped files were made with one")
+    parser.add_argument("--device", default="cpu", help="of the training: cuda, mps or cpu, as the shipped files were")
     parser.add_argument("--measure", type=int, default=0, metavar="N", help="then study it, N pictures a side")
     args = parser.parse_args(argv)
     if args.threads:
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         print(line, flush=True)
 
     recipe = SMOKE if args.smoke else SHIPPED
-    make(recipe, args.work, out, bpe=args.bpe, say=say)
+    make(recipe, args.work, out, bpe=args.bpe, say=say, device=args.device)
     figures = None
     if args.measure:
         amount = replace(STUDY, pictures=args.measure)
@@ -54,16 +55,20 @@ def main(argv: list[str] | None = None) -> None:
     say(f"the files and a note of them are in {out}")
 
 
-def make(recipe: Recipe, work: Path, out: Path, *, bpe: Path | None, say: Callable[[str], None]) -> None:
-    """All stages, each going on from its state in `work`, and the files in `out`."""
+def make(recipe: Recipe, work: Path, out: Path, *, bpe: Path | None, say: Callable[[str], None], device: str = "cpu") -> None:
+    """All stages on a device of torch's, each going on from its state in `work`, and the files in `out`.
+
+    What is drawn at random is the same on every device; the weights differ by the rounding of its arithmetic.
+    """
+    place = torch.device(device)
     clip = out / bundled.CLIP
     if bpe:
         text_encoder.write_tokenizer(bpe, clip, recipe)
     else:
         text_encoder.copy_tokenizer(bundled.FOLDER / bundled.CLIP, clip, recipe)
     tokenizer = _tokenizer(clip)
-    vae = autoencoder.fit(recipe, work, say)
-    text = text_encoder.fit(recipe, tokenizer, work, say)
+    vae = autoencoder.fit(recipe, work, say, place)
+    text = text_encoder.fit(recipe, tokenizer, work, say, place)
     world = denoiser.make_world(recipe, vae, text, tokenizer)
     base = denoiser.fit(recipe, world, work, say)
     files.write_base(out, vae, text, base, recipe)

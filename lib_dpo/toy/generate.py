@@ -44,7 +44,8 @@ def sample(
     Returns:
         (n, *LATENTS), in the scale of the denoiser.
     """
-    x = torch.stack([torch.randn(LATENTS, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    drawn = [torch.randn(LATENTS, generator=torch.Generator().manual_seed(seed)) for seed in seeds]  # alike on every device
+    x = torch.stack(drawn).to(context.device)
     both = torch.cat([empty.expand(len(context), -1, -1), context])
     alphas = alphas_cumprod()
     times = [round(t) for t in np.linspace(len(alphas) - 1, 0, steps + 1)[:-1]]
@@ -65,5 +66,5 @@ def decode(vae: Any, latents: Tensor) -> Pictures:
     """Latents in the scale of the denoiser as pictures."""
     images = vae.decode(latents / vae.config.scaling_factor).sample
     pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pictures: Pictures = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    pictures: Pictures = pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return pictures

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_dpo.toy.pictures import Pictures, Scene, all_scenes, draw
 from tools.bundled.recipe import LATENT_SCALE, Recipe
-from tools.bundled.training import generators, train
+from tools.bundled.training import device_of, generators, noise, train
 
 _NOISE = 0.05  # added to latents of about unit size while training: neighbours in latent space then look alike
 _BATCH = 64
@@ -50,41 +50,42 @@ def initialise(network: torch.nn.Module, generator: torch.Generator) -> None:
         parameter.data.uniform_(-bound, bound, generator=generator)
 
 
-def fit(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> Any:
+def fit(recipe: Recipe, folder: Path, say: Callable[[str], None], device: torch.device) -> Any:
     """Train it on drawn pictures, then let its latents have mean 0 and variance 1 / LATENT_SCALE^2, as SD 1.5's have.
 
     At last the decoder alone is trained on, to draw edges and corners sharply; latents stay what they are. SD's own
     decoder was improved the same way (huggingface.co/stabilityai/sd-vae-ft-mse).
     """
-    network = build(recipe)
+    network = build(recipe).to(device)
     scenes = all_scenes()
 
     def loss(_: int, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         chosen = rng.integers(len(scenes), size=recipe.autoencoder.batch)
-        pictures = to_tensor(draw([scenes[n] for n in chosen], rng))
+        pictures = to_tensor(draw([scenes[n] for n in chosen], rng), device)
         latents = network.encode(pictures).latent_dist.mean
-        noisy = latents + _NOISE * torch.randn(latents.shape, generator=generator)
+        noisy = latents + _NOISE * noise(latents, generator)
         error = network.decode(noisy).sample - pictures
         total: Tensor = error.abs().mean() + error.square().mean() + 1e-3 * latents.square().mean()
         return total
 
     train("autoencoder", network, recipe.autoencoder, loss, seed=recipe.seed, folder=folder, average=0.99, say=say)
     rng, _ = generators(recipe.seed, "normalise", 0)
-    _normalise(network, draw(scenes, rng))
-    _sharpen(network, recipe, scenes, folder, say)
+    _normalise(network.cpu(), draw(scenes, rng))  # in float64, which Apple's devices lack
+    _sharpen(network.to(device), recipe, scenes, folder, say, device)
     return network
 
 
-def _sharpen(network: Any, recipe: Recipe, scenes: Sequence[Scene], folder: Path, say: Callable[[str], None]) -> None:
+def _sharpen(
+    network: Any, recipe: Recipe, scenes: Sequence[Scene], folder: Path, say: Callable[[str], None], device: torch.device
+) -> None:
     decoder = network.decoder.requires_grad_(True)
 
     def loss(_: int, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
         chosen = rng.integers(len(scenes), size=recipe.decoder.batch)
-        pictures = to_tensor(draw([scenes[n] for n in chosen], rng))
+        pictures = to_tensor(draw([scenes[n] for n in chosen], rng), device)
         with torch.no_grad():
             latents = network.encode(pictures).latent_dist.mean
-            noise = torch.randn(latents.shape, generator=generator)
-            ready = network.post_quant_conv(latents + _NOISE / LATENT_SCALE * noise)
+            ready = network.post_quant_conv(latents + _NOISE / LATENT_SCALE * noise(latents, generator))
         error = decoder(ready) - pictures
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()  # arXiv 1511.05440, eq. 6, with alpha 1
         total: Tensor = error.abs().mean() + error.square().mean() + edges
@@ -99,7 +100,9 @@ def _normalise(network: Any, pictures: Pictures) -> None:
 
     Afterwards the four channels are uncorrelated, with mean 0 and variance 1 once multiplied by LATENT_SCALE.
     """
-    latents = torch.cat([network.encode(batch).latent_dist.mean for batch in torch.split(to_tensor(pictures), _BATCH)])
+    latents = torch.cat(
+        [network.encode(batch).latent_dist.mean for batch in torch.split(to_tensor(pictures, device_of(network)), _BATCH)]
+    )
     rows = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1]).double()
     mean = rows.mean(0)
     values, vectors = torch.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
@@ -118,13 +121,14 @@ def _normalise(network: Any, pictures: Pictures) -> None:
 @torch.no_grad()
 def encode(network: Any, scenes: Sequence[Scene], rng: np.random.Generator) -> Tensor:
     """One drawn picture of every scene as latents for the denoiser, (n, 4, 8, 8)."""
+    device = device_of(network)
     parts = []
     for start in range(0, len(scenes), _BATCH):
-        pictures = to_tensor(draw(scenes[start : start + _BATCH], rng))
+        pictures = to_tensor(draw(scenes[start : start + _BATCH], rng), device)
         parts.append(network.encode(pictures).latent_dist.mean * LATENT_SCALE)
     return torch.cat(parts)
 
 
-def to_tensor(pictures: Pictures) -> Tensor:
+def to_tensor(pictures: Pictures, device: torch.device) -> Tensor:
     """(n, size, size, 3) of bytes -> (n, 3, size, size) of floats from -1 to 1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device).float() / 127.5 - 1

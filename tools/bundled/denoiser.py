@@ -18,7 +18,7 @@ from tools.bundled.autoencoder import encode, initialise
 from tools.bundled.captions import all_captions, seen_by_captioner
 from tools.bundled.recipe import Recipe
 from tools.bundled.text_encoder import embed
-from tools.bundled.training import generators, train
+from tools.bundled.training import generators, noise, train
 
 _UNNAMED = 0.1  # of the pictures are shown with the empty caption, for guidance
 _MOST_WEIGHT = 5.0  # of the signal-to-noise ratio
@@ -74,7 +74,7 @@ def build(recipe: Recipe) -> Any:
 
 def fit(recipe: Recipe, world: World, folder: Path, say: Callable[[str], None]) -> Any:
     """Train it to predict the noise, weighted as in Min-SNR (arXiv 2303.09556)."""
-    network = build(recipe)
+    network = build(recipe).to(world.latents.device)
     alphas = alphas_cumprod()
     ratio = alphas / (1 - alphas)
     weights = (ratio.clamp_max(_MOST_WEIGHT) / ratio).float()
@@ -86,9 +86,10 @@ def fit(recipe: Recipe, world: World, folder: Path, say: Callable[[str], None]) 
         latents = world.latents[chosen, rng.integers(world.latents.shape[1], size=size)]
         said = [_said_of(world.scenes[n], hidden, rng) for n in chosen]
         times = torch.from_numpy((np.arange(size) + rng.random()) / size * len(alphas)).long()
-        noisy, noise = add_noise(latents, times, generator)
-        error = (network(noisy, times, world.context_of(said)).sample - noise).square().mean(dim=(1, 2, 3))
-        total: Tensor = (weights[times] * error).mean()
+        noisy, added = add_noise(latents, times, generator)
+        found = network(noisy, times.to(noisy.device), world.context_of(said)).sample
+        error = (found - added).square().mean(dim=(1, 2, 3))
+        total: Tensor = (weights[times].to(error.device) * error).mean()
         return total
 
     train("denoiser", network, recipe.denoiser, loss, seed=recipe.seed, folder=folder, say=say)
@@ -105,6 +106,6 @@ def _said_of(scene: Scene, hidden: set[Scene], rng: np.random.Generator) -> Scen
 
 def add_noise(latents: Tensor, times: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Noisy latents at the given times, and the noise that was added."""
-    share = alphas_cumprod()[times].float().reshape(-1, 1, 1, 1)
-    noise = torch.randn(latents.shape, generator=generator)
-    return share.sqrt() * latents + (1 - share).sqrt() * noise, noise
+    share = alphas_cumprod()[times].float().reshape(-1, 1, 1, 1).to(latents.device)
+    added = noise(latents, generator)
+    return share.sqrt() * latents + (1 - share).sqrt() * added, added

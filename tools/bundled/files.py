@@ -82,7 +82,7 @@ def _text_tensors(text_encoder: Any) -> Iterator[tuple[str, Tensor]]:
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key: tensors[key].contiguous() for key in sorted(tensors)}, path, metadata={"format": "pt"})
+    save_file({key: tensors[key].cpu().contiguous() for key in sorted(tensors)}, path, metadata={"format": "pt"})
 
 
 def _yaml(recipe: Recipe) -> str:

@@ -27,7 +27,7 @@ _EARLIEST = 400  # of the 1000 times: count, place and shape are decided in the 
 class Drawn:
     """Pictures that the base drew for the captions that training shows, and how well each fits its caption."""
 
-    latents: Tensor  # (scenes, pictures, 4, 8, 8), in the scale of the denoiser
+    latents: Tensor  # (scenes, pictures, 4, 8, 8), in the scale of the denoiser; on the CPU, as the next is
     fits: Tensor  # (scenes, pictures), share of the named properties that the picture shows
 
 
@@ -44,6 +44,7 @@ def fit(recipe: Recipe, world: World, base: Any, vae: Any, folder: Path, say: Ca
     if not scenes:  # a base that learnt nothing, in a smoke run: any two pictures
         pairs = [np.argwhere(~np.eye(recipe.drawn, dtype=bool)) for _ in world.scenes]
         scenes = list(range(len(world.scenes)))
+    device = world.latents.device
     network = copy.deepcopy(base).requires_grad_(True)
 
     def loss(_: int, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
@@ -52,13 +53,13 @@ def fit(recipe: Recipe, world: World, base: Any, vae: Any, folder: Path, say: Ca
         winners, losers = np.array([pairs[n][rng.integers(len(pairs[n]))] for n in chosen]).T
         times = _EARLIEST + torch.from_numpy((np.arange(size) + rng.random()) / size * (1000 - _EARLIEST)).long()
         state = generator.get_state()
-        won = add_noise(drawn.latents[chosen, winners], times, generator)
-        lost = add_noise(drawn.latents[chosen, losers], times, generator.set_state(state))
-        noisy, noise = (torch.cat(parts) for parts in zip(won, lost, strict=True))
+        won = add_noise(drawn.latents[chosen, winners].to(device), times, generator)
+        lost = add_noise(drawn.latents[chosen, losers].to(device), times, generator.set_state(state))
+        noisy, added = (torch.cat(parts) for parts in zip(won, lost, strict=True))
         context = world.context_of([world.scenes[n] for n in chosen]).repeat(2, 1, 1)
         with torch.no_grad():
-            reference = _errors(base, noisy, noise, times, context)
-        won_gain, lost_gain = (_errors(network, noisy, noise, times, context) - reference).chunk(2)
+            reference = _errors(base, noisy, added, times, context)
+        won_gain, lost_gain = (_errors(network, noisy, added, times, context) - reference).chunk(2)
         return -F.logsigmoid(-0.5 * recipe.beta * (won_gain - lost_gain)).mean()
 
     train("preference", network, recipe.preference, loss, seed=recipe.seed, folder=folder, say=say)
@@ -76,14 +77,15 @@ def draw(recipe: Recipe, world: World, base: Any, vae: Any, folder: Path, say: C
     latents, fits = [], []
     for start in range(0, len(scenes), _BATCH):
         part = slice(start, start + _BATCH)
-        latents.append(sample(base, world.context_of(scenes[part]), world.context_of([None]), seeds[part]))
-        fits.append(torch.from_numpy(adherence(decode(vae, latents[-1]), scenes[part])[:, 0]))
+        found = sample(base, world.context_of(scenes[part]), world.context_of([None]), seeds[part])
+        fits.append(torch.from_numpy(adherence(decode(vae, found), scenes[part])[:, 0]))
+        latents.append(found.cpu())
         if start // _BATCH % 10 == 0:
             say(f"drawn: {min(start + _BATCH, len(scenes))} of {len(scenes)} pictures to compare")
     shape = (len(world.scenes), recipe.drawn)
-    found = Drawn(torch.cat(latents).reshape(*shape, *latents[0].shape[1:]), torch.cat(fits).reshape(shape))
-    save({"latents": found.latents, "fits": found.fits}, path)
-    return found
+    drawn = Drawn(torch.cat(latents).reshape(*shape, *latents[0].shape[1:]), torch.cat(fits).reshape(shape))
+    save({"latents": drawn.latents, "fits": drawn.fits}, path)
+    return drawn
 
 
 def _pairs(fits: Tensor) -> Any:
@@ -91,6 +93,6 @@ def _pairs(fits: Tensor) -> Any:
     return torch.nonzero(fits[:, None] > fits[None, :]).numpy()
 
 
-def _errors(network: Any, noisy: Tensor, noise: Tensor, times: Tensor, context: Tensor) -> Tensor:
-    found: Tensor = network(noisy, times.repeat(2), context).sample - noise
+def _errors(network: Any, noisy: Tensor, added: Tensor, times: Tensor, context: Tensor) -> Tensor:
+    found: Tensor = network(noisy, times.repeat(2).to(noisy.device), context).sample - added
     return found.square().mean(dim=(1, 2, 3))

@@ -16,7 +16,7 @@ from lib_dpo.toy.pictures import PROPERTIES, VALUES, Scene, caption
 from tools.bundled.autoencoder import initialise
 from tools.bundled.captions import all_captions
 from tools.bundled.recipe import TEXT_LAYERS, TOKENS, VOCABULARY, Recipe
-from tools.bundled.training import train
+from tools.bundled.training import device_of, train
 
 _SHORT = 16  # tokens, enough for any caption: a causal encoder sees nothing of what follows
 
@@ -59,7 +59,7 @@ def build(recipe: Recipe) -> Any:
     return network
 
 
-def fit(recipe: Recipe, tokenizer: Any, folder: Path, say: Callable[[str], None]) -> Any:
+def fit(recipe: Recipe, tokenizer: Any, folder: Path, say: Callable[[str], None], device: torch.device) -> Any:
     """Train it, with a linear reader of every property on its last token, on all captions."""
     network = build(recipe)
     said = all_captions()
@@ -68,13 +68,13 @@ def fit(recipe: Recipe, tokenizer: Any, folder: Path, say: Callable[[str], None]
     targets = torch.tensor([[(*VALUES[name], None).index(getattr(scene, name)) for name in PROPERTIES] for scene in said])
     readers = nn.ModuleList(nn.Linear(recipe.text_width, len(VALUES[name]) + 1) for name in PROPERTIES)
     initialise(readers, torch.Generator().manual_seed(recipe.seed))
-    both = nn.ModuleDict({"encoder": network, "readers": readers})
+    both = nn.ModuleDict({"encoder": network, "readers": readers}).to(device)
 
     def loss(_: int, rng: np.random.Generator, __: torch.Generator) -> Tensor:
         chosen = torch.from_numpy(rng.integers(len(said), size=recipe.text_encoder.batch))
-        hidden = network(input_ids=ids[chosen, :_SHORT]).last_hidden_state
+        hidden = network(input_ids=ids[chosen, :_SHORT].to(device)).last_hidden_state
         end = hidden[torch.arange(len(chosen)), last[chosen]]
-        errors = [nn.functional.cross_entropy(read(end), targets[chosen, n]) for n, read in enumerate(readers)]
+        errors = [nn.functional.cross_entropy(read(end), targets[chosen, n].to(device)) for n, read in enumerate(readers)]
         return torch.stack(errors).sum()
 
     train("text_encoder", both, recipe.text_encoder, loss, seed=recipe.seed, folder=folder, average=0.99, say=say)
@@ -100,7 +100,8 @@ def tokens(tokenizer: Any, scenes: Sequence[Scene | None]) -> Tensor:
 @torch.no_grad()
 def embed(network: Any, tokenizer: Any, scenes: Sequence[Scene | None]) -> Tensor:
     """Captions as the denoiser takes them, (n, 77, width)."""
-    parts = [network(input_ids=ids).last_hidden_state for ids in torch.split(tokens(tokenizer, scenes), 64)]
+    ids = tokens(tokenizer, scenes).to(device_of(network))
+    parts = [network(input_ids=part).last_hidden_state for part in torch.split(ids, 64)]
     return torch.cat(parts)
 
 

@@ -46,7 +46,7 @@ def train(
     mean = {key: value.detach().clone() for key, value in network.state_dict().items()}
     first, spent = 0, 0.0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=device_of(network))
         network.load_state_dict(state["network"])
         optimiser.load_state_dict(state["optimiser"])
         mean, first, spent = state["mean"], state["step"], state["seconds"]
@@ -81,6 +81,16 @@ def generators(seed: int, name: str, step: int) -> tuple[np.random.Generator, to
     """numpy's and torch's own for one step of one stage."""
     words = np.random.SeedSequence([seed, step, *name.encode()]).generate_state(2)
     return np.random.default_rng(words), torch.Generator().manual_seed(int(words[0]))
+
+
+def noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal noise of a tensor's shape, on its device; the generator is the CPU's, so it is the same on all of them."""
+    return torch.randn(like.shape, generator=generator).to(like.device)
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's weights are."""
+    return next(network.parameters()).device
 
 
 def _rate_at(step: int, steps: int) -> float:
