@@ -1,4 +1,4 @@
-"""`make bench`: all contestants on the same full-size pair, then the whole command. Results go to stdout, as Markdown."""
+"""`make bench`: all contestants on the same full-size pair, then `extract`, then every command. Markdown on stdout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from bench.table import (
     contest_table,
     machine,
     machine_line,
+    tour_table,
 )
+from bench.tour import tour
+from lib_dpo.arch import ARCHITECTURES as KNOWN
 from lib_dpo.devices import resolve_device
 from lib_dpo.errors import DpoError, OutputError
 from lib_dpo.header import tensor_nbytes
@@ -70,9 +73,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
     parser.add_argument("--rank", type=int, help=f"default: {DEFAULT_RANK}, with --small {_SMALL_RANK}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--folder", type=Path, help="where the made-up files go: 5.6 GB for SD 1.5, 17.2 GB for SDXL")
+    parser.add_argument("--folder", type=Path, help="where the made-up files go: 11.6 GB for SD 1.5, 35 GB for SDXL")
     parser.add_argument("--keep", action="store_true", help="keep them in --folder, and take those of an earlier run")
     parser.add_argument("--small", action="store_true", help="a quick run with small widths, whose figures mean nothing")
+    parser.add_argument("--tour-only", action="store_true", help="no contest: only every command in turn")
     parser.add_argument("--svd-lowrank-samples", type=int, metavar="N", help="layers of each shape (default: all)")
     parser.add_argument("--json", type=Path, metavar="F", help="write the figures to a file too")
     parser.add_argument("--markdown", type=Path, metavar="F", help="write what is printed to a file too")
@@ -101,27 +105,47 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _bench(arch: str, args: argparse.Namespace, folder: Path, device: torch.device) -> tuple[dict[str, Any], str]:
-    """Both tables of one architecture."""
+    """All tables of one architecture."""
     begin = time.perf_counter()
-    with _pair_files(arch, args, folder) as (base, tuned), open_model(base) as first, open_model(tuned) as second:
-        made = time.perf_counter()
+    figures: dict[str, Any] = {}
+    tables: list[str] = []
+    with _pair_files(arch, args, folder) as (base, tuned):
+        seconds = {"making the pair": time.perf_counter() - begin}
+        if not args.tour_only:
+            figures, tables, spent = _contest(arch, args, base, tuned, folder, device)
+            seconds |= spent
+        begin = time.perf_counter()
+        stops = list(tour(arch, base, tuned, args.rank, folder))
+        seconds["tour"] = time.perf_counter() - begin
+    figures |= {"tour": [asdict(stop) for stop in stops], "seconds": seconds}
+    title = KNOWN[arch].title + (" (small widths, the figures mean nothing)" if args.small else "")
+    took = "Took: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + "."
+    return figures, "\n\n".join([f"## {title}", *tables, tour_table(stops), took])
+
+
+def _contest(
+    arch: str, args: argparse.Namespace, base: Path, tuned: Path, folder: Path, device: torch.device
+) -> tuple[dict[str, Any], list[str], dict[str, float]]:
+    """The contest and `extract` beside its lower bound: figures, tables and goals, seconds."""
+    begin = time.perf_counter()
+    with open_model(base) as first, open_model(tuned) as second:
         contest = prepare(open_pair(first, second), args.rank, device, _bar)
         scores = contest.run(svd_lowrank_samples=args.svd_lowrank_samples)
         contested = time.perf_counter()
         command = measure_command(contest.pair, contest.layers, args.rank, device, folder)
-    seconds = {"making the pair": made - begin, "contest": contested - made, "command": time.perf_counter() - contested}
     goals = [*contest_goals(arch, scores), *command_goals(arch, command)]
     figures = {
         "layers": len(contest.layers),
         "contest": [contest_json(score) for score in scores],
         "command": asdict(command) | {"ratio": command.ratio, "device_ratio": command.device_ratio},
         "goals": [goal.as_json() for goal in goals],
-        "seconds": seconds,
     }
-    title = contest.pair.architecture.title + (" (small widths, the figures mean nothing)" if args.small else "")
-    took = "Took: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + "."
-    tables = contest_table(args.rank, len(contest.layers), scores), command_table(args.rank, command)
-    return figures, "\n\n".join([f"## {title}", *tables, "\n".join(map(str, goals)), took])
+    tables = [
+        contest_table(args.rank, len(contest.layers), scores),
+        command_table(args.rank, command),
+        "\n".join(map(str, goals)),
+    ]
+    return figures, tables, {"contest": contested - begin, "command": time.perf_counter() - contested}
 
 
 @contextmanager
@@ -147,8 +171,9 @@ def _sizes(arch: str, args: argparse.Namespace) -> Any:
 def _check_disk(args: argparse.Namespace, folder: Path) -> None:
     """Before the first pair is made, whether there is room for the largest; for all of them if they are kept."""
     nearest = next(each for each in Path(os.path.abspath(folder), "x").parents if each.is_dir())
-    needs = [_pair_bytes(arch, args) for arch in args.arch]
-    needed, free = (sum(needs) if args.keep else max(needs)) + _ROOM_FOR_LORA, shutil.disk_usage(nearest).free
+    pairs = [_pair_bytes(arch, args) for arch in args.arch]
+    needed = (sum(pairs) if args.keep else max(pairs)) + max(pairs) + _ROOM_FOR_LORA  # the tour writes as much again
+    free = shutil.disk_usage(nearest).free
     if free < needed:
         raise OutputError(
             f"{folder}: the benchmark needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; free some space, or name "

@@ -68,8 +68,8 @@ def measure_command(pair: Pair, layers: Sequence[Layer], rank: int, device: torc
     for checkpoint in checkpoints:
         time.sleep(max(0.0, _SETTLED - (time.time() - os.path.getmtime(checkpoint.files[0]))))
         checkpoint.sha256()
-    _start(device)  # the first one reads torch from the disk
-    start, baseline = _start(device)
+    process_start(device)  # the first one reads torch from the disk
+    start, baseline = process_start(device)
     rates, reads = [matmul_rate(device)], [read_seconds(files)]
     to_device = [_to_device(checkpoints, device)] if device.type == "cuda" else []
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as output:
@@ -99,7 +99,7 @@ def _operations(layer: Layer, rank: int) -> float:
     return operations(short, long, rank, "auto") + 2.0 * short * long * rank
 
 
-def _start(device: torch.device) -> tuple[float, int]:
+def process_start(device: torch.device) -> tuple[float, int]:
     """Seconds until a process has the engine imported and the device ready, and the anonymous memory that it holds then."""
     begin = time.perf_counter()
     code = _START.format(cuda=device.type == "cuda")
@@ -110,7 +110,16 @@ def _start(device: torch.device) -> tuple[float, int]:
 def _extract(pair: Pair, rank: int, device: torch.device, folder: Path, baseline: int) -> tuple[float, int]:
     paths = [str(path.resolve()) for path in (pair.base.path, pair.tuned.path, folder / "lora.safetensors")]
     arguments = ["--base", paths[0], "--tuned", paths[1], "-o", paths[2], "--rank", str(rank), "--device", str(device)]
-    command = [sys.executable, "-m", "lib_dpo", "extract", *arguments, "--json", str(folder.resolve() / "report.json")]
+    return run_command(["extract", *arguments, "--json", str(folder.resolve() / "report.json")], baseline)
+
+
+def run_command(arguments: Sequence[str], baseline: int) -> tuple[float, int]:
+    """Run `python -m lib_dpo` with these arguments. Returns its seconds and its peak of anonymous memory above `baseline`.
+
+    Raises:
+        DpoError: it failed; with its own words.
+    """
+    command = [sys.executable, "-m", "lib_dpo", *arguments]
     begin = time.perf_counter()
     with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -13,6 +13,7 @@ import torch
 
 from bench.command import CommandFigures
 from bench.contest import Score
+from bench.tour import Stop
 
 # What the project wants to reach (issue 2), on two CPU cores; the last on a GPU.
 _TIMES_FASTER = {"sd1": 15.0, "sdxl": 30.0}
@@ -139,6 +140,20 @@ def command_table(rank: int, figures: CommandFigures) -> str:
         rows.append(("bringing both files to the GPU", _seconds(figures.to_device)))
         rows.append(("ratio to that, process start left out", f"{figures.device_ratio:.2f}"))
     return "\n".join(["| whole command | |", "|---|--:|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def tour_table(stops: Sequence[Stop]) -> str:
+    """Every command in turn."""
+    rows = [
+        f"| {one.title} | {_seconds(one.seconds)} | {one.peak / 1e6:,.0f} MB "
+        f"| {f'{one.written / 1e6:,.1f} MB' if one.written else ''} | {one.found} |"
+        for one in stops
+    ]
+    head = (
+        "| every command, process start and hashing included | time | peak memory | written | what came of it |",
+        "|---|--:|--:|--:|---|",
+    )
+    return "\n".join([*head, *rows])
 
 
 def machine_line(facts: Mapping[str, Any]) -> str:

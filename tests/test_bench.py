@@ -66,6 +66,18 @@ def test_command_is_set_beside_reading_and_multiplying(run: tuple[dict[str, Any]
     assert "| whole command |" in run[1]
 
 
+def test_every_command_runs_and_what_it_writes_holds(run: tuple[dict[str, Any], str]):
+    stops = run[0]["architectures"]["sd1"]["tour"]
+    commands = ["inspect", "diff", "extract", "verify", "resize", "bake", "offset", "bake", "compat"]
+    assert [stop["title"].split("`")[1].split()[0] for stop in stops] == commands
+    assert all(stop["seconds"] > 0 and f"| {stop['title']} |" in run[1] for stop in stops)
+    found = [stop["found"] for stop in stops]
+    assert (found[0], found[2]) == ("sd1 checkpoint, 1,135 tensors", found[3])  # extract and verify agree
+    assert found[5] == "449 of 449 other tensors as they were"
+    assert found[7] == "100 % of the UNet's weights as in the tuned file; " + found[5]
+    assert float(found[8].split()[2]) == pytest.approx(1, abs=0.02)  # less than one: fp16 rounds the smallest changes away
+
+
 def test_goals_stand_below_with_what_was_reached(run: tuple[dict[str, Any], str]):
     goals = run[0]["architectures"]["sd1"]["goals"]
     lines = [line for line in run[1].splitlines() if line.startswith(("- met: ", "- **missed**: "))]
@@ -119,7 +131,7 @@ def test_full_disk_is_refused_before_anything_is_written(
     usage = namedtuple("usage", "total used free")(10**12, 10**12 - 10**10, 10**10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert main(["--folder", str(tmp_path / "new")]) == 2
-    assert "needs 17.7 GB, 10.0 GB are free" in capsys.readouterr().err
+    assert "needs 34.9 GB, 10.0 GB are free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,102 @@
+"""Every command on the full-size pair, one after the other: seconds, memory, and whether what it wrote holds."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from bench.command import process_start, run_command
+from lib_dpo.shapes import unet_name_pairs
+
+_SMALLER = 4  # times, by `resize`
+
+
+@dataclass(frozen=True)
+class Stop:
+    """One command of the tour."""
+
+    title: str
+    seconds: float  # process start and hashing included
+    peak: int  # bytes of anonymous memory over a process that has only imported the engine
+    written: int  # bytes
+    found: str  # what its figures say, or what its file was checked for
+
+
+def tour(arch: str, base: Path, tuned: Path, rank: int, folder: Path) -> Iterator[Stop]:
+    """Each command as it ends, in the order in which they need each other's files; these are deleted at the end.
+
+    Raises:
+        DpoError: a command failed; its own words.
+    """
+    _, baseline = process_start(torch.device("cpu"))
+    with tempfile.TemporaryDirectory(dir=folder, prefix="dpo-tour-", ignore_cleanup_errors=True) as name:
+        place = Path(name).resolve()
+        lora, smaller, offset, baked = (place / f"{each}.safetensors" for each in ("lora", "smaller", "offset", "baked"))
+        report, picture = place / "report.json", place / "diff.png"
+
+        def stop(title: str, find: Callable[[Any], str], output: Path | None, *command: object) -> Stop:
+            arguments = [*map(str, command), "--json", str(report), "--overwrite"]
+            seconds, peak = run_command(arguments, baseline)
+            said = json.loads(report.read_text(encoding="utf-8"))
+            return Stop(title, seconds, peak, output.stat().st_size if output else 0, find(said))
+
+        pair = ("--base", base.resolve(), "--tuned", tuned.resolve())
+        bake = ("bake", "--target", base.resolve(), "-o", baked, "--offset")
+        fewer = max(1, rank // _SMALLER)
+        yield stop("`inspect`, the base", _kind, None, "inspect", base.resolve())
+        yield stop("`diff --plot`", _verdict, picture, "diff", *pair, "--plot", picture)
+        yield stop(f"`extract --rank {rank}`", _kept, lora, "extract", *pair, "-o", lora, "--rank", rank)
+        yield stop("`verify`", _kept, None, "verify", "--lora", lora, *pair)
+        yield stop(f"`resize --rank {fewer}`", _kept_of_lora, smaller, "resize", "--lora", lora, "-o", smaller, "--rank", fewer)
+        yield stop("`bake` of the LoRA", lambda _: _untouched(arch, base, baked), baked, *bake, lora)
+        baked.unlink()
+        yield stop("`offset`", lambda _: "", offset, "offset", *pair, "-o", offset)
+        yield stop("`bake` of the offset", lambda _: _restored(arch, base, tuned, baked), baked, *bake, offset)
+        yield stop("`compat`, of that", _inside, None, "compat", "--target", baked, *pair)
+
+
+def _restored(arch: str, base: Path, tuned: Path, baked: Path) -> str:
+    """The share of the UNet's weights that are the tuned file's, bit for bit, once these are rounded to the base's dtype."""
+    same = total = 0
+    with safe_open(baked, "pt") as ours, safe_open(tuned, "pt") as wanted:
+        for key, name in unet_name_pairs(arch).items():
+            found = ours.get_tensor(key)
+            same += int((found == wanted.get_tensor(name).to(found.dtype).reshape(found.shape)).sum())
+            total += found.numel()
+    return f"{100 * same / total:.6g} % of the UNet's weights as in the tuned file; {_untouched(arch, base, baked)}"
+
+
+def _untouched(arch: str, base: Path, baked: Path) -> str:
+    """How much beside the UNet is the base's, bit for bit."""
+    unet = unet_name_pairs(arch)
+    with safe_open(baked, "pt") as ours, safe_open(base, "pt") as before:
+        others = [key for key in before.keys() if key not in unet]  # noqa: SIM118  # it is no mapping
+        same = sum(torch.equal(ours.get_tensor(key), before.get_tensor(key)) for key in others)
+    return f"{same} of {len(others)} other tensors as they were"
+
+
+def _kind(said: Any) -> str:
+    return f"{said['architecture']} {said['kind']}, {said['tensors']:,} tensors"
+
+
+def _verdict(said: Any) -> str:
+    return str(said["verdict"]["level"])
+
+
+def _kept(said: Any) -> str:
+    return f"energy kept {100 * said['energy_kept']:.2f} %"
+
+
+def _kept_of_lora(said: Any) -> str:
+    return f"{100 * said['energy_kept_of_lora']:.2f} % of the LoRA's energy"
+
+
+def _inside(said: Any) -> str:
+    return f"strength inside {said['strength_inside']:.4f} ± {said['strength_inside_error']:.1g}"
