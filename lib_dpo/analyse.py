@@ -134,9 +134,7 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
             relative.append((key, row.relative_change))
             steps.advance(delta.numel(), key)
         if not tally.total.offset:
-            raise NothingToDoError(
-                f"{pair.base.path.name} and {pair.tuned.path.name} hold the same UNet and text encoders: there is no offset"
-            )
+            raise NothingToDoError(f"{' and '.join(pair.file_names)} hold the same UNet and text encoders: there is no offset")
         figures = _spectra(pair, tally, place, steps) if spectra else None
     relative.sort(key=lambda item: -item[1])
     return DiffReport(

@@ -28,6 +28,11 @@ from lib_dpo.progress import Progress, Steps
 from lib_dpo.writer import SafetensorsWriter, check_output, write_bytes_atomic
 
 SidecarFate = Literal["copied", "replaced", "removed", "kept", "none"]
+_SIDECAR_TEXT = {
+    "copied": "copied the target's .yaml to {}",
+    "replaced": "replaced {}, which was another one, by the target's .yaml",
+    "removed": "removed {}: the target has no .yaml, and hosts would have loaded the new file with it",
+}
 _PIECE = 1 << 18  # values added at once: their float64 copies stay in the cache
 
 
@@ -45,6 +50,11 @@ class BakeReport:
     rounding_loss: float  # ||stored - exact||^2 / ||strength * offset||^2
     sidecar: SidecarFate  # what was done with the .yaml beside the output
     unet_only: bool  # the target is a diffusers folder
+
+    @property
+    def sidecar_text(self) -> str:
+        """What was done with the .yaml, for people; empty where nothing was."""
+        return _SIDECAR_TEXT.get(self.sidecar, "").format(self.path.with_suffix(".yaml"))
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""

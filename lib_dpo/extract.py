@@ -240,12 +240,10 @@ class _Run:
                 row.residual = row.offset
                 self.tally.add(key, row)
             if not self.tally.total.offset:
-                raise NothingToDoError(
-                    f"{self.pair.base.path.name} and {self.pair.tuned.path.name} hold the same UNet: nothing to extract"
-                )
+                raise NothingToDoError(f"{' and '.join(self.pair.file_names)} hold the same UNet: nothing to extract")
             if not self.written:
                 raise NothingToDoError(
-                    f"{self.pair.tuned.path.name} changes nothing that the profile {self.settings.profile} carries; choose "
+                    f"{self.pair.file_names[1]} changes nothing that the profile {self.settings.profile} carries; choose "
                     "--profile webui or full, or write an offset file"
                 )
             verdict = self._verdict(encoders)

@@ -209,11 +209,12 @@ def right_base(pair: Pair, tally: Tally) -> Verdict:
     unet = tally.components.get("unet", Row())
     encoders = changed_text_encoders(tally)
     percent = f"{100 * unet.relative_change:.3g} %"
+    base, tuned = pair.names
     if unet.relative_change > _OTHER_MODEL:
         return Verdict(
             "wrong",
-            f"Wrong base: the UNets differ by {percent} of their size, so {pair.tuned.name} was not tuned from "
-            f"{pair.base.name}. Look for the checkpoint it was tuned from.",
+            f"Wrong base: the UNets differ by {percent} of their size, so {tuned} was not tuned from {base}. "
+            "Look for the checkpoint it was tuned from.",
         )
     if unet.noise_floor > _NOTHING_BUT_NOISE:
         return Verdict(
@@ -230,7 +231,7 @@ def right_base(pair: Pair, tally: Tally) -> Verdict:
     if _looks_swapped(pair):
         return Verdict(
             "doubtful",
-            f"The order looks swapped: {pair.base.name} looks like the DPO reference and {pair.tuned.name} like the base. "
+            f"The order looks swapped: {base} looks like the DPO reference and {tuned} like the base. "
             "Exchange them unless you want the opposite of DPO.",
         )
     if unet.relative_change > _LARGER_THAN_DPO:

@@ -62,6 +62,12 @@ class Pair:
         """What messages call the two files: many references are all named diffusion_pytorch_model.safetensors."""
         return names_apart(self.base.path, self.tuned.path)
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """What people call base and tuned; the names of their files where that would be the same."""
+        names = self.base.name, self.tuned.name
+        return self.file_names if names[0] == names[1] else names
+
     def weight(self, key: str, device: torch.device | str = "cpu", out: Tensor | None = None) -> Tensor:
         """The base's weight in float32 on `device`; the caller's own, to be written to.
 

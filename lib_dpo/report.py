@@ -101,20 +101,13 @@ def bake_text(report: BakeReport) -> str:
     ]
     if report.unet_only:
         lines.append("holds the UNet alone, in diffusers naming, as a file in unet/ does: the target is a folder")
-    if report.sidecar in _SIDECAR:
-        lines.append(_SIDECAR[report.sidecar].format(report.path.with_suffix(".yaml")))
+    if report.sidecar_text:
+        lines.append(report.sidecar_text)
     if report.not_applied:
         lines.append(
             f"{len(report.not_applied)} keys of the offset are unknown or have no place here, first {report.not_applied[0]}"
         )
     return "\n".join(lines)
-
-
-_SIDECAR = {
-    "copied": "copied the target's .yaml to {}",
-    "replaced": "replaced {}, which was another one, by the target's .yaml",
-    "removed": "removed {}: the target has no .yaml, and hosts would have loaded the new file with it",
-}
 
 
 def resize_text(report: ResizeReport) -> str:

@@ -379,6 +379,13 @@ def test_presets_are_blocks_that_every_model_has(arch: str):
         check_blocks(parse_blocks(blocks), ARCHITECTURES[arch])
 
 
+def test_save_says_what_became_of_the_configuration(with_lora: Session, host: FakeHost):
+    (host.checkpoint_dir / "base.yaml").write_text("model: {}")
+    html = run(with_lora, bake.save, "mine", 1.0, "", "", False)[0]
+    assert "copied the target&#x27;s .yaml to " in html
+    assert (host.checkpoint_dir / "base-dpo.yaml").exists()
+
+
 def test_save_as_checkpoint(with_lora: Session, host: FakeHost):
     html = run(with_lora, bake.save, "mine", 1.0, "", "", False)[0]
     assert "base-dpo is saved" in html

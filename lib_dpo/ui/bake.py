@@ -152,6 +152,7 @@ def save(
     body = markup.facts([
         ("File", found.path), ("Offset", offset), ("Strength", f"{found.strength:g}"), ("Blocks", found.blocks or "everything"),
         ("Changed", f"{found.changed:,} tensors"), ("Kept as they were", f"{found.kept:,} tensors"),
+        *([("Configuration", found.sidecar_text)] if found.sidecar_text else []),
     ])  # fmt: skip
     return markup.card(f"{found.path.stem} is saved", lost, not_applied, mood="good", body=body)
 
