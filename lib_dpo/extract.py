@@ -19,13 +19,13 @@ from lib_dpo.errors import NothingToDoError, OutputError, SettingError
 from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders, measure, right_base
 from lib_dpo.keymap import component_of
 from lib_dpo.layers import Layer, plan_layers
-from lib_dpo.lora import ENTRY_BYTES, METADATA_BYTES, kohya_metadata
+from lib_dpo.lora import METADATA_BYTES, kohya_metadata
 from lib_dpo.lowrank import Factors, energy, full_precision
 from lib_dpo.offset import Pair, licence
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
-from lib_dpo.ranks import Spectrum, allocate, break_even_rank
-from lib_dpo.settings import ExtractSettings, RankPolicy
+from lib_dpo.rank_plan import asked_rank, entry_bytes, left_out, plan_ranks
+from lib_dpo.settings import ExtractSettings
 from lib_dpo.writer import LEGACY_HASH, SafetensorsWriter
 
 
@@ -96,12 +96,9 @@ def extract(
         components = ("unet", *changed_text_encoders(encoders))
         layers = plan_layers(pair, settings.profile, components)
         decomposer = Decomposer(pair, device, method=settings.method, seed=settings.seed)
-        fixed = settings.policy.fixed
-        steps = Steps(sum(layer.numel for layer in layers) * (1 if fixed else 2), on_progress)
-        if fixed:
-            ranks = _fixed_ranks(layers, settings.policy)
-        else:
-            ranks = _planned_ranks(pair, layers, components, settings, decomposer, steps, device)
+        passes = 1 if settings.policy.fixed else 2
+        steps = Steps(passes * sum(layer.numel for layer in layers), on_progress)
+        ranks = plan_ranks(pair, layers, components, settings, decomposer, steps, device)
         run = _Run(pair, Path(output), settings, components, layers, ranks, decomposer, steps)
         return run.write(encoders, overwrite=overwrite, source=source, device=device)
 
@@ -113,85 +110,6 @@ def _measure_text_encoders(pair: Pair) -> Tally:
         if component_of(pair.architecture, key) != "unet":
             tally.add(key, measure(pair, key)[1])
     return tally
-
-
-# ---- ranks ----
-
-
-def _fixed_ranks(layers: Sequence[Layer], policy: RankPolicy) -> dict[str, int]:
-    """The rank asked for, but in no layer one from which on its factors are larger than the layer itself."""
-    pairs = [layer for layer in layers if layer.kind == "pair"]
-    for name, value, own in (
-        ("rank", policy.fixed or 1, pairs),
-        ("conv_rank", policy.conv_rank or 1, [layer for layer in pairs if layer.is_wide_convolution]),
-    ):
-        largest = max((min(layer.matrix) for layer in own), default=value)
-        if value > largest:
-            raise SettingError(f"{name} {value} is larger than every layer; expected at most {largest} for this model")
-    return {layer.module.name: min(_asked(policy, layer), break_even_rank(*layer.matrix)) for layer in pairs}
-
-
-def _asked(policy: RankPolicy, layer: Layer) -> int:
-    """The rank that a policy names for a layer; 0 where it names none."""
-    return policy.conv_rank if policy.conv_rank and layer.is_wide_convolution else policy.fixed or 0
-
-
-def _planned_ranks(
-    pair: Pair,
-    layers: Sequence[Layer],
-    components: Sequence[str],
-    settings: ExtractSettings,
-    decomposer: Decomposer,
-    steps: Steps,
-    device: torch.device,
-) -> dict[str, int]:
-    """Ranks from the exact spectra of all layers, for the energy and the size policies."""
-    item = torch.finfo(PRECISION[settings.precision]).bits // 8
-    spectra: dict[str, Spectrum] = {}
-    pair_energy = 0.0
-
-    def squares(layer: Layer) -> tuple[Layer, float, Tensor]:
-        if layer.kind != "pair":
-            return layer, 0.0, torch.empty(0)
-        delta, row = decomposer.load(layer)
-        return layer, row.offset, decomposer.singular_values(delta, layer.module.name).square()
-
-    with side_by_side(squares, layers, device) as found:
-        for layer, offset, values in found:
-            if layer.kind == "pair":
-                pair_energy += offset
-                per_rank = item * sum(layer.matrix)
-                most = break_even_rank(*layer.matrix)
-                spectra[layer.module.name] = Spectrum(values.numpy(), per_rank, _entry_bytes(layer), most)
-            steps.advance(layer.numel, layer.module.key)
-    whole = [layer for layer in layers if layer.kind != "pair"]
-    if settings.policy.energy is not None:
-        written_whole = sum(measure(pair, key)[1].offset for layer in whole for key in layer.keys)
-        rest = sum(measure(pair, key)[1].offset for key in _left_out(pair, layers, components))
-        total = pair_energy + written_whole + rest
-        return allocate(spectra, energy=settings.policy.energy * total - written_whole)
-    size = settings.policy.size_mb or 0.0
-    required = [layer for layer in layers if layer.required]  # written with one component at least
-    overhead = METADATA_BYTES + sum(item * (layer.numel + layer.shape[0]) + _entry_bytes(layer) for layer in whole)
-    overhead += sum(spectra[layer.module.name].bytes_per_rank + _entry_bytes(layer) for layer in required)
-    ranks = allocate(spectra, budget=int(size * 1e6) - overhead)
-    if not any(ranks.values()):
-        least = overhead + min(row.bytes_per_rank + row.fixed_bytes for row in spectra.values())
-        raise SettingError(f"size {size:g} MB holds no layer of this model; expected at least {least / 1e6:.2g} MB")
-    return ranks
-
-
-def _entry_bytes(layer: Layer) -> int:
-    return 3 * (ENTRY_BYTES + len(layer.module.name))
-
-
-def _left_out(pair: Pair, layers: Sequence[Layer], components: Sequence[str]) -> Iterator[str]:
-    """Tensors of the offset that no layer carries: biases, text encoder norms and embeddings, by profile."""
-    carried = {key for layer in layers for key in layer.keys}
-    return (key for key in pair.keys if key not in carried and component_of(pair.architecture, key) in components)
-
-
-# ---- the writing pass ----
 
 
 class _Prepared(NamedTuple):
@@ -235,7 +153,7 @@ class _Run:
             with side_by_side(self._prepare, _batches(self.layers, self.ranks, device), device) as prepared:
                 for batch in prepared:
                     self._write_batch(batch)
-            for key in _left_out(self.pair, self.layers, self.components):
+            for key in left_out(self.pair, self.layers, self.components):
                 row = measure(self.pair, key)[1]
                 row.residual = row.offset
                 self.tally.add(key, row)
@@ -268,7 +186,7 @@ class _Run:
         item = torch.finfo(self.dtype).bits // 8
         ranks = self.ranks
         return METADATA_BYTES + sum(
-            _entry_bytes(layer) + item * (ranks[layer.module.name] * sum(layer.matrix) if layer.kind == "pair" else layer.numel)
+            entry_bytes(layer) + item * (ranks[layer.module.name] * sum(layer.matrix) if layer.kind == "pair" else layer.numel)
             for layer in self.layers
         )
 
@@ -323,7 +241,7 @@ class _Run:
         self._add(layer, "lora_down.weight", down.reshape(rank, in_ // math.prod(kernel), *kernel))
         self._add(layer, "lora_up.weight", up.reshape(layer.shape[0], rank, *(1 for _ in kernel)))
         self.written += 1
-        self.capped += self.ranks[layer.module.name] < _asked(self.settings.policy, layer)
+        self.capped += self.ranks[layer.module.name] < asked_rank(self.settings.policy, layer)
 
     def _check_fits(self, layer: Layer, residual: float) -> None:
         if not residual < float("inf"):  # NaN too

@@ -119,7 +119,7 @@ def test_the_report_the_metadata_and_verify_agree(sdxl: Files, tmp_path: Path) -
 def test_at_full_rank_in_fp32_nothing_is_missed_but_norms_and_biases(
     sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib_dpo.extract.break_even_rank", min)
+    monkeypatch.setattr("lib_dpo.rank_plan.break_even_rank", min)
     report = run(sd1, tmp_path / "l.safetensors", rank=128, precision="fp32", method="exact")
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         pair = open_pair(base, tuned)
@@ -373,7 +373,7 @@ def test_resizing_keeps_clip_g_attention_whole(sdxl: Files, tmp_path: Path, poli
 
 
 def test_fused_attention_is_split_into_its_three_parts(sdxl: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib_dpo.extract.break_even_rank", min)
+    monkeypatch.setattr("lib_dpo.rank_plan.break_even_rank", min)
     files = changed_text_encoders(sdxl, tmp_path / "in", [TE2 + "in_proj_weight"])
     run(files, tmp_path / "l.safetensors", rank=64, precision="fp32", method="exact")
     lora, base, tuned = load_file(tmp_path / "l.safetensors"), load_file(files[0]), load_file(files[1])

@@ -1,0 +1,117 @@
+"""How many components each layer of a pair gets under each policy: one rank for all, an energy or a size to reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lib_dpo.decompose import Decomposer, side_by_side
+from lib_dpo.errors import SettingError
+from lib_dpo.figures import measure
+from lib_dpo.keymap import component_of
+from lib_dpo.layers import Layer
+from lib_dpo.lora import ENTRY_BYTES, METADATA_BYTES
+from lib_dpo.offset import Pair
+from lib_dpo.precision import PRECISION
+from lib_dpo.progress import Steps
+from lib_dpo.ranks import Spectrum, allocate, break_even_rank
+from lib_dpo.settings import ExtractSettings, RankPolicy
+
+
+def plan_ranks(
+    pair: Pair,
+    layers: Sequence[Layer],
+    components: Sequence[str],
+    settings: ExtractSettings,
+    decomposer: Decomposer,
+    steps: Steps,
+    device: torch.device,
+) -> dict[str, int]:
+    """Ranks by the name of the LoRA module, for the layers that become pairs of factors; 0 for those left out.
+
+    Args:
+        components: whose offset counts, `unet` and the text encoders that changed.
+        steps: advanced by every layer's numbers where spectra are computed, not where one rank is asked for.
+
+    Raises:
+        SettingError: a rank beyond every layer, or a size too small for any.
+    """
+    if settings.policy.fixed:
+        return _fixed_ranks(layers, settings.policy)
+    return _ranks_from_spectra(pair, layers, components, settings, decomposer, steps, device)
+
+
+def _fixed_ranks(layers: Sequence[Layer], policy: RankPolicy) -> dict[str, int]:
+    """The rank asked for, but in no layer one from which on its factors are larger than the layer itself."""
+    pairs = [layer for layer in layers if layer.kind == "pair"]
+    for name, value, own in (
+        ("rank", policy.fixed or 1, pairs),
+        ("conv_rank", policy.conv_rank or 1, [layer for layer in pairs if layer.is_wide_convolution]),
+    ):
+        largest = max((min(layer.matrix) for layer in own), default=value)
+        if value > largest:
+            raise SettingError(f"{name} {value} is larger than every layer; expected at most {largest} for this model")
+    return {layer.module.name: min(asked_rank(policy, layer), break_even_rank(*layer.matrix)) for layer in pairs}
+
+
+def asked_rank(policy: RankPolicy, layer: Layer) -> int:
+    """The rank that a policy names for a layer; 0 where it names none."""
+    return policy.conv_rank if policy.conv_rank and layer.is_wide_convolution else policy.fixed or 0
+
+
+def _ranks_from_spectra(
+    pair: Pair,
+    layers: Sequence[Layer],
+    components: Sequence[str],
+    settings: ExtractSettings,
+    decomposer: Decomposer,
+    steps: Steps,
+    device: torch.device,
+) -> dict[str, int]:
+    """Ranks from the exact spectra of all layers, for the energy and the size policies."""
+    item = torch.finfo(PRECISION[settings.precision]).bits // 8
+    spectra: dict[str, Spectrum] = {}
+    pair_energy = 0.0
+
+    def squares(layer: Layer) -> tuple[Layer, float, Tensor]:
+        if layer.kind != "pair":
+            return layer, 0.0, torch.empty(0)
+        delta, row = decomposer.load(layer)
+        return layer, row.offset, decomposer.singular_values(delta, layer.module.name).square()
+
+    with side_by_side(squares, layers, device) as found:
+        for layer, offset, values in found:
+            if layer.kind == "pair":
+                pair_energy += offset
+                per_rank = item * sum(layer.matrix)
+                most = break_even_rank(*layer.matrix)
+                spectra[layer.module.name] = Spectrum(values.numpy(), per_rank, entry_bytes(layer), most)
+            steps.advance(layer.numel, layer.module.key)
+    whole = [layer for layer in layers if layer.kind != "pair"]
+    if settings.policy.energy is not None:
+        written_whole = sum(measure(pair, key)[1].offset for layer in whole for key in layer.keys)
+        rest = sum(measure(pair, key)[1].offset for key in left_out(pair, layers, components))
+        total = pair_energy + written_whole + rest
+        return allocate(spectra, energy=settings.policy.energy * total - written_whole)
+    size = settings.policy.size_mb or 0.0
+    required = [layer for layer in layers if layer.required]  # written with one component at least
+    overhead = METADATA_BYTES + sum(item * (layer.numel + layer.shape[0]) + entry_bytes(layer) for layer in whole)
+    overhead += sum(spectra[layer.module.name].bytes_per_rank + entry_bytes(layer) for layer in required)
+    ranks = allocate(spectra, budget=int(size * 1e6) - overhead)
+    if not any(ranks.values()):
+        least = overhead + min(row.bytes_per_rank + row.fixed_bytes for row in spectra.values())
+        raise SettingError(f"size {size:g} MB holds no layer of this model; expected at least {least / 1e6:.2g} MB")
+    return ranks
+
+
+def entry_bytes(layer: Layer) -> int:
+    """What the names, shapes and offsets of a layer take in the header of the file."""
+    return 3 * (ENTRY_BYTES + len(layer.module.name))
+
+
+def left_out(pair: Pair, layers: Sequence[Layer], components: Sequence[str]) -> Iterator[str]:
+    """Tensors of the offset that no layer carries: biases, text encoder norms and embeddings, by profile."""
+    carried = {key for layer in layers for key in layer.keys}
+    return (key for key in pair.keys if key not in carried and component_of(pair.architecture, key) in components)
