@@ -137,128 +137,136 @@ class CompatRequest(BaseModel):
     wait: bool = _WAIT
 
 
+_ROUTES = (  # method, path, which of the handlers below, what it does
+    ("GET", "/status", "status", "what is loaded, what is baked into it, which hooks of the host were found"),
+    ("GET", "/checkpoints", "checkpoints", "the names that other routes take: checkpoints, DPO references, offsets"),
+    ("POST", "/analyse", "analyse", "the verdict on a pair, and on the loaded model as a target"),
+    ("POST", "/extract", "extract", "extract a LoRA into the LoRA folder"),
+    ("POST", "/offset", "offset", "write the dense offset file into the reference folder"),
+    ("POST", "/bake", "bake", "add an offset to the loaded model, until unbake"),
+    ("POST", "/unbake", "unbake", "put the loaded model back, bit for bit"),
+    ("POST", "/save", "save", "write the loaded checkpoint plus strength x offset as a new checkpoint"),
+    ("POST", "/compare", "compare", "one labelled grid, the untouched model first, and how strong the effect is"),
+    ("GET", "/inspect", "inspect", "what a file of the lists is"),
+    ("POST", "/compat", "compat", "whether the offset of a pair fits a checkpoint, and whether DPO is in it already"),
+    ("GET", "/jobs", "all_jobs", "all jobs that can be asked for"),
+    ("GET", "/jobs/{job_id}", "job_state", "how a job goes"),
+    ("POST", "/jobs/{job_id}/cancel", "cancel", "ask a job to stop; it does at the next tensor or picture"),
+    ("DELETE", "/jobs/{job_id}", "cancel", "the same"),
+)
+
+
 def add_routes(app: FastAPI, session: Session) -> None:
     """Add all routes to the host's app. They ask for --api-auth where the host has it: it protects only its own routes."""
-    jobs = session.jobs
-    routes: list[tuple[str, str, Callable[..., Any], str]] = []
+    guards = [Depends(_guard(session))]
+    handlers = _Handlers(session)
+    for method, path, handler, summary in _ROUTES:
+        slug = path.strip("/").translate(str.maketrans("/", "_", "{}"))
+        app.add_api_route(
+            PREFIX + path,
+            getattr(handlers, handler),
+            methods=[method],
+            summary=f"DPO: {summary}",
+            tags=["dpo"],
+            dependencies=guards,
+            operation_id=f"dpo_{method.lower()}_{slug}",
+        )
 
-    def route(method: str, path: str, summary: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        def add(handler: Callable[..., Any]) -> Callable[..., Any]:
-            routes.append((method, path, handler, summary))
-            return handler
 
-        return add
+class _Handlers:
+    """One for each route; plain `def`, so that the host runs them beside its own work and not in its event loop."""
 
-    @route("GET", "/status", "what is loaded, what is baked into it, which hooks of the host were found")
-    def status(fingerprint: bool = False) -> dict[str, Any]:
-        host = session.host
+    def __init__(self, session: Session) -> None:
+        self._session, self._jobs = session, session.jobs
+
+    def status(self, fingerprint: bool = False) -> dict[str, Any]:
+        host = self._session.host
         found = {
             "host": {"name": host.name, "version": host.version},
-            **session.status().as_json(),
+            **self._session.status().as_json(),
             "self_test": [{"name": check.name, "ok": check.ok, "text": check.text} for check in host.self_test()],
-            "jobs": [record.as_json(with_result=False) for record in jobs.all() if not record.is_over],
+            "jobs": [record.as_json(with_result=False) for record in self._jobs.all() if not record.is_over],
         }
         if fingerprint:
-            found["fingerprint"] = dict(_refusing(lambda: jobs.run("fingerprint", lambda job: host.live.fingerprint())))
+            found["fingerprint"] = dict(_refusing(lambda: self._jobs.run("fingerprint", lambda job: host.live.fingerprint())))
         return found
 
-    @route("GET", "/checkpoints", "the names that other routes take: checkpoints, DPO references, offsets")
-    def checkpoints() -> dict[str, list[str]]:
-        library = session.library
+    def checkpoints(self) -> dict[str, list[str]]:
+        library = self._session.library
         lists = {"checkpoints": library.checkpoints(), "references": library.references(), "offsets": library.offsets()}
         return {name: [entry.name for entry in entries] for name, entries in lists.items()}
 
-    @route("POST", "/analyse", "the verdict on a pair, and on the loaded model as a target")
-    def analyse(req: AnalyseRequest) -> dict[str, Any]:
+    def analyse(self, req: AnalyseRequest) -> dict[str, Any]:
         options = _fields(req, "base", "reference", "spectra")
-        return _do(jobs, "analyse", lambda job: session.analyse(job, **options).as_json(), req.wait)
+        return _do(self._jobs, "analyse", lambda job: self._session.analyse(job, **options).as_json(), req.wait)
 
-    @route("POST", "/extract", "extract a LoRA into the LoRA folder")
-    def extract(req: ExtractRequest) -> dict[str, Any]:
+    def extract(self, req: ExtractRequest) -> dict[str, Any]:
         def settings() -> ExtractSettings:
             policy = RankPolicy(req.rank, req.energy, req.size_mb, req.conv_rank)
             method: Any = req.method  # checked by ExtractSettings
             return ExtractSettings(policy, method, req.profile, req.precision, req.device, req.seed)
 
         chosen = _refusing(settings)
-        _refusing(lambda: session.library.new_lora(req.name))
+        _refusing(lambda: self._session.library.new_lora(req.name))
         options = _fields(req, "base", "reference", "name", "overwrite")
-        work: Work[Any] = lambda job: session.extract(job, settings=chosen, **options).as_json()  # noqa: E731
-        return _do(jobs, f"extract {req.name}", work, req.wait)
+        work: Work[Any] = lambda job: self._session.extract(job, settings=chosen, **options).as_json()  # noqa: E731
+        return _do(self._jobs, f"extract {req.name}", work, req.wait)
 
-    @route("POST", "/offset", "write the dense offset file into the reference folder")
-    def offset(req: OffsetRequest) -> dict[str, Any]:
-        _refusing(lambda: session.library.new_offset(req.name))
+    def offset(self, req: OffsetRequest) -> dict[str, Any]:
+        _refusing(lambda: self._session.library.new_offset(req.name))
         options = _fields(req, "base", "reference", "name", "precision", "overwrite")
 
         def work(job: Any) -> dict[str, Any]:
-            report = session.write_offset(job, **options)
+            report = self._session.write_offset(job, **options)
             return report.as_json() | {"output": report.path.name}
 
-        return _do(jobs, f"write offset {req.name}", work, req.wait)
+        return _do(self._jobs, f"write offset {req.name}", work, req.wait)
 
-    @route("POST", "/bake", "add an offset to the loaded model, until unbake")
-    def bake(req: BakeRequest) -> dict[str, Any]:
+    def bake(self, req: BakeRequest) -> dict[str, Any]:
         options = _fields(req, "offset", "strength", "blocks", "rank")
-        return _do(jobs, "bake", lambda job: session.bake(job, **options).as_json(), req.wait)
+        return _do(self._jobs, "bake", lambda job: self._session.bake(job, **options).as_json(), req.wait)
 
-    @route("POST", "/unbake", "put the loaded model back, bit for bit")
-    def unbake(req: WaitRequest | None = None) -> dict[str, Any]:
+    def unbake(self, req: WaitRequest | None = None) -> dict[str, Any]:
         wait = req.wait if req else True
-        return _do(jobs, "unbake", lambda job: {"undone": session.unbake(job)}, wait)
+        return _do(self._jobs, "unbake", lambda job: {"undone": self._session.unbake(job)}, wait)
 
-    @route("POST", "/save", "write the loaded checkpoint plus strength x offset as a new checkpoint")
-    def save(req: SaveRequest) -> dict[str, Any]:
-        _refusing(lambda: session.library.new_checkpoint(req.name))
+    def save(self, req: SaveRequest) -> dict[str, Any]:
+        _refusing(lambda: self._session.library.new_checkpoint(req.name))
         options = _fields(req, "name", "offset", "strength", "blocks", "rank", "overwrite")
 
         def work(job: Any) -> dict[str, Any]:
-            report = session.save(job, **options)
+            report = self._session.save(job, **options)
             return report.as_json() | {"output": report.path.name}
 
-        return _do(jobs, f"save {req.name}", work, req.wait)
+        return _do(self._jobs, f"save {req.name}", work, req.wait)
 
-    @route("POST", "/compare", "one labelled grid, the untouched model first, and how strong the effect is")
-    def compare(req: CompareRequest) -> dict[str, Any]:
+    def compare(self, req: CompareRequest) -> dict[str, Any]:
         what = ("offset", "prompts", "negative", "seeds", "strengths", "blocks", "rank")
         options = _fields(req, *what, "steps", "cfg_scale", "sampler", "width", "height")
 
         def work(job: Any) -> dict[str, Any]:
-            found = session.compare(job, **options)
+            found = self._session.compare(job, **options)
             grid = {"grid": base64.b64encode(found.grid.png()).decode(), "infotext": found.grid.infotext}
             return {**found.report.as_json(), **grid}
 
-        return _do(jobs, "compare", work, req.wait)
+        return _do(self._jobs, "compare", work, req.wait)
 
-    @route("GET", "/inspect", "what a file of the lists is")
-    def inspect(name: str) -> dict[str, Any]:
-        found = _refusing(lambda: session.inspect(name))
+    def inspect(self, name: str) -> dict[str, Any]:
+        found = _refusing(lambda: self._session.inspect(name))
         return {**found.as_json(), "path": found.path.name, "title": found.title}
 
-    @route("POST", "/compat", "whether the offset of a pair fits a checkpoint, and whether DPO is in it already")
-    def compat(req: CompatRequest) -> dict[str, Any]:
+    def compat(self, req: CompatRequest) -> dict[str, Any]:
         options = _fields(req, "target", "base", "reference")
-        return _do(jobs, "compat", lambda job: session.compat(job, **options).as_json(), req.wait)
+        return _do(self._jobs, "compat", lambda job: self._session.compat(job, **options).as_json(), req.wait)
 
-    @route("GET", "/jobs", "all jobs that can be asked for")
-    def all_jobs() -> list[dict[str, Any]]:
-        return [record.as_json(with_result=False) for record in jobs.all()]
+    def all_jobs(self) -> list[dict[str, Any]]:
+        return [record.as_json(with_result=False) for record in self._jobs.all()]
 
-    @route("GET", "/jobs/{job_id}", "how a job goes")
-    def job_state(job_id: str) -> dict[str, Any]:
-        return _refusing(lambda: jobs.get(job_id).as_json())
+    def job_state(self, job_id: str) -> dict[str, Any]:
+        return _refusing(lambda: self._jobs.get(job_id).as_json())
 
-    @route("POST", "/jobs/{job_id}/cancel", "ask a job to stop; it does at the next tensor or picture")
-    @route("DELETE", "/jobs/{job_id}", "the same")
-    def cancel(job_id: str) -> dict[str, Any]:
-        return _refusing(lambda: jobs.cancel(job_id).as_json())
-
-    guards = [Depends(_guard(session))]
-    for method, path, handler, summary in routes:
-        app.add_api_route(
-            PREFIX + path, handler, methods=[method], summary=f"DPO: {summary}", tags=["dpo"], dependencies=guards,
-            operation_id=f"dpo_{method.lower()}_{path.strip('/').replace('/', '_').replace('{', '').replace('}', '')}",
-        )  # fmt: skip
+    def cancel(self, job_id: str) -> dict[str, Any]:
+        return _refusing(lambda: self._jobs.cancel(job_id).as_json())
 
 
 def _fields(req: BaseModel, *names: str) -> dict[str, Any]:
