@@ -51,14 +51,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return REFUSED
     except BrokenPipeError:  # the reader of our output went away, as `| head` does; Python flushes once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, MemoryError) as error:
+    except OSError as error:
         if args.debug:
             raise
-        print(_error_line(str(error) or "out of memory"), file=sys.stderr)
+        print(_error_line(str(error)), file=sys.stderr)
         return REFUSED
     except Exception as error:
         if args.debug:
             raise
+        from lib_dpo.devices import is_out_of_memory  # torch
+
+        if is_out_of_memory(error):
+            print(_error_line("out of memory; close other programs, or choose --device cpu"), file=sys.stderr)
+            return REFUSED
         logger.debug("unforeseen", exc_info=True)
         what = f"this should not happen: {type(error).__name__}: {error}"
         print(_error_line(what) + "; run again with --debug and report it", file=sys.stderr)

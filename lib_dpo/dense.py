@@ -95,21 +95,7 @@ def write_offset(
             raise NothingToDoError(f"{' and '.join(pair.file_names)} hold the same UNet: there is no offset to write")
         verdict = right_base(pair, tally)
         kept = counted(tally, ("unet", *changed_text_encoders(tally)))
-        metadata = {
-            "format": "pt",
-            **modelspec_metadata(pair.architecture, "offset", output.stem),
-            "dpo.kind": "offset",
-            "dpo.base": pair.base.name,
-            "dpo.tuned": pair.tuned.name,
-            "dpo.architecture": pair.architecture.name,
-            **kept.energy_metadata(),
-            "dpo.noise_floor": repr(tally.components["unet"].noise_floor),
-            "dpo.verdict": verdict.text,
-            "dpo.precision": precision,
-            "dpo.licence": licence(pair),
-            "dpo.version": __version__,
-        }
-        writer.finish(metadata | dict(source()))
+        writer.finish({**_metadata(pair, output, precision, tally, kept, verdict), **source()})
     return OffsetReport(
         path=output,
         architecture=pair.architecture.name,
@@ -120,3 +106,20 @@ def write_offset(
         verdict=verdict,
         text_encoder_left_out=any(row.offset for name, row in tally.components.items() if name != "unet"),
     )
+
+
+def _metadata(pair: Pair, output: Path, precision: str, tally: Tally, kept: Tally, verdict: Verdict) -> dict[str, str]:
+    return {
+        "format": "pt",
+        **modelspec_metadata(pair.architecture, "offset", output.stem),
+        "dpo.kind": "offset",
+        "dpo.base": pair.base.name,
+        "dpo.tuned": pair.tuned.name,
+        "dpo.architecture": pair.architecture.name,
+        **kept.energy_metadata(),
+        "dpo.noise_floor": repr(tally.components["unet"].noise_floor),
+        "dpo.verdict": verdict.text,
+        "dpo.precision": precision,
+        "dpo.licence": licence(pair),
+        "dpo.version": __version__,
+    }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from lib_dpo.errors import SettingError
+from lib_dpo.errors import NoMemoryError, SettingError
 
 _GPU_BATCH_BYTES = 1 << 29  # float32 bytes of deltas in one batch on a GPU; work space is about three times that
 
@@ -34,11 +37,26 @@ def resolve_device(name: str) -> torch.device:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a device that ran out of memory: by class, or by the messages of MPS, cuBLAS and cuSOLVER."""
-    if isinstance(error, torch.cuda.OutOfMemoryError):
+    """Whether an error is a device or the machine out of memory: by class, or by the messages of MPS, cuBLAS and cuSOLVER."""
+    if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     marks = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
+
+
+@contextmanager
+def memory_in_words(what: str, advice: str) -> Iterator[None]:
+    """Have `what` raise NoMemoryError with `advice` where memory runs out; what torch had cached is given back."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        mps = "MPS" in str(error)
+        on_gpu = mps or isinstance(error, torch.cuda.OutOfMemoryError)
+        if mps or torch.cuda.is_available():
+            release(torch.device("mps" if mps else "cuda"))
+        raise NoMemoryError(f"{what}: {'the GPU' if on_gpu else 'the machine'} is out of memory; {advice}") from error
 
 
 def release(device: torch.device) -> None:

@@ -81,5 +81,9 @@ class HostError(DpoError):
     """Something that this WebUI cannot do, or a model that somebody else changed meanwhile."""
 
 
+class NoMemoryError(DpoError):
+    """The machine or its GPU has no memory left for it."""
+
+
 class Cancelled(DpoError):  # noqa: N818  a decision of the user, not a fault
     """Stopped by the user; nothing was left behind."""

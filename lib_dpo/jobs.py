@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from lib_dpo.devices import memory_in_words
 from lib_dpo.errors import BusyError, Cancelled, DpoError, NotFoundError, printable
 from lib_dpo.hosts.base import Host, Job
 
@@ -133,7 +134,8 @@ class Jobs:
                 tracked = _Tracked(record, job)
                 tracked.check()
                 record.state, record.started = "running", time.monotonic()
-                result = work(tracked)
+                with memory_in_words(record.title, "close other programs, or ask for less at once"):
+                    result = work(tracked)
                 record.result, record.share, record.seconds_left, record.state = result, 1.0, 0.0, "done"
         except Cancelled:
             record.state = "cancelled"

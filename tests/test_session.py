@@ -13,7 +13,16 @@ import webui_files
 from safetensors.torch import load_file
 from webui_files import RANK_4, extract, fake
 
-from lib_dpo.errors import BusyError, Cancelled, MismatchError, NoModelError, NotFoundError, OutputError, SettingError
+from lib_dpo.errors import (
+    BusyError,
+    Cancelled,
+    MismatchError,
+    NoMemoryError,
+    NoModelError,
+    NotFoundError,
+    OutputError,
+    SettingError,
+)
 from lib_dpo.hosts.base import FileEntry
 from lib_dpo.keymap import UNET
 from lib_dpo.session import Session
@@ -310,3 +319,11 @@ def test_compare_checks_its_numbers_first(session: Session):
     odd = {"offset": "dpo", "prompts": ["a \ud800 b"], "negative": "\udfff", "width": 64, "height": 64, "strengths": "1"}
     found = session.jobs.run("compare", lambda job: session.compare(job, **odd))
     assert found.grid.png()
+
+
+def test_memory_that_runs_out_is_a_sentence(session: Session):
+    def fail(job: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(NoMemoryError, match=r"^bake: the GPU is out of memory; close other programs"):
+        session.jobs.run("bake", fail)

@@ -13,7 +13,7 @@ import torch
 from fakes_standalone import tokenizer
 from PIL import Image
 
-from lib_dpo.errors import Cancelled, MismatchError, MissingExtraError, NoModelError, NotFoundError, SettingError
+from lib_dpo.errors import Cancelled, MismatchError, MissingExtraError, NoMemoryError, NoModelError, NotFoundError, SettingError
 from lib_dpo.hosts.base import Request
 from lib_dpo.hosts.standalone import SAMPLERS, Standalone, StandaloneLive
 from lib_dpo.keymap import UNET, VAE
@@ -97,6 +97,37 @@ def test_strengths_change_the_picture_and_0_is_the_untouched_one(host: Standalon
     assert host.live.fingerprint() == prints
     assert "DPO strength: 0.5" in half.infotext
     assert "Negative prompt: c" in half.infotext
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), Cancelled("stop")]
+)
+def test_a_picture_that_fails_leaves_the_weights_as_they_were(host: Standalone, error: Exception, monkeypatch):
+    patch = open_patch(host.lora_dir / "dpo.safetensors")
+    untouched, prints = host.generate(REQUEST, None, 0.0), host.live.fingerprint()
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(host.live.pipeline.unet, "forward", fail)
+        with pytest.raises(Cancelled if isinstance(error, Cancelled) else NoMemoryError, match=r"stop|32x32.*make it smaller"):
+            host.generate(REQUEST, patch, 1.0)
+    assert host.live.fingerprint() == prints
+    assert np.array_equal(host.generate(REQUEST, None, 0.0).image, untouched.image)
+
+
+def test_a_checkpoint_too_large_for_memory_is_refused(host: Standalone, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("lib_dpo.hosts.standalone.open_pipeline", fail)
+        with pytest.raises(NoMemoryError, match=r"opening base\.safetensors: the GPU is out of memory; close other programs"):
+            host.live.load(host.checkpoint_dir / "base.safetensors")
+    assert host.live.loaded() is None
+    host.live.load(host.checkpoint_dir / "base.safetensors")
+    assert host.generate(REQUEST, None, 0.0).image.size == (32, 32)
 
 
 def test_half_precision_draws_too(models: Path):
@@ -193,6 +224,16 @@ def test_the_command_writes_the_grid_and_each_picture(models: Path, tmp_path: Pa
     before = tiny.snapshot(tmp_path)
     assert tiny.run(*compare(models, tmp_path / "grid.png")) == 2  # exists already
     assert tiny.snapshot(tmp_path) == before
+
+
+def test_the_command_says_when_memory_runs_out(models: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:115] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("lib_dpo.hosts.standalone.check_whole", fail)
+    assert tiny.run(*compare(models, tmp_path / "grid.png")) == 2
+    assert "out of memory" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

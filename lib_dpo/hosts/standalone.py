@@ -17,7 +17,7 @@ import torch
 
 from lib_dpo import __version__
 from lib_dpo.arch import Architecture
-from lib_dpo.devices import resolve_device
+from lib_dpo.devices import memory_in_words, resolve_device
 from lib_dpo.errors import Cancelled, HostError, NoModelError, SettingError
 from lib_dpo.hosts import inplace
 from lib_dpo.hosts.base import Baked, Check, FileEntry, LoadedModel, Picture, Request
@@ -57,7 +57,8 @@ class StandaloneLive:
         with open_model(path) as model:
             check_whole(model)
             self._path = self._weights = self._bake = self._generation = None
-            self._weights = open_pipeline(model, self._tokenizer, dtype=self._dtype, device=str(self._device))
+            with memory_in_words(f"opening {path.name}", "close other programs, or choose a smaller model"):
+                self._weights = open_pipeline(model, self._tokenizer, dtype=self._dtype, device=str(self._device))
             self._architecture = model.architecture
         self._path = path
 
@@ -238,7 +239,8 @@ class Standalone:
             return tensors
 
         generator = torch.Generator().manual_seed(request.seed)  # on the CPU: the same noise on every device
-        with torch.inference_mode():
+        size = f"a picture of {request.width}x{request.height}"
+        with memory_in_words(size, "make it smaller, or close other programs"), torch.inference_mode():
             found = pipeline(
                 prompt=request.prompt,
                 negative_prompt=request.negative,
