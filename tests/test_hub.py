@@ -17,8 +17,9 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import tiny
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
 from lib_dpo import errors
 from lib_dpo.checkpoint import open_checkpoint
@@ -136,23 +137,27 @@ for line in sys.stdin:
 """
 
 
+def environment(folder: Path, endpoint: str, **others: str) -> dict[str, str]:
+    """Of a process for which `endpoint` is the Hub and `folder` holds every cache."""
+    settings = {
+        "HF_ENDPOINT": endpoint,
+        "HF_HOME": str(folder / "home"),
+        "HF_HUB_CACHE": str(folder / "hub"),
+        "HF_HUB_OFFLINE": "0",
+        "HOME": str(folder),
+        "LOCALAPPDATA": str(folder / "cache"),
+        "NO_PROXY": "127.0.0.1",
+        "XDG_CACHE_HOME": str(folder / "cache"),
+    }
+    return {key: value for key, value in os.environ.items() if "TELEMETRY" not in key} | settings | others
+
+
 class Client:
     """A process of its own that resolves names: huggingface_hub reads its settings when it is imported."""
 
-    def __init__(self, folder: Path, endpoint: str, **environment: str) -> None:
+    def __init__(self, folder: Path, endpoint: str, **others: str) -> None:
         self.cache = folder / "hub"
         self.memory = folder / "cache" / "sd-webui-dpo" / "hub.json"
-        settings = {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(folder / "home"),
-            "HF_HUB_CACHE": str(self.cache),
-            "HF_HUB_OFFLINE": "0",
-            "HOME": str(folder),
-            "LOCALAPPDATA": str(folder / "cache"),
-            "NO_PROXY": "127.0.0.1",
-            "XDG_CACHE_HOME": str(folder / "cache"),
-            **environment,
-        }
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER],
             stdin=subprocess.PIPE,
@@ -160,7 +165,7 @@ class Client:
             stderr=subprocess.DEVNULL,
             text=True,
             cwd=Path(__file__).parent.parent,
-            env={**{key: value for key, value in os.environ.items() if "TELEMETRY" not in key}, **settings},
+            env=environment(folder, endpoint, **others),
         )
 
     def resolve(self, spec: str, *, answer: bool) -> dict[str, Any]:
@@ -402,3 +407,27 @@ def test_without_a_network_the_cache_is_used(hub: Hub, tmp_path: Path, reason: s
         assert "using what the cache has" in answer["logged"][0]
         refused(client.resolve("hub:own/cached/other.safetensors", answer=True), BadFileError)
     assert hub.asked("own/cached") == hub.asked("own/absent") == []
+
+
+def test_commands_take_names_of_the_hub(hub: Hub, tmp_path: Path):
+    """A pair and a target that are diffusers folders there: the same weights as from the folders themselves."""
+    tiny.save_folder(tmp_path / "base", "sd1", tiny.base())
+    tiny.save_folder(tmp_path / "tuned", "sd1", tiny.tuned())
+    for name in ("base", "tuned"):
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        hub.repos[f"them/{name}"] = {path.relative_to(tmp_path / name).as_posix(): path.read_bytes() for path in files}
+
+    def run(*arguments: object) -> None:
+        command = [sys.executable, "-m", "lib_dpo", *map(str, arguments), "--yes"]
+        subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment(tmp_path / "home", hub.endpoint), check=True)
+
+    baked = {}
+    for place in (f"{tmp_path}/", "hub:them/"):
+        there = "hub" if place.startswith("hub:") else "here"
+        offset, output = tmp_path / there / "offset.safetensors", tmp_path / there / "baked.safetensors"
+        offset.parent.mkdir()
+        run("offset", "--base", f"{place}base", "--tuned", f"{place}tuned", "-o", offset)
+        run("bake", "--target", f"{place}base", "--offset", offset, "-o", output)
+        baked[there] = load_file(output)
+    assert baked["hub"].keys() == baked["here"].keys()
+    assert all(torch.equal(tensor, baked["here"][key]) for key, tensor in baked["hub"].items())
