@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -46,7 +46,7 @@ from lib_dpo.writer import write_text_atomic
 
 ARCHITECTURES = ("sd1", "sdxl")
 _SMALL_RANK = 8
-_ROOM_FOR_LORA = 500_000_000
+_ROOM_FOR_LORAS = 8_000_000  # times the rank: that of SDXL, and a resized one
 _BAR = "{desc} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
 
 
@@ -100,52 +100,62 @@ def _run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for arch in args.arch:
         figures["architectures"][arch], text = _bench(arch, args, folder, device)
         parts.append(text)
-        print(f"\n{text}", flush=True)
     return figures, "\n\n".join(parts) + "\n"
 
 
 def _bench(arch: str, args: argparse.Namespace, folder: Path, device: torch.device) -> tuple[dict[str, Any], str]:
-    """All tables of one architecture."""
+    """All tables of one architecture, printed as they come."""
+    title = KNOWN[arch].title + (" (small widths, the figures mean nothing)" if args.small else "")
+    tables: list[str] = []
+
+    def show(text: str) -> None:
+        tables.append(text)
+        print(f"\n{text}", flush=True)
+
+    show(f"## {title}")
     begin = time.perf_counter()
     figures: dict[str, Any] = {}
-    tables: list[str] = []
     with _pair_files(arch, args, folder) as (base, tuned):
         seconds = {"making the pair": time.perf_counter() - begin}
         if not args.tour_only:
-            figures, tables, spent = _contest(arch, args, base, tuned, folder, device)
+            figures, spent = _contest(arch, args, base, tuned, folder, device, show)
             seconds |= spent
         begin = time.perf_counter()
-        stops = list(tour(arch, base, tuned, args.rank, folder))
+        stops = list(tour(arch, base, tuned, args.rank, device, folder))
         seconds["tour"] = time.perf_counter() - begin
     figures |= {"tour": [asdict(stop) for stop in stops], "seconds": seconds}
-    title = KNOWN[arch].title + (" (small widths, the figures mean nothing)" if args.small else "")
-    took = "Took: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + "."
-    return figures, "\n\n".join([f"## {title}", *tables, tour_table(stops), took])
+    show(tour_table(stops))
+    show("Took: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + ".")
+    return figures, "\n\n".join(tables)
 
 
 def _contest(
-    arch: str, args: argparse.Namespace, base: Path, tuned: Path, folder: Path, device: torch.device
-) -> tuple[dict[str, Any], list[str], dict[str, float]]:
-    """The contest and `extract` beside its lower bound: figures, tables and goals, seconds."""
+    arch: str,
+    args: argparse.Namespace,
+    base: Path,
+    tuned: Path,
+    folder: Path,
+    device: torch.device,
+    show: Callable[[str], None],
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """The contest, and `extract` beside its lower bound: figures and seconds."""
     begin = time.perf_counter()
     with open_model(base) as first, open_model(tuned) as second:
         contest = prepare(open_pair(first, second), args.rank, device, _bar)
         scores = contest.run(svd_lowrank_samples=args.svd_lowrank_samples)
+        show(contest_table(args.rank, len(contest.layers), scores))
         contested = time.perf_counter()
         command = measure_command(contest.pair, contest.layers, args.rank, device, folder)
+    show(command_table(args.rank, command))
     goals = [*contest_goals(arch, scores), *command_goals(arch, command)]
+    show("\n".join(map(str, goals)))
     figures = {
         "layers": len(contest.layers),
         "contest": [contest_json(score) for score in scores],
         "command": asdict(command) | {"ratio": command.ratio, "device_ratio": command.device_ratio},
         "goals": [goal.as_json() for goal in goals],
     }
-    tables = [
-        contest_table(args.rank, len(contest.layers), scores),
-        command_table(args.rank, command),
-        "\n".join(map(str, goals)),
-    ]
-    return figures, tables, {"contest": contested - begin, "command": time.perf_counter() - contested}
+    return figures, {"contest": contested - begin, "command": time.perf_counter() - contested}
 
 
 @contextmanager
@@ -172,7 +182,9 @@ def _check_disk(args: argparse.Namespace, folder: Path) -> None:
     """Before the first pair is made, whether there is room for the largest; for all of them if they are kept."""
     nearest = next(each for each in Path(os.path.abspath(folder), "x").parents if each.is_dir())
     pairs = [_pair_bytes(arch, args) for arch in args.arch]
-    needed = (sum(pairs) if args.keep else max(pairs)) + max(pairs) + _ROOM_FOR_LORA  # the tour writes as much again
+    needed = (
+        (sum(pairs) if args.keep else max(pairs)) + max(pairs) + _ROOM_FOR_LORAS * args.rank
+    )  # the tour writes as much again
     free = shutil.disk_usage(nearest).free
     if free < needed:
         raise OutputError(

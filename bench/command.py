@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -113,15 +114,20 @@ def _extract(pair: Pair, rank: int, device: torch.device, folder: Path, baseline
     return run_command(["extract", *arguments, "--json", str(folder.resolve() / "report.json")], baseline)
 
 
-def run_command(arguments: Sequence[str], baseline: int) -> tuple[float, int]:
+def run_command(arguments: Sequence[str], baseline: int, cache: Path | None = None) -> tuple[float, int]:
     """Run `python -m lib_dpo` with these arguments. Returns its seconds and its peak of anonymous memory above `baseline`.
+
+    Args:
+        cache: a folder for what it remembers, such as hashes of files; that of the user if none is given.
 
     Raises:
         DpoError: it failed; with its own words.
     """
     command = [sys.executable, "-m", "lib_dpo", *arguments]
     begin = time.perf_counter()
-    with subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    places = {"XDG_CACHE_HOME": str(cache), "LOCALAPPDATA": str(cache)} if cache else {}
+    pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=_ROOT, env=os.environ | places, **pipes) as process:
         try:
             with PeakMemory(process.pid, baseline=baseline) as memory:
                 _, said = process.communicate()

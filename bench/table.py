@@ -150,7 +150,7 @@ def tour_table(stops: Sequence[Stop]) -> str:
         for one in stops
     ]
     head = (
-        "| every command, process start and hashing included | time | peak memory | written | what came of it |",
+        "| every command, process start and hashes included | time | peak memory | written | what came of it |",
         "|---|--:|--:|--:|---|",
     )
     return "\n".join([*head, *rows])

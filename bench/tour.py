@@ -23,19 +23,20 @@ class Stop:
     """One command of the tour."""
 
     title: str
-    seconds: float  # process start and hashing included
+    seconds: float  # process start and the hashes of its files included
     peak: int  # bytes of anonymous memory over a process that has only imported the engine
     written: int  # bytes
     found: str  # what its figures say, or what its file was checked for
 
 
-def tour(arch: str, base: Path, tuned: Path, rank: int, folder: Path) -> Iterator[Stop]:
+def tour(arch: str, base: Path, tuned: Path, rank: int, device: torch.device, folder: Path) -> Iterator[Stop]:
     """Each command as it ends, in the order in which they need each other's files; these are deleted at the end.
 
     Raises:
         DpoError: a command failed; its own words.
     """
-    _, baseline = process_start(torch.device("cpu"))
+    _, on_cpu = process_start(torch.device("cpu"))
+    _, on_device = process_start(device)
     with tempfile.TemporaryDirectory(dir=folder, prefix="dpo-tour-", ignore_cleanup_errors=True) as name:
         place = Path(name).resolve()
         lora, smaller, offset, baked = (place / f"{each}.safetensors" for each in ("lora", "smaller", "offset", "baked"))
@@ -43,16 +44,18 @@ def tour(arch: str, base: Path, tuned: Path, rank: int, folder: Path) -> Iterato
 
         def stop(title: str, find: Callable[[Any], str], output: Path | None, *command: object) -> Stop:
             arguments = [*map(str, command), "--json", str(report), "--overwrite"]
-            seconds, peak = run_command(arguments, baseline)
+            with tempfile.TemporaryDirectory(dir=place) as cache:
+                seconds, peak = run_command(arguments, on_device if "--device" in arguments else on_cpu, Path(cache))
             said = json.loads(report.read_text(encoding="utf-8"))
             return Stop(title, seconds, peak, output.stat().st_size if output else 0, find(said))
 
         pair = ("--base", base.resolve(), "--tuned", tuned.resolve())
         bake = ("bake", "--target", base.resolve(), "-o", baked, "--offset")
+        where = ("--device", str(device))
         fewer = max(1, rank // _SMALLER)
         yield stop("`inspect`, the base", _kind, None, "inspect", base.resolve())
-        yield stop("`diff --plot`", _verdict, picture, "diff", *pair, "--plot", picture)
-        yield stop(f"`extract --rank {rank}`", _kept, lora, "extract", *pair, "-o", lora, "--rank", rank)
+        yield stop("`diff --plot`", _verdict, picture, "diff", *pair, "--plot", picture, *where)
+        yield stop(f"`extract --rank {rank}`", _kept, lora, "extract", *pair, "-o", lora, "--rank", rank, *where)
         yield stop("`verify`", _kept, None, "verify", "--lora", lora, *pair)
         yield stop(f"`resize --rank {fewer}`", _kept_of_lora, smaller, "resize", "--lora", lora, "-o", smaller, "--rank", fewer)
         yield stop("`bake` of the LoRA", lambda _: _untouched(arch, base, baked), baked, *bake, lora)
@@ -63,14 +66,14 @@ def tour(arch: str, base: Path, tuned: Path, rank: int, folder: Path) -> Iterato
 
 
 def _restored(arch: str, base: Path, tuned: Path, baked: Path) -> str:
-    """The share of the UNet's weights that are the tuned file's, bit for bit, once these are rounded to the base's dtype."""
+    """How many of the UNet's weights are the tuned file's, bit for bit, once these are rounded to the base's dtype."""
     same = total = 0
     with safe_open(baked, "pt") as ours, safe_open(tuned, "pt") as wanted:
         for key, name in unet_name_pairs(arch).items():
             found = ours.get_tensor(key)
             same += int((found == wanted.get_tensor(name).to(found.dtype).reshape(found.shape)).sum())
             total += found.numel()
-    return f"{100 * same / total:.6g} % of the UNet's weights as in the tuned file; {_untouched(arch, base, baked)}"
+    return f"{same:,} of {total:,} weights of the UNet as in the tuned file; {_untouched(arch, base, baked)}"
 
 
 def _untouched(arch: str, base: Path, baked: Path) -> str:

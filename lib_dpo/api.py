@@ -15,7 +15,7 @@ from fastapi import Depends, FastAPI, HTTPException
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from pydantic import BaseModel, Field
 
-from lib_dpo.errors import BusyError, Cancelled, DpoError, NoModelError, NotAllowedError, NotFoundError
+from lib_dpo.errors import BusyError, Cancelled, DpoError, NoMemoryError, NoModelError, NotAllowedError, NotFoundError
 from lib_dpo.jobs import Jobs, Work
 from lib_dpo.session import Session
 from lib_dpo.settings import FIELDS, ExtractSettings, RankPolicy
@@ -28,6 +28,7 @@ _STATUS: Mapping[type[DpoError], int] = {
     NoModelError: 409,
     Cancelled: 409,
     NotAllowedError: 403,
+    NoMemoryError: 503,
 }
 _UNPROCESSABLE = 422
 _CREDENTIALS = Depends(HTTPBasic())

@@ -59,10 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        from lib_dpo.devices import is_out_of_memory  # torch
-
-        if is_out_of_memory(error):
-            print(_error_line("out of memory; close other programs, or choose --device cpu"), file=sys.stderr)
+        devices = sys.modules.get("lib_dpo.devices")  # with torch, which may be missing or broken
+        if isinstance(error, MemoryError) or (devices and devices.is_out_of_memory(error)):
+            advice = "close other programs" + (", or choose --device cpu" if getattr(args, "device", "cpu") != "cpu" else "")
+            print(_error_line(f"out of memory ({error}); {advice}".replace(" ()", "")), file=sys.stderr)
             return REFUSED
         logger.debug("unforeseen", exc_info=True)
         what = f"this should not happen: {type(error).__name__}: {error}"

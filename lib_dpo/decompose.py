@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lib_dpo.devices import is_out_of_memory, release
-from lib_dpo.errors import BadTensorError
+from lib_dpo.errors import BadTensorError, NoMemoryError
 from lib_dpo.figures import Row, measure
 from lib_dpo.layers import Layer
 from lib_dpo.lowrank import (
@@ -94,7 +94,7 @@ class Decomposer:
     """
 
     def __init__(self, pair: Pair, device: torch.device, *, method: Method, seed: int) -> None:
-        self._pair, self._device, self._method, self._seed = pair, device, method, seed
+        self._pair, self.device, self._method, self._seed = pair, device, method, seed
         self._counting = threading.Lock()
         self.methods: Counter[str] = Counter()
         self.fallbacks: Counter[str] = Counter()
@@ -107,9 +107,9 @@ class Decomposer:
         """
         key, part = layer.module.key, layer.module.part
         try:
-            delta, row = measure(self._pair, key, device=self._device, part=part, out=out)
+            delta, row = measure(self._pair, key, device=self.device, part=part, out=out)
         except RuntimeError as error:
-            self._fall_back(error, key, self._device)
+            self._fall_back(error, key, self.device)
             return self._load_on_cpu(layer)
         return delta.reshape(layer.matrix), row
 
@@ -125,6 +125,7 @@ class Decomposer:
 
         Raises:
             BadTensorError: no way worked.
+            NoMemoryError: nor had the machine memory for the last.
         """
         seeds = [seed_for(self._seed, name) for name in names]
         method = resolve_method(min(deltas[0].shape), max(deltas[0].shape), rank, self._method)
@@ -144,18 +145,22 @@ class Decomposer:
         if delta.device.type != "cpu":
             attempts.append((torch.device("cpu"), torch.float32, method))
         attempts.append((torch.device("cpu"), torch.float64, "exact"))
+        last: RuntimeError | None = None
         for device, dtype, how in attempts:
             try:
                 factors = factorise(delta.to(device, dtype), rank, method=how, seeds=(seed,))
             except RuntimeError as error:
                 self._fall_back(error, name, device)
+                last = error
             else:
                 self._count(how, 1)
                 return Factors(*(part.float() for part in factors))
+        if last and is_out_of_memory(last):
+            raise NoMemoryError(f"{name}: the machine is out of memory; close other programs, or choose a lower rank") from last
         raise BadTensorError(
-            f"{self._pair.tuned.path.name}: the offset of {name} could not be decomposed, not even on the CPU in float64; "
+            f"{self._pair.file_names[1]}: the offset of {name} could not be decomposed, not even on the CPU in float64; "
             "check both files with `inspect`, and get them again if they are damaged"
-        )
+        ) from last
 
     def _count(self, method: Method, layers: int) -> None:
         with self._counting:
@@ -198,4 +203,4 @@ class Decomposer:
         logger.info("%s at %s (%s); trying another way", reason, name, error)
         with self._counting:
             self.fallbacks[reason] += 1
-        release(self._device)
+        release(self.device)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from lib_dpo.errors import NoMemoryError, SettingError
+
+logger = logging.getLogger(__name__)
 
 _GPU_BATCH_BYTES = 1 << 29  # float32 bytes of deltas in one batch on a GPU; work space is about three times that
 
@@ -37,25 +40,32 @@ def resolve_device(name: str) -> torch.device:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is a device or the machine out of memory: by class, or by the messages of MPS, cuBLAS and cuSOLVER."""
+    """Whether an error is a device or the machine out of memory: by class, or by the messages of torch and its libraries."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
-    marks = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
-    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in marks)
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _OUT_OF_MEMORY)
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",  # CUDA, HIP, MPS
+    "ALLOC_FAILED",  # cuBLAS, cuSOLVER, cuDNN
+    "can't allocate memory",  # torch on the CPU
+    "not enough memory",  # the same on Windows
+    "Cannot allocate memory",  # mapping a file
+)
+_OF_THE_GPU = ("CUDA", "HIP", "MPS", "ALLOC_FAILED")
 
 
 @contextmanager
 def memory_in_words(what: str, advice: str) -> Iterator[None]:
-    """Have `what` raise NoMemoryError with `advice` where memory runs out; what torch had cached is given back."""
+    """Have `what` raise NoMemoryError with `advice` where memory runs out. torch's own words go to the log."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        mps = "MPS" in str(error)
-        on_gpu = mps or isinstance(error, torch.cuda.OutOfMemoryError)
-        if mps or torch.cuda.is_available():
-            release(torch.device("mps" if mps else "cuda"))
+        logger.warning("%s ran out of memory", what, exc_info=True)
+        on_gpu = isinstance(error, torch.cuda.OutOfMemoryError) or any(mark in str(error) for mark in _OF_THE_GPU)
         raise NoMemoryError(f"{what}: {'the GPU' if on_gpu else 'the machine'} is out of memory; {advice}") from error
 
 

@@ -13,6 +13,7 @@ DpoError
 ├── NotFoundError           a name that is in no list
 ├── NoModelError            the WebUI has no checkpoint loaded yet
 ├── BusyError               the same work is running or waiting already
+├── NoMemoryError           the machine or its GPU has no memory left for it
 ├── HostError               something that this WebUI cannot do, or a model that others changed meanwhile
 └── Cancelled               stopped by the user; nothing was left behind
 """

@@ -98,7 +98,7 @@ def extract(
         decomposer = Decomposer(pair, device, method=settings.method, seed=settings.seed)
         passes = 1 if settings.policy.fixed else 2
         steps = Steps(passes * sum(layer.numel for layer in layers), on_progress)
-        ranks = plan_ranks(pair, layers, components, settings, decomposer, steps, device)
+        ranks = plan_ranks(pair, layers, components, settings, decomposer, steps)
         run = _Run(pair, Path(output), settings, components, layers, ranks, decomposer, steps)
         return run.write(encoders, overwrite=overwrite, source=source, device=device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ def plan_ranks(
     settings: ExtractSettings,
     decomposer: Decomposer,
     steps: Steps,
-    device: torch.device,
 ) -> dict[str, int]:
     """Ranks by the name of the LoRA module, for the layers that become pairs of factors; 0 for those left out.
 
@@ -38,9 +37,16 @@ def plan_ranks(
     Raises:
         SettingError: a rank beyond every layer, or a size too small for any.
     """
-    if settings.policy.fixed:
-        return _fixed_ranks(layers, settings.policy)
-    return _ranks_from_spectra(pair, layers, components, settings, decomposer, steps, device)
+    policy = settings.policy
+    if policy.fixed:
+        return _fixed_ranks(layers, policy)
+    item = torch.finfo(PRECISION[settings.precision]).bits // 8
+    spectra, pair_energy = _spectra(layers, item, decomposer, steps)
+    if policy.energy is None:
+        return _ranks_for_size(layers, spectra, item, policy.size_mb or 0.0)
+    whole = sum(measure(pair, key)[1].offset for layer in layers if layer.kind != "pair" for key in layer.keys)
+    rest = sum(measure(pair, key)[1].offset for key in left_out(pair, layers, components))
+    return allocate(spectra, energy=policy.energy * (pair_energy + whole + rest) - whole)
 
 
 def _fixed_ranks(layers: Sequence[Layer], policy: RankPolicy) -> dict[str, int]:
@@ -61,19 +67,14 @@ def asked_rank(policy: RankPolicy, layer: Layer) -> int:
     return policy.conv_rank if policy.conv_rank and layer.is_wide_convolution else policy.fixed or 0
 
 
-def _ranks_from_spectra(
-    pair: Pair,
-    layers: Sequence[Layer],
-    components: Sequence[str],
-    settings: ExtractSettings,
-    decomposer: Decomposer,
-    steps: Steps,
-    device: torch.device,
-) -> dict[str, int]:
-    """Ranks from the exact spectra of all layers, for the energy and the size policies."""
-    item = torch.finfo(PRECISION[settings.precision]).bits // 8
+def _spectra(layers: Sequence[Layer], item: int, decomposer: Decomposer, steps: Steps) -> tuple[dict[str, Spectrum], float]:
+    """The exact spectrum of every layer that becomes a pair, and the energy of their offsets together.
+
+    Args:
+        item: bytes of one number in the file.
+    """
     spectra: dict[str, Spectrum] = {}
-    pair_energy = 0.0
+    energy = 0.0
 
     def squares(layer: Layer) -> tuple[Layer, float, Tensor]:
         if layer.kind != "pair":
@@ -81,21 +82,19 @@ def _ranks_from_spectra(
         delta, row = decomposer.load(layer)
         return layer, row.offset, decomposer.singular_values(delta, layer.module.name).square()
 
-    with side_by_side(squares, layers, device) as found:
+    with side_by_side(squares, layers, decomposer.device) as found:
         for layer, offset, values in found:
             if layer.kind == "pair":
-                pair_energy += offset
-                per_rank = item * sum(layer.matrix)
+                energy += offset
                 most = break_even_rank(*layer.matrix)
-                spectra[layer.module.name] = Spectrum(values.numpy(), per_rank, entry_bytes(layer), most)
+                spectra[layer.module.name] = Spectrum(values.numpy(), item * sum(layer.matrix), entry_bytes(layer), most)
             steps.advance(layer.numel, layer.module.key)
+    return spectra, energy
+
+
+def _ranks_for_size(layers: Sequence[Layer], spectra: Mapping[str, Spectrum], item: int, size: float) -> dict[str, int]:
+    """As much energy as fits into `size` MB, with everything else that the file holds."""
     whole = [layer for layer in layers if layer.kind != "pair"]
-    if settings.policy.energy is not None:
-        written_whole = sum(measure(pair, key)[1].offset for layer in whole for key in layer.keys)
-        rest = sum(measure(pair, key)[1].offset for key in left_out(pair, layers, components))
-        total = pair_energy + written_whole + rest
-        return allocate(spectra, energy=settings.policy.energy * total - written_whole)
-    size = settings.policy.size_mb or 0.0
     required = [layer for layer in layers if layer.required]  # written with one component at least
     overhead = METADATA_BYTES + sum(item * (layer.numel + layer.shape[0]) + entry_bytes(layer) for layer in whole)
     overhead += sum(spectra[layer.module.name].bytes_per_rank + entry_bytes(layer) for layer in required)

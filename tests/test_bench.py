@@ -58,7 +58,6 @@ def test_ours_is_near_the_optimum_and_the_clamp_is_not(run: tuple[dict[str, Any]
 
 def test_command_is_set_beside_reading_and_multiplying(run: tuple[dict[str, Any], str]):
     command = run[0]["architectures"]["sd1"]["command"]
-    assert min(command["wall"], command["start"]) > 0  # on a busy machine the start beside it may take longer
     assert command["ratio"] == pytest.approx(command["wall"] / (command["read"] + command["operations"] / command["rate"]))
     assert command["peak"] > 0
     kept = next(row for row in run[0]["architectures"]["sd1"]["contest"] if row["name"] == "auto")["energy_kept"]
@@ -74,7 +73,9 @@ def test_every_command_runs_and_what_it_writes_holds(run: tuple[dict[str, Any], 
     found = [stop["found"] for stop in stops]
     assert (found[0], found[2]) == ("sd1 checkpoint, 1,135 tensors", found[3])  # extract and verify agree
     assert found[5] == "449 of 449 other tensors as they were"
-    assert found[7] == "100 % of the UNet's weights as in the tuned file; " + found[5]
+    same, total = (int(number.replace(",", "")) for number in found[7].split()[0:3:2])
+    assert same == total > 1e6
+    assert found[7].endswith("as in the tuned file; " + found[5])
     assert float(found[8].split()[2]) == pytest.approx(1, abs=0.02)  # less than one: fp16 rounds the smallest changes away
 
 
