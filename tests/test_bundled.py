@@ -51,15 +51,20 @@ def test_training_goes_on_from_its_state_and_comes_out_the_same(smoke: Path):
 
 @pytest.mark.newest
 def test_every_loss_stays_on_one_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """On torch's meta device, which computes nothing and, as a GPU does, refuses tensors of the CPU beside its own."""
+    """On torch's meta device, which computes nothing: whatever goes into a layer must be there, as its weights are."""
     transformers = pytest.importorskip("transformers")
     seen = []
 
     def one_step(name: str, network: Any, stage: Any, loss: training.Loss, *, seed: int, **rest: object) -> None:
-        value = loss(0, *training.generators(seed, name, 0))
+        with torch.nn.modules.module.register_module_forward_pre_hook(all_there):
+            value = loss(0, *training.generators(seed, name, 0))
         value.backward()
         assert {parameter.device for parameter in network.parameters()} == {value.device} == {meta}
         seen.append(name)
+
+    def all_there(layer: torch.nn.Module, inputs: tuple[object, ...]) -> None:
+        places = [value.device for value in inputs if isinstance(value, torch.Tensor)]
+        assert all(place == meta for place in places), f"{type(layer).__name__} gets tensors of {places}"
 
     meta = torch.device("meta")
     for stage in (autoencoder, text_encoder, denoiser, preference):

@@ -58,5 +58,5 @@ def test_the_bundled_model_is_trained_there(tmp_path: Path):
     from tools.train_bundled_model import make
 
     for name in ("first", "second"):  # the second goes on from the states of the first
-        make(SMOKE, tmp_path / "work", tmp_path / name, bpe=None, say=lambda _: None, device=GPU)
+        make(SMOKE, tmp_path / "work", tmp_path / name, bpe=None, say=lambda _: None, device=torch.device(GPU))
     assert file_sha256(tmp_path / "first" / BASE) == file_sha256(tmp_path / "second" / BASE)

@@ -20,10 +20,13 @@ from typing import Any
 import torch
 
 from lib_dpo.demo import demo
+from lib_dpo.devices import resolve_device
 from lib_dpo.toy import bundled
 from lib_dpo.toy.series import STUDY
 from tools.bundled import autoencoder, denoiser, files, note, preference, text_encoder
 from tools.bundled.recipe import SHIPPED, SMOKE, Recipe
+
+_CPU = torch.device("cpu")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,7 +37,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--bpe", type=Path, help="bpe_simple_vocab_16e6.txt.gz")
     parser.add_argument("--smoke", action="store_true", help="a few steps of each stage")
     parser.add_argument("--threads", type=int, help="of torch; the shipped files were made with one")
-    parser.add_argument("--device", default="cpu", help="of the training: cuda, mps or cpu, as the shipped files were")
+    parser.add_argument(
+        "--device", default="cpu", help="of the training: cpu, as the shipped files were made on, cuda, mps or auto"
+    )
     parser.add_argument("--measure", type=int, default=0, metavar="N", help="then study it, N pictures a side")
     args = parser.parse_args(argv)
     if args.threads:
@@ -45,30 +50,35 @@ def main(argv: list[str] | None = None) -> None:
         print(line, flush=True)
 
     recipe = SMOKE if args.smoke else SHIPPED
-    make(recipe, args.work, out, bpe=args.bpe, say=say, device=args.device)
+    device = resolve_device(args.device)
+    make(recipe, args.work, out, bpe=args.bpe, say=say, device=device)
     figures = None
     if args.measure:
         amount = replace(STUDY, pictures=args.measure)
         figures = demo(args.work / "study", model=out, amount=amount, overwrite=True, say=say)
     (args.work / "figures.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
-    (out / "README.md").write_text(note.note(recipe, files.hashes(out), figures), encoding="utf-8", newline="\n")
+    (out / "README.md").write_text(
+        note.note(recipe, files.hashes(out), figures, device=str(device)), encoding="utf-8", newline="\n"
+    )
     say(f"the files and a note of them are in {out}")
 
 
-def make(recipe: Recipe, work: Path, out: Path, *, bpe: Path | None, say: Callable[[str], None], device: str = "cpu") -> None:
+def make(
+    recipe: Recipe, work: Path, out: Path, *, bpe: Path | None, say: Callable[[str], None], device: torch.device = _CPU
+) -> None:
     """All stages on a device of torch's, each going on from its state in `work`, and the files in `out`.
 
-    What is drawn at random is the same on every device; the weights differ by the rounding of its arithmetic.
+    What is drawn at random is the same on every device. Its arithmetic rounds in its own way, which in the end changes which
+    pictures are compared too: another device makes another model, as good as this one.
     """
-    place = torch.device(device)
     clip = out / bundled.CLIP
     if bpe:
         text_encoder.write_tokenizer(bpe, clip, recipe)
     else:
         text_encoder.copy_tokenizer(bundled.FOLDER / bundled.CLIP, clip, recipe)
     tokenizer = _tokenizer(clip)
-    vae = autoencoder.fit(recipe, work, say, place)
-    text = text_encoder.fit(recipe, tokenizer, work, say, place)
+    vae = autoencoder.fit(recipe, work, say, device)
+    text = text_encoder.fit(recipe, tokenizer, work, say, device)
     world = denoiser.make_world(recipe, vae, text, tokenizer)
     base = denoiser.fit(recipe, world, work, say)
     files.write_base(out, vae, text, base, recipe)

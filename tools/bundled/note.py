@@ -41,7 +41,9 @@ CFG scale 3. The `.yaml` names the folder `{CLIP}` as seen from the WebUI's own 
 """
 
 
-def note(recipe: Recipe, hashes: Mapping[str, tuple[int, str]], figures: Mapping[str, Any] | None) -> str:
+def note(
+    recipe: Recipe, hashes: Mapping[str, tuple[int, str]], figures: Mapping[str, Any] | None, *, device: str = "cpu"
+) -> str:
     """The text of the note."""
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "diffusers", "transformers"))
     lines = [
@@ -51,7 +53,7 @@ def note(recipe: Recipe, hashes: Mapping[str, tuple[int, str]], figures: Mapping
         "`python -m tools.train_bundled_model`, which draws its pictures itself.",
         "",
     ]
-    lines += ["| | |", "|---|---|", f"| versions | {versions}, Python {platform.python_version()} |"]
+    lines += ["| | |", "|---|---|", f"| versions | {versions}, Python {platform.python_version()} |", f"| device | {device} |"]
     lines += [f"| {field.name} | {_shown(getattr(recipe, field.name))} |" for field in fields(recipe)]
     if figures:
         lines += ["", *_measured(figures)]
