@@ -20,6 +20,7 @@ class Flavour:
     loads_late: bool = False  # choosing a checkpoint loads nothing until the next picture
     same_as_prompt: bool = False  # applies our offset by the same code as a LoRA of the prompt: equal to the pixel
     api_infotext: bool = True  # takes an infotext in an API request
+    vae_comes_back: bool = True  # choosing "Automatic" again brings back the VAE of the checkpoint
     hires: tuple[tuple[str, object], ...] = ()  # what a hires request needs beside the usual
 
 
@@ -31,7 +32,7 @@ FORGE = Flavour(
     api_infotext=False,  # f2.0.1v1.10.1 answers 500 to any: isinstance() with a parameterized generic
     hires=(("hr_additional_modules", ["Use same choices"]),),
 )
-REFORGE = Flavour("reForge", _FORGE_LIKE)
+REFORGE = Flavour("reForge", _FORGE_LIKE, vae_comes_back=False)  # with this extension or without, at 3b56b268
 CLASSIC = Flavour("Forge Classic", _FORGE_LIKE)
 
 
