@@ -7,6 +7,7 @@ plain functions, so that they run in threads and never hold up the server.
 from __future__ import annotations
 
 import base64
+import os
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from fastapi.security import HTTPBasic, HTTPBasicCredentials
 from pydantic import BaseModel, Field
 
 from lib_dpo.errors import BusyError, Cancelled, DpoError, NoMemoryError, NoModelError, NotAllowedError, NotFoundError
-from lib_dpo.jobs import Jobs, Work
+from lib_dpo.jobs import Record, Work
 from lib_dpo.session import Session
 from lib_dpo.settings import FIELDS, ExtractSettings, RankPolicy
 
@@ -186,10 +187,12 @@ class _Handlers:
             "host": {"name": host.name, "version": host.version},
             **self._session.status().as_json(),
             "self_test": [{"name": check.name, "ok": check.ok, "text": check.text} for check in host.self_test()],
-            "jobs": [record.as_json(with_result=False) for record in self._jobs.all() if not record.is_over],
+            "jobs": [self._told(record, with_result=False) for record in self._jobs.all() if not record.is_over],
         }
         if fingerprint:
-            found["fingerprint"] = dict(_refusing(lambda: self._jobs.run("fingerprint", lambda job: host.live.fingerprint())))
+            found["fingerprint"] = dict(
+                self._refusing(lambda: self._jobs.run("fingerprint", lambda job: host.live.fingerprint()))
+            )
         return found
 
     def checkpoints(self) -> dict[str, list[str]]:
@@ -199,7 +202,7 @@ class _Handlers:
 
     def analyse(self, req: AnalyseRequest) -> dict[str, Any]:
         options = _fields(req, "base", "reference", "spectra")
-        return _do(self._jobs, "analyse", lambda job: self._session.analyse(job, **options).as_json(), req.wait)
+        return self._do("analyse", lambda job: self._session.analyse(job, **options).as_json(), req.wait)
 
     def extract(self, req: ExtractRequest) -> dict[str, Any]:
         def settings() -> ExtractSettings:
@@ -207,39 +210,39 @@ class _Handlers:
             method: Any = req.method  # checked by ExtractSettings
             return ExtractSettings(policy, method, req.profile, req.precision, req.device, req.seed)
 
-        chosen = _refusing(settings)
-        _refusing(lambda: self._session.library.new_lora(req.name))
+        chosen = self._refusing(settings)
+        self._refusing(lambda: self._session.library.new_lora(req.name))
         options = _fields(req, "base", "reference", "name", "overwrite")
         work: Work[Any] = lambda job: self._session.extract(job, settings=chosen, **options).as_json()  # noqa: E731
-        return _do(self._jobs, f"extract {req.name}", work, req.wait)
+        return self._do(f"extract {req.name}", work, req.wait)
 
     def offset(self, req: OffsetRequest) -> dict[str, Any]:
-        _refusing(lambda: self._session.library.new_offset(req.name))
+        self._refusing(lambda: self._session.library.new_offset(req.name))
         options = _fields(req, "base", "reference", "name", "precision", "overwrite")
 
         def work(job: Any) -> dict[str, Any]:
             report = self._session.write_offset(job, **options)
             return report.as_json() | {"output": report.path.name}
 
-        return _do(self._jobs, f"write offset {req.name}", work, req.wait)
+        return self._do(f"write offset {req.name}", work, req.wait)
 
     def bake(self, req: BakeRequest) -> dict[str, Any]:
         options = _fields(req, "offset", "strength", "blocks", "rank")
-        return _do(self._jobs, "bake", lambda job: self._session.bake(job, **options).as_json(), req.wait)
+        return self._do("bake", lambda job: self._session.bake(job, **options).as_json(), req.wait)
 
     def unbake(self, req: WaitRequest | None = None) -> dict[str, Any]:
         wait = req.wait if req else True
-        return _do(self._jobs, "unbake", lambda job: {"undone": self._session.unbake(job)}, wait)
+        return self._do("unbake", lambda job: {"undone": self._session.unbake(job)}, wait)
 
     def save(self, req: SaveRequest) -> dict[str, Any]:
-        _refusing(lambda: self._session.library.new_checkpoint(req.name))
+        self._refusing(lambda: self._session.library.new_checkpoint(req.name))
         options = _fields(req, "name", "offset", "strength", "blocks", "rank", "overwrite")
 
         def work(job: Any) -> dict[str, Any]:
             report = self._session.save(job, **options)
             return report.as_json() | {"output": report.path.name}
 
-        return _do(self._jobs, f"save {req.name}", work, req.wait)
+        return self._do(f"save {req.name}", work, req.wait)
 
     def compare(self, req: CompareRequest) -> dict[str, Any]:
         what = ("offset", "prompts", "negative", "seeds", "strengths", "blocks", "rank")
@@ -250,46 +253,57 @@ class _Handlers:
             grid = {"grid": base64.b64encode(found.grid.png()).decode(), "infotext": found.grid.infotext}
             return {**found.report.as_json(), **grid}
 
-        return _do(self._jobs, "compare", work, req.wait)
+        return self._do("compare", work, req.wait)
 
     def inspect(self, name: str) -> dict[str, Any]:
-        found = _refusing(lambda: self._session.inspect(name))
+        found = self._refusing(lambda: self._session.inspect(name))
         return {**found.as_json(), "path": found.path.name, "title": found.title}
 
     def compat(self, req: CompatRequest) -> dict[str, Any]:
         options = _fields(req, "target", "base", "reference")
-        return _do(self._jobs, "compat", lambda job: self._session.compat(job, **options).as_json(), req.wait)
+        return self._do("compat", lambda job: self._session.compat(job, **options).as_json(), req.wait)
 
     def all_jobs(self) -> list[dict[str, Any]]:
-        return [record.as_json(with_result=False) for record in self._jobs.all()]
+        return [self._told(record, with_result=False) for record in self._jobs.all()]
 
     def job_state(self, job_id: str) -> dict[str, Any]:
-        return _refusing(lambda: self._jobs.get(job_id).as_json())
+        return self._told(self._refusing(lambda: self._jobs.get(job_id)))
 
     def cancel(self, job_id: str) -> dict[str, Any]:
-        return _refusing(lambda: self._jobs.cancel(job_id).as_json())
+        return self._told(self._refusing(lambda: self._jobs.cancel(job_id)))
+
+    # ---- jobs and refusals ----
+
+    def _do(self, title: str, work: Work[Any], wait: bool) -> dict[str, Any]:
+        """Run or start a job; its record, with the result when it is over."""
+        if not wait:
+            return self._told(self._refusing(lambda: self._jobs.start(title, work)))
+        record = self._refusing(lambda: self._jobs.register(title))
+        self._refusing(lambda: self._jobs.finish(record, work))
+        return self._told(record)
+
+    def _told(self, record: Record, *, with_result: bool = True) -> dict[str, Any]:
+        found = record.as_json(with_result=with_result)
+        return found | {"error": self._names_only(found["error"])}
+
+    def _refusing(self, work: Callable[[], Result]) -> Result:
+        """Turn what people are to read into an HTTP error with the sentence as its detail."""
+        try:
+            return work()
+        except DpoError as error:
+            status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), _UNPROCESSABLE)
+            raise HTTPException(status_code=status, detail=self._names_only(str(error))) from error
+
+    def _names_only(self, text: str) -> str:
+        """A message without the server's folders: callers know files by the names of the lists."""
+        host = self._session.host
+        for folder in (host.checkpoint_dir, host.lora_dir, host.reference_dir):
+            text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name)
+        return text
 
 
 def _fields(req: BaseModel, *names: str) -> dict[str, Any]:
     return {name: getattr(req, name) for name in names}
-
-
-def _do(jobs: Jobs, title: str, work: Work[Any], wait: bool) -> dict[str, Any]:
-    """Run or start a job; its record, with the result when it is over."""
-    if not wait:
-        return _refusing(lambda: jobs.start(title, work).as_json())
-    record = _refusing(lambda: jobs.register(title))
-    _refusing(lambda: jobs.finish(record, work))
-    return record.as_json()
-
-
-def _refusing(work: Callable[[], Result]) -> Result:
-    """Turn what people are to read into an HTTP error with the sentence as its detail."""
-    try:
-        return work()
-    except DpoError as error:
-        status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), _UNPROCESSABLE)
-        raise HTTPException(status_code=status, detail=str(error)) from error
 
 
 def _guard(session: Session) -> Callable[..., None]:

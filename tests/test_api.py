@@ -107,6 +107,26 @@ def test_compare_gives_one_grid(client: TestClient):
     refused(client, "/compare", body, 422, "undo it first")
 
 
+@pytest.mark.parametrize("wait", [True, False])
+def test_messages_name_files_without_the_folders_of_the_server(session: Session, client: TestClient, wait: bool):
+    (session.host.lora_dir / "broken.safetensors").write_bytes(b"no such thing")
+    answer = client.post(PREFIX + "/bake", json={"offset": "broken", "wait": wait})
+    assert answer.status_code == (422 if wait else 200)
+    jobs = settled(client)
+    assert jobs[0]["error"].startswith("broken.safetensors: ")
+    assert str(fake(session).folder) not in answer.text + str(jobs)
+
+
+def settled(client: TestClient) -> Any:
+    """All jobs, once none runs any more."""
+    for _ in range(200):
+        jobs = get(client, "/jobs")
+        if all(job["state"] in ("done", "failed", "cancelled") for job in jobs):
+            return jobs
+        time.sleep(0.05)
+    raise AssertionError(jobs)
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
