@@ -17,6 +17,7 @@ from fakes_standalone import Standalone
 from harness import Harness, Tensors
 
 from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, NoModelError, SettingError
+from lib_dpo.hosts.inplace import all_finite, checksum
 from lib_dpo.keymap import UNET, VAE, parse_blocks
 from lib_dpo.patch import Patch, open_patch
 
@@ -476,3 +477,34 @@ def test_every_hook_is_found(start):
     checks = start().live.checks()
     assert checks
     assert all(check.ok for check in checks), [check for check in checks if not check.ok]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(), (3,), (8192,), (70, 133), (4, 4, 3, 3)])
+def test_a_checksum_notices_a_single_bit(dtype: torch.dtype, shape: tuple[int, ...]):
+    tensors = {"a": torch.zeros(2), "b": torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)}
+    before = checksum(tensors)
+    assert checksum({key: tensor.clone() for key, tensor in reversed(tensors.items())}) == before
+    for place in {0, tensors["b"].numel() // 2, tensors["b"].numel() - 1}:
+        changed = tensors["b"].clone()
+        bits = changed.view(-1).view(torch.int16 if dtype != torch.float32 else torch.int32)
+        bits[place] ^= 1
+        assert checksum(tensors | {"b": changed}) != before
+    other_names = {"a": tensors["b"], "b": tensors["a"]}
+    assert checksum(other_names) != before
+
+
+def test_a_checksum_is_of_the_values_and_not_of_how_they_lie():
+    whole = torch.arange(100.0)
+    part = whole[1:65].reshape(1, 4, 4, 4)
+    assert checksum({"a": part}) == checksum({"a": part.clone()})
+    assert checksum({"a": part.to(memory_format=torch.channels_last)}) == checksum({"a": part.clone()})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_are_none_are_found(bad: float):
+    tensor = torch.full((300,), 60000.0).half()
+    assert all_finite(tensor)
+    assert all_finite(torch.full((300,), 3e38))  # their sum is not
+    tensor[7] = bad
+    assert not all_finite(tensor)

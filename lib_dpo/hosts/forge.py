@@ -46,7 +46,7 @@ from lib_dpo.hosts.forge_patchers import (
     storage_of,
 )
 from lib_dpo.hosts.forge_patches import HostModel, HostPatches, host_patches, patch_bytes, quantised, shape_of
-from lib_dpo.hosts.inplace import check_memory
+from lib_dpo.hosts.inplace import check_memory, checksum
 from lib_dpo.lora import group_keys
 from lib_dpo.patch import Patch
 from lib_dpo.progress import Progress, Steps
@@ -66,7 +66,7 @@ class _Bake:
     clean: Patchers
     patched: Patchers
     patches: HostPatches
-    before: Mapping[str, str]  # fingerprint of the clean weights
+    before: Mapping[str, str]  # checksums of the clean weights
 
     def carried_by(self, objects: Any) -> bool:
         """Whether patchers that others made of ours still hold all of it."""
@@ -137,7 +137,7 @@ class ForgeLive:
         steps = Steps(to_read + (0 if earlier else _numel(clean)), on_progress)
         patches = _prepared(engine, patch, steps)
         try:
-            digest = earlier.before if earlier else fingerprint_of(clean, steps)
+            sums = earlier.before if earlier else fingerprint_of(clean, steps, checksum)
             patched, refused = patched_clones(clean, patches, float(strength), _bake_name(patch.id))
             _install(engine, patched)
             load_now(patched)
@@ -147,7 +147,7 @@ class ForgeLive:
             load_now(before)
             raise
         baked = self._record(patch, float(strength), patches, refused, clean)
-        state.bake = _Bake(baked, clean, patched, patches, digest)
+        state.bake = _Bake(baked, clean, patched, patches, sums)
         return baked
 
     def _record(self, patch: Patch, strength: float, patches: HostPatches, refused: Sequence[str], clean: Patchers) -> Baked:
@@ -175,7 +175,8 @@ class ForgeLive:
             raise HostError(_OTHERS)
         _install(engine, record.clean)
         state.bake = None
-        if fingerprint_of(record.clean, Steps(_numel(record.clean), _uncancelled(on_progress))) != record.before:
+        steps = Steps(_numel(record.clean), _uncancelled(on_progress))
+        if fingerprint_of(record.clean, steps, checksum) != record.before:
             raise HostError(
                 "the bake was taken out, but weights that it left alone were changed by something else meanwhile; to get the "
                 "clean model, choose another checkpoint and then this one again"

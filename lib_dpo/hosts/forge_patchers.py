@@ -14,7 +14,7 @@ from torch import Tensor
 from lib_dpo.errors import BadTensorError, HostError
 from lib_dpo.hosts.forge_modules import fork_name, memory_module
 from lib_dpo.hosts.forge_patches import HostPatches, quantised
-from lib_dpo.hosts.inplace import digest
+from lib_dpo.hosts.inplace import all_finite, digest
 from lib_dpo.progress import Steps
 
 
@@ -121,12 +121,12 @@ def load_now(patchers: Patchers) -> None:
                 load([patcher], force_patch_weights=True)  # reForge and Neo leave swapped layers to the forward pass
 
 
-def fingerprint_of(patchers: Patchers, steps: Steps) -> dict[str, str]:
-    """SHA-256 of the weights as these patchers make them."""
+def fingerprint_of(patchers: Patchers, steps: Steps, of: Callable[[Mapping[str, Tensor]], str] = digest) -> dict[str, str]:
+    """SHA-256, or another function, of the weights as these patchers make them."""
     load_now(patchers)
     found = {}
     for name, parameters in (("unet", parameters_of(patchers.unet)), ("te", clip_parameters(patchers.clip))):
-        found[name] = digest({key: parameter.data for key, parameter in parameters.items()})
+        found[name] = of({key: parameter.data for key, parameter in parameters.items()})
         steps.advance(sum(parameter.numel() for parameter in parameters.values()), name)
     return found
 
@@ -135,7 +135,7 @@ def check_finite(patchers: Patchers, patches: HostPatches, strength: float) -> N
     """Raises BadTensorError where the sum left the range of the stored dtype."""
     parameters = {**parameters_of(patchers.unet), **clip_parameters(patchers.clip)}
     for name in (*patches.unet, *patches.clip):
-        if not quantised(parameters[name]) and not bool(torch.isfinite(parameters[name]).all()):
+        if not quantised(parameters[name]) and not all_finite(parameters[name]):
             dtype = str(parameters[name].dtype).removeprefix("torch.")
             raise BadTensorError(
                 f"{patches.keys[name]} would hold NaN or Inf as {dtype} after adding {strength:g} x the offset; use a smaller "
