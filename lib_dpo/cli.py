@@ -56,6 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(_error_line(str(error)), file=sys.stderr)
         return REFUSED
+    except ModuleNotFoundError as error:
+        if args.debug:
+            raise
+        advice = "use the Python whose path `make env` prints, or `pip install .` in the folder of this project"
+        print(_error_line(f"{error.name} is not installed in this Python; {advice}"), file=sys.stderr)
+        return REFUSED
     except Exception as error:
         if args.debug:
             raise
@@ -82,11 +88,20 @@ _LONGEST_LINE = 2000
 # ---- arguments ----
 
 
+class _Help(argparse.HelpFormatter):
+    """Says defaults, where there are any and the text does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = "default" in text or not action.option_strings or action.default in (None, False, "", argparse.SUPPRESS)
+        return text if told else f"{text} (default: %(default)s)"
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse with our one line for errors."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        super().__init__(*args, **{"formatter_class": _Help, **options})
         # a private name of argparse: before Python 3.14 it takes -1e-3 for an option
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
 

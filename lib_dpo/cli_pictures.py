@@ -33,25 +33,31 @@ def add_commands(command: Callable[..., argparse.ArgumentParser], number: Callab
     sub.add_argument("--seeds", default="1, 2", help="such as 1, 2 or 100-103; -1 is random")
     sub.add_argument("--strengths", default="0.5, 1, 1.5", help="such as 0.5, 1 or 0-2 (+0.5)")
     sub.add_argument("--blocks", default="", help=FIELDS["blocks"].help)
-    sub.add_argument("--steps", type=number(int), default=20)
+    sub.add_argument("--steps", type=number(int), default=20, metavar="N", help="steps of each picture")
     sub.add_argument("--cfg", type=number(float), default=7.0, help="how closely pictures follow the prompt")
     sub.add_argument("--sampler", default="", help="Euler, Euler a, DDIM, DPM++ 2M or UniPC")
-    sub.add_argument("--width", type=number(int), default=512)
-    sub.add_argument("--height", type=number(int), default=512)
+    sub.add_argument("--width", type=number(int), default=512, metavar="N", help="of a picture, in pixels")
+    sub.add_argument("--height", type=number(int), default=512, metavar="N", help="of a picture, in pixels")
     sub.add_argument("-o", "--output", required=True, type=Path, metavar="GRID.png", help="the labelled grid")
     sub.add_argument("--each", type=Path, metavar="DIR", help="every picture as a file of its own too")
     _host_arguments(sub)
 
     sub = command("app", app, "serve the tab without a WebUI, on this machine only")
     sub.add_argument("--models", type=Path, metavar="DIR", help="folder with Stable-diffusion, Lora and DPO in it")
-    sub.add_argument("--port", type=number(int), default=7861, metavar="N")
+    sub.add_argument("--port", type=number(int), default=7861, metavar="N", help="to listen on")
     sub.add_argument("--host", default=LOOPBACK, help="address to listen on (default: this machine only)")
     _host_arguments(sub)
 
 
 def _host_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
-    sub.add_argument("--tokenizer", type=Path, default=TOKENIZER, metavar="DIR", help="CLIP's vocab.json and merges.txt")
+    sub.add_argument(
+        "--tokenizer",
+        type=Path,
+        default=TOKENIZER,
+        metavar="DIR",
+        help="CLIP's vocab.json and merges.txt; by default those that come with this project",
+    )
 
 
 # ---- compare ----

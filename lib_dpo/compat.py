@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_dpo.errors import MismatchError, NothingToDoError
-from lib_dpo.figures import rounding_energy
+from lib_dpo.figures import order_doubt, rounding_energy
 from lib_dpo.keymap import block_labels, block_of, component_of
 from lib_dpo.lowrank import energy, full_precision
 from lib_dpo.model import Model
@@ -171,6 +171,9 @@ def _judge(target: Model, pair: Pair, tensors: list[_Sums], blocks: Mapping[str,
         level = "contained"
         advice = f"add {rest:.2f} more for the full change" if rest else "adding more would overdo it"
         text = f"DPO is already in {target.name}, at strength {inside}: {advice}."
+    elif strength < -_CONTAINED and strength < -_ERRORS * error:
+        level, rest = "fits", round((1.0 - strength) / 0.05) * 0.05
+        text = f"{target.name} holds the opposite of DPO, at strength {inside}: add {rest:.2f} for the full change."
     elif total.relative_drift > _FAR:
         level = "weaker"
         text = (
@@ -187,6 +190,8 @@ def _judge(target: Model, pair: Pair, tensors: list[_Sums], blocks: Mapping[str,
         )
     else:
         level, text = "fits", f"{target.name} is close to the base ({drift}): the offset fits. Start at strength 1."
+    if swapped := order_doubt(pair):
+        text = f"{swapped} As they are: {text}"
     return CompatReport(
         architecture=pair.architecture.name,
         level=level,

@@ -269,12 +269,16 @@ def _growth(sound: list[Effect]) -> tuple[str, list[Effect]]:
         return f"No visible effect up to strength {sound[-1].variant.value:g}", sound
     if len(sound) == 1:
         return f"The effect of strength {sound[0].variant.value:g} is {sound[0].level}", sound
-    strength, so_far, slope = 0.0, 0.0, 0.0
+    strength, so_far, slope, top = 0.0, 0.0, 0.0, 0.0
     for i, effect in enumerate(sound):
         step, gain = effect.variant.value - strength, effect.difference - so_far
         if effect.difference < _UNEVEN * so_far:
             return "The effect does not grow steadily with the strength, so more seeds are needed", sound
         if i and effect.level == "strong" and gain / step > JUMP * max(slope, VISIBLE):
             return f"The effect jumps between {strength:g} and {effect.variant.value:g}", sound[:i]
+        if effect.difference > so_far:
+            top = effect.variant.value
         strength, so_far, slope = effect.variant.value, max(so_far, effect.difference), effect.difference / effect.variant.value
+    if top < strength:
+        return f"The effect grows up to {top:g} and no further", sound
     return f"The effect grows steadily up to {strength:g}", sound

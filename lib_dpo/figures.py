@@ -228,12 +228,8 @@ def right_base(pair: Pair, tally: Tally) -> Verdict:
             f"Probably the wrong base: DPO leaves the text encoder as it is, but {' and '.join(encoders)} of the two files "
             "differ beyond rounding.",
         )
-    if _looks_swapped(pair):
-        return Verdict(
-            "doubtful",
-            f"The order looks swapped: {base} looks like the DPO reference and {tuned} like the base. "
-            "Exchange them unless you want the opposite of DPO.",
-        )
+    if swapped := order_doubt(pair):
+        return Verdict("doubtful", swapped)
     if unet.relative_change > _LARGER_THAN_DPO:
         return Verdict(
             "doubtful",
@@ -249,6 +245,17 @@ def changed_text_encoders(tally: Tally) -> list[str]:
     return [
         name for name, row in tally.components.items() if name.startswith("te") and row.offset > _BEYOND_ROUNDING * row.noise
     ]
+
+
+def order_doubt(pair: Pair) -> str:
+    """A sentence where base and tuned look swapped, else nothing."""
+    if not _looks_swapped(pair):
+        return ""
+    base, tuned = pair.names
+    return (
+        f"The order looks swapped: {base} looks like the DPO reference and {tuned} like the base. "
+        "Exchange them unless you want the opposite of DPO."
+    )
 
 
 def _looks_swapped(pair: Pair) -> bool:

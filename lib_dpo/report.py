@@ -43,7 +43,7 @@ def extract_text(report: ExtractReport) -> str:
     """The result card of an extraction."""
     total = report.tally.total
     used = [rank for rank in report.ranks.values() if rank]
-    ranks = f"ranks {min(used, default=0)} to {max(used, default=0)}" if used else "no pairs"
+    ranks = _ranks(min(used), max(used)) if used else "no pairs"
     lines = [
         f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.layers} layers, {ranks}, {report.policy})",
         f"energy kept {_percent(total.energy_kept)} of the DPO change" + _missed(report.energy_wanted, total.energy_kept),
@@ -78,6 +78,8 @@ def verify_text(report: VerifyReport) -> str:
     """Energy kept, in all and per block."""
     kept = report.tally.total.energy_kept
     lines = [f"energy kept {_percent(kept)} of the change"]
+    if kept < 0:
+        lines.append("less than nothing: this file is of another pair, or base and tuned are swapped")
     if report.claimed is not None:
         agrees = abs(report.claimed - kept) < 1e-4
         lines.append(
@@ -130,7 +132,7 @@ def inspect_text(found: Inspection) -> str:
     if found.components:
         lines.append("holds " + ", ".join(found.components))
     if found.ranks:
-        lines.append(f"ranks {found.ranks[0]} to {found.ranks[1]}")
+        lines.append(_ranks(*found.ranks))
     lines += [f"note: {note}" for note in found.notes]
     if found.unmatched:
         lines.append(f"{len(found.unmatched)} keys belong to no layer we know, first {found.unmatched[0]}")
@@ -185,3 +187,7 @@ def _bar(share: float, width: int = 30) -> str:
 def _short(text: str, limit: int = 100) -> str:
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _ranks(least: int, most: int) -> str:
+    return f"rank {most}" if least == most else f"ranks {least} to {most}"

@@ -456,6 +456,41 @@ def test_a_swapped_order_is_noticed(sd1: Layouts, tmp_path: Path):
     assert (level, "swapped" in text) == ("doubtful", True)
 
 
+def test_compat_and_verify_notice_a_swapped_order_too(sd1: Layouts, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    swapped = ("--base", sd1["tuned.unet"], "--tuned", sd1["base.ldm16"])
+    right = ("--base", sd1["base.ldm16"], "--tuned", sd1["tuned.unet"])
+    found = tiny.figures(tmp_path / "f.json", "compat", "--target", sd1["base.ldm16"], *swapped)
+    assert found["verdict"]["text"].startswith("The order looks swapped")
+    lora = tmp_path / "l.safetensors"
+    assert tiny.run("extract", *right, "-o", lora, "--rank", 8) == 0
+    capsys.readouterr()
+    assert tiny.run("verify", "--lora", lora, *swapped) == 0
+    assert "base and tuned are swapped" in capsys.readouterr().out
+    assert tiny.run("verify", "--lora", lora, *right) == 0
+    assert "swapped" not in capsys.readouterr().out
+
+
+def test_compat_on_a_target_with_the_opposite_inside(sd1: Layouts, tmp_path: Path):
+    offset, baked = tmp_path / "o.safetensors", tmp_path / "b.safetensors"
+    pair = ("--base", sd1["base.ldm16"], "--tuned", sd1["tuned.unet"])
+    assert tiny.run("offset", *pair, "-o", offset) == 0
+    assert tiny.run("bake", "--target", sd1["base.ldm16"], "--offset", offset, "-o", baked, "--strength", -1) == 0
+    found = tiny.figures(tmp_path / "f.json", "compat", "--target", baked, *pair)
+    assert "holds the opposite of DPO" in found["verdict"]["text"]
+    assert found["suggested_strength"] == pytest.approx(2)
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def fail(args: object) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("lib_dpo.cli._inspect", fail)
+    assert tiny.run("inspect", "x.safetensors") == 2
+    assert capsys.readouterr().err.startswith(
+        "error: torch is not installed in this Python; use the Python whose path `make env`"
+    )
+
+
 @pytest.mark.parametrize(("drift", "level"), [(3e-4, "fits"), (4e-3, "fits"), (4e-2, "weaker")])
 def test_compat_tells_near_finetunes_from_far_ones(sd1: Layouts, drift: float, level: str, tmp_path: Path):
     generator = torch.Generator().manual_seed(2)

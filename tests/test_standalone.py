@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,15 @@ def test_a_checkpoint_too_large_for_memory_is_refused(host: Standalone, monkeypa
     assert host.live.loaded() is None
     host.live.load(host.checkpoint_dir / "base.safetensors")
     assert host.generate(REQUEST, None, 0.0).image.size == (32, 32)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_no_sampler_clips_what_stable_diffusion_does_not(host: Standalone, sampler: str):
+    host.generate(replace(REQUEST, sampler=sampler), None, 0.0)
+    config = host.live.pipeline.scheduler.config
+    assert not config.get("clip_sample", False)
+    assert config.prediction_type == "epsilon"
+    assert config.beta_end == 0.012
 
 
 def test_half_precision_draws_too(models: Path):

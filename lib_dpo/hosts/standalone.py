@@ -230,7 +230,8 @@ class Standalone:
             raise SettingError(f"sampler {sampler!r} is unknown; expected one of {', '.join(SAMPLERS)}")
         scheduler = getattr(diffusers, SAMPLERS[sampler])
         if not isinstance(pipeline.scheduler, scheduler):
-            pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
+            # diffusers' DDIM clips by default what Stable Diffusion's must not; the others ignore both settings
+            pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, clip_sample=False, set_alpha_to_one=False)
         self.live.apply(patch, strength)
 
         def check(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

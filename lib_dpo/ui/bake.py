@@ -103,11 +103,11 @@ def foresee(session: Session, offset: str | None, blocks: str | None) -> str:
         return markup.card(title, str(error), mood="bad")
     except Exception as error:  # noqa: BLE001  # the edge
         return parts.error_html(error)
-    kind = "LoRA" if patch.lora else "offset file"
+    kind = "a LoRA" if patch.lora else "an offset file"
     family = patch.architecture.title
     return markup.card(
         title,
-        f"{patch.name} is a {kind} for {family}, as the loaded model is: it can be baked.",
+        f"{patch.name} is {kind} for {family}, as the loaded model is: it can be baked.",
         f"Undo needs {markup.size(needed)} of memory, for the {len(patch.changed_keys()):,} weights that change.",
         "Whether your model is near enough to the base for it, the page Inspect says: Does it fit?",
         mood="good",

@@ -48,7 +48,7 @@ def page(tab: Tab) -> None:
                 label="Prompts", lines=3, info="One per line; name several things in each", elem_id="dpo_compare_prompts"
             )
             negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="dpo_compare_negative")
-            take = gr.Button("Take from txt2img", elem_id="dpo_compare_take")
+            take = gr.Button("Take from txt2img", elem_id="dpo_compare_take", visible=tab.session.host.name != "standalone")
             seeds, *rest = _picture_controls(tab.session)
             blocks = rest.pop()
             with gr.Row(elem_classes=["dpo-buttons"]):

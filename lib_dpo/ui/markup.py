@@ -121,4 +121,8 @@ def size(count: float) -> str:
 
 
 def _sentence(message: str) -> str:
+    """With a capital, unless it begins with the name of a file."""
+    first = message.split(maxsplit=1)[0] if message.strip() else ""
+    if any(sign in first.rstrip(".:,;") for sign in "._-/\\"):
+        return message
     return message[:1].upper() + message[1:]

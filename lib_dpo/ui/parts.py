@@ -183,7 +183,7 @@ def error_html(error: Exception) -> str:
     if isinstance(error, Cancelled):
         return markup.note(error)
     if isinstance(error, DpoError):
-        return markup.alert(error)
+        return markup.alert(str(error).replace("allow overwriting (--overwrite)", "allow it to be replaced"))
     logger.exception("an action of the DPO tab failed", exc_info=error)
     return markup.alert(f"this should not happen: {type(error).__name__}: {error}. The console has the details.")
 
