@@ -80,7 +80,7 @@ def _untouched(arch: str, base: Path, baked: Path) -> str:
     """How much beside the UNet is the base's, bit for bit."""
     unet = unet_name_pairs(arch)
     with safe_open(baked, "pt") as ours, safe_open(base, "pt") as before:
-        others = [key for key in before.keys() if key not in unet]  # noqa: SIM118  # it is no mapping
+        others = [key for key in before.keys() if key not in unet]  # noqa: SIM118  # a safe_open has keys(), but cannot be iterated over
         same = sum(torch.equal(ours.get_tensor(key), before.get_tensor(key)) for key in others)
     return f"{same} of {len(others)} other tensors as they were"
 

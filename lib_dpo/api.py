@@ -195,6 +195,9 @@ class _Handlers:
             )
         return found
 
+    def _fingerprint(self) -> dict[str, str]:
+        return dict(self._jobs.run("fingerprint", lambda job: self._session.host.live.fingerprint()))
+
     def checkpoints(self) -> dict[str, list[str]]:
         library = self._session.library
         lists = {"checkpoints": library.checkpoints(), "references": library.references(), "offsets": library.offsets()}
@@ -213,7 +216,10 @@ class _Handlers:
         chosen = self._refusing(settings)
         self._refusing(lambda: self._session.library.new_lora(req.name))
         options = _fields(req, "base", "reference", "name", "overwrite")
-        work: Work[Any] = lambda job: self._session.extract(job, settings=chosen, **options).as_json()  # noqa: E731
+
+        def work(job: Any) -> dict[str, Any]:
+            return self._session.extract(job, settings=chosen, **options).as_json()
+
         return self._do(f"extract {req.name}", work, req.wait)
 
     def offset(self, req: OffsetRequest) -> dict[str, Any]:

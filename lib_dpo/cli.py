@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from lib_dpo import __version__
-from lib_dpo.cli_pictures import add_commands as add_picture_commands
+from lib_dpo.cli_arguments import REFUSED, Runs, make_parser
 from lib_dpo.cli_reports import check_reports, progress_bar, write_json
 from lib_dpo.errors import Cancelled, DpoError, SettingError, printable
-from lib_dpo.settings import BUNDLED_MODEL, FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, RankPolicy, check
+from lib_dpo.settings import ExtractSettings, RankPolicy, check
 
 logger = logging.getLogger(__name__)
 
-DONE, REFUSED, CANCELLED = 0, 2, 130
+DONE, CANCELLED = 0, 130  # exit codes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0 done, 2 refused, 130 cancelled."""
-    args = _parser().parse_args(argv)
+    args = make_parser(_runs()).parse_args(argv)
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, format="%(name)s: %(message)s")
     if not args.debug:  # diffusers asks for parts of transformers that want torchvision, which we do not need
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -77,6 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
+def _runs() -> Runs:
+    return {
+        "diff": _diff, "extract": _extract, "offset": _offset, "verify": _verify, "bake": _bake, "resize": _resize,
+        "inspect": _inspect, "compat": _compat, "demo": _demo,
+    }  # fmt: skip
+
+
 def _error_line(message: str) -> str:
     """One line of bounded length, whatever the names in a file may be."""
     line = printable(" ".join(message.split()))
@@ -84,129 +90,6 @@ def _error_line(message: str) -> str:
 
 
 _LONGEST_LINE = 2000
-
-# ---- arguments ----
-
-
-class _Help(argparse.HelpFormatter):
-    """Says defaults, where there are any and the text does not."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        told = "default" in text or not action.option_strings or action.default in (None, False, "", argparse.SUPPRESS)
-        return text if told else f"{text} (default: %(default)s)"
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with our one line for errors."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"formatter_class": _Help, **options})
-        # a private name of argparse: before Python 3.14 it takes -1e-3 for an option
-        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
-
-    def error(self, message: str) -> Any:
-        self.exit(REFUSED, f"error: {' '.join(message.split())}; see `{self.prog} --help`\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m lib_dpo", description="DPO offsets: what preference tuning changed in a model, as a LoRA or baked in."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
-    common = _Parser(add_help=False)
-    common.add_argument("--json", type=Path, metavar="F", help="write the figures to a file too")
-    common.add_argument("--overwrite", action="store_true", help="replace existing files")
-    common.add_argument("--yes", action="store_true", help="agree to downloads of hub: names")
-    common.add_argument("--debug", action="store_true", help="show tracebacks and the log")
-
-    def command(name: str, run: Callable[..., Any], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, parents=[common])
-        sub.set_defaults(run=run)
-        return sub
-
-    sub = command("diff", _diff, "show what changed between a base and its tuned model")
-    _pair_arguments(sub)
-    sub.add_argument("--plot", type=Path, metavar="F.png", help="write a picture too (computes all spectra)")
-    sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
-
-    sub = command("extract", _extract, "extract a LoRA from a base and its tuned model")
-    _pair_arguments(sub)
-    _output_arguments(sub, "L.safetensors")
-    _rank_arguments(sub)
-    sub.add_argument("--conv-rank", type=_number(int), metavar="N", help=FIELDS["conv_rank"].help)
-    sub.add_argument("--method", choices=METHODS, default="auto", help=FIELDS["method"].help)
-    sub.add_argument("--profile", choices=PROFILES, default="portable", help=FIELDS["profile"].help)
-    sub.add_argument("--precision", choices=PRECISIONS, default="fp16", help=FIELDS["precision"].help)
-    sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
-    sub.add_argument("--seed", type=_number(int), default=0, help=FIELDS["seed"].help)
-
-    sub = command("offset", _offset, "write the dense offset file (tuned minus base, UNet)")
-    _pair_arguments(sub)
-    _output_arguments(sub, "O.safetensors")
-    sub.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help=FIELDS["precision"].help)
-
-    sub = command("verify", _verify, "measure how much of the offset a LoRA or offset file holds")
-    sub.add_argument("--lora", required=True, metavar="L", help="the LoRA or offset file")
-    _pair_arguments(sub)
-
-    sub = command("bake", _bake, "add an offset to a checkpoint and write a new one")
-    sub.add_argument("--target", required=True, metavar="C", help="the checkpoint")
-    sub.add_argument("--offset", required=True, metavar="L_or_O", help="a LoRA or an offset file")
-    _output_arguments(sub, "OUT.safetensors")
-    sub.add_argument("--strength", type=_number(float), default=1.0, help=FIELDS["strength"].help)
-    sub.add_argument("--blocks", default="", help=FIELDS["blocks"].help)
-    sub.add_argument("--precision", choices=("keep", *PRECISIONS), default="keep", help=FIELDS["precision"].help)
-
-    sub = command("resize", _resize, "make a LoRA smaller, from its factors alone")
-    sub.add_argument("--lora", required=True, metavar="L", help="the LoRA")
-    _output_arguments(sub, "L2.safetensors")
-    _rank_arguments(sub)
-    sub.add_argument("--conv-rank", type=_number(int), metavar="N", help=FIELDS["conv_rank"].help)
-    sub.add_argument("--precision", choices=("keep", *PRECISIONS), default="keep", help=FIELDS["precision"].help)
-
-    sub = command("inspect", _inspect, "say what a file is")
-    sub.add_argument("file", metavar="FILE")
-
-    sub = command("compat", _compat, "say whether the offset fits a finetune, and whether DPO is in it already")
-    sub.add_argument("--target", required=True, metavar="C", help="the finetune")
-    _pair_arguments(sub)
-
-    add_picture_commands(command, _number)
-
-    sub = command("demo", _demo, "the whole story on the bundled model, with pictures that are judged, without a network")
-    sub.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to write to (default: demo, or study)")
-    sub.add_argument("--study", action="store_true", help="many more pictures and strengths: a quarter of an hour or so")
-    sub.add_argument("--pictures", type=_number(int), metavar="N", help=FIELDS["pictures"].help)
-    sub.add_argument("--model", type=Path, default=BUNDLED_MODEL, metavar="DIR", help="folder of the bundled model")
-    return parser
-
-
-def _pair_arguments(sub: argparse.ArgumentParser) -> None:
-    files = "a .safetensors or .ckpt file, a diffusers folder, or hub:owner/name[/file]"
-    sub.add_argument("--base", required=True, metavar="B", help=f"the model before preference tuning: {files}")
-    sub.add_argument("--tuned", required=True, metavar="T", help="the model after it (the DPO reference)")
-
-
-def _output_arguments(sub: argparse.ArgumentParser, name: str) -> None:
-    sub.add_argument("-o", "--output", required=True, type=Path, metavar=name, help="the file to write")
-
-
-def _rank_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--rank", type=_number(int), metavar="N", help=FIELDS["rank"].help)
-    sub.add_argument("--energy", type=_number(float), metavar="E", help=FIELDS["energy"].help)
-    sub.add_argument("--size-mb", type=_number(float), metavar="MB", help=FIELDS["size_mb"].help)
-
-
-def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
-
-    return read
 
 
 def _policy(args: argparse.Namespace) -> RankPolicy:
