@@ -190,9 +190,7 @@ class _Handlers:
             "jobs": [self._told(record, with_result=False) for record in self._jobs.all() if not record.is_over],
         }
         if fingerprint:
-            found["fingerprint"] = dict(
-                self._refusing(lambda: self._jobs.run("fingerprint", lambda job: host.live.fingerprint()))
-            )
+            found["fingerprint"] = self._refusing(self._fingerprint)
         return found
 
     def _fingerprint(self) -> dict[str, str]:
