@@ -5,9 +5,8 @@ Of a diffusers folder the UNet alone is written, as one file under diffusers' na
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lib_dpo import __version__
 from lib_dpo.errors import BadTensorError, MismatchError
 from lib_dpo.header import dtype_name, torch_dtype
 from lib_dpo.keymap import EVERYWHERE, BlockWeights, block_of, check_blocks, component_of
-from lib_dpo.lora import STALE_METADATA
 from lib_dpo.model import Model
 from lib_dpo.offset import Offset, check_finite, check_is_model
 from lib_dpo.precision import PRECISION, round_once
 from lib_dpo.progress import Progress, Steps
+from lib_dpo.recipe import Ingredient, with_recipe
 from lib_dpo.writer import SafetensorsWriter, check_output, write_bytes_atomic
 
 SidecarFate = Literal["copied", "replaced", "removed", "kept", "none"]
@@ -117,7 +115,14 @@ def bake(
             else:
                 writer.add(key.removeprefix(prefix), run.tensor(key, canonical, output_dtypes[key]))
             steps.advance(infos[key].nbytes, key)
-        metadata = _metadata(target, offset, output, strength, blocks, precision, hashes)
+        metadata = with_recipe(
+            target.checkpoint.metadata,
+            Ingredient(offset.name, strength, str(blocks)),
+            models=(target.name, offset.name),
+            hashes=hashes() if hashes else ("", ""),
+            name=output.stem,
+            half=precision == "fp16",
+        )
         with _sidecar_in_place(target.path, output, overwrite=overwrite) as sidecar:
             writer.finish(metadata)
     return BakeReport(
@@ -245,48 +250,6 @@ class _Run:
         result.copy_(round_once(torch.where(change == 0, stored.double(), exact), result.dtype))
         self.wanted += float(change.square().sum())
         self.lost += float((result.double() - exact).square().sum())
-
-
-def _metadata(
-    target: Model,
-    offset: Offset,
-    output: Path,
-    strength: float,
-    blocks: BlockWeights,
-    precision: str,
-    hashes: Callable[[], tuple[str, str]] | None,
-) -> dict[str, str]:
-    """The target's metadata with a merge recipe in the form of the WebUI's own merger (modules/extras.py there)."""
-    metadata = {"format": "pt"} | {key: text for key, text in target.checkpoint.metadata.items() if key not in STALE_METADATA}
-    target_hash, offset_hash = hashes() if hashes else ("", "")
-    recipe = {
-        "type": "dpo-offset",
-        "primary_model_hash": target_hash,
-        "secondary_model_hash": offset_hash,
-        "tertiary_model_hash": None,
-        "interp_method": "DPO offset",
-        "multiplier": strength,
-        "save_as_half": precision == "fp16",
-        "custom_name": output.stem,
-        "blocks": str(blocks),
-        "offset": offset.name,
-        "tool_version": __version__,
-    }
-    models = _models(metadata)
-    earlier = metadata.get("sd_merge_recipe")
-    for sha256, name, own in ((target_hash, target.name, earlier), (offset_hash, offset.name, None)):
-        if sha256:
-            models.setdefault(sha256, {"name": name, "legacy_hash": None, "sd_merge_recipe": own})
-    return metadata | {"sd_merge_recipe": json.dumps(recipe), "sd_merge_models": json.dumps(models)}
-
-
-def _models(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The merge history of the target; an unreadable one is left out rather than carried on."""
-    try:
-        models = json.loads(metadata.get("sd_merge_models", "{}"))
-    except json.JSONDecodeError:
-        return {}
-    return models if isinstance(models, dict) else {}
 
 
 def check_sidecar(target: Path, output: Path, *, overwrite: bool) -> None:

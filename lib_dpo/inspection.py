@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from lib_dpo.errors import MismatchError
 from lib_dpo.lora import is_lora, read_lora
 from lib_dpo.model import Model
 from lib_dpo.offset import is_offset_file
+from lib_dpo.recipe import Ingredient, baked_in
 
 _TITLES = {
     "checkpoint": "a whole checkpoint",
@@ -40,6 +41,7 @@ class Inspection:
     ranks: tuple[int, int] | None
     unmatched: tuple[str, ...]
     notes: tuple[str, ...]
+    baked_in: tuple[Ingredient, ...]  # as its metadata says, the last one first
     metadata: dict[str, str]
     sha256: str
     data_sha256: str | None  # of a LoRA's data alone: what WebUIs write into infotexts
@@ -59,6 +61,7 @@ class Inspection:
             "ranks": {"min": self.ranks[0], "max": self.ranks[1]} if self.ranks else None,
             "unmatched": list(self.unmatched),
             "notes": list(self.notes),
+            "baked_in": [asdict(ingredient) for ingredient in self.baked_in],
             "metadata": self.metadata,
             "sha256": self.sha256,
             "autov2": self.sha256[:10].upper(),
@@ -157,6 +160,7 @@ def _describe(
         ranks=ranks,
         unmatched=unmatched,
         notes=notes,
+        baked_in=baked_in(checkpoint.metadata),
         metadata=dict(checkpoint.metadata),
         sha256=checkpoint.sha256(),
         data_sha256=data_sha256,

@@ -133,6 +133,7 @@ def inspect_text(found: Inspection) -> str:
         lines.append("holds " + ", ".join(found.components))
     if found.ranks:
         lines.append(_ranks(*found.ranks))
+    lines += [f"an offset was baked in, says its metadata: {ingredient}" for ingredient in found.baked_in]
     lines += [f"note: {note}" for note in found.notes]
     if found.unmatched:
         lines.append(f"{len(found.unmatched)} keys belong to no layer we know, first {found.unmatched[0]}")

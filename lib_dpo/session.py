@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from lib_dpo.library import Library
 from lib_dpo.model import Model, open_model
 from lib_dpo.offset import Pair, open_pair
 from lib_dpo.patch import Patch, open_patch
+from lib_dpo.recipe import Ingredient, baked_in
 from lib_dpo.settings import ExtractSettings, check
 from lib_dpo.writer import check_output
 
@@ -55,6 +56,7 @@ class Status:
     baked: Baked | None
     problem: str = ""  # why the loaded file is none of ours
     chosen: str = ""  # another checkpoint, which the host loads only for the next picture
+    in_file: tuple[Ingredient, ...] = ()  # baked into the file itself, as its metadata says
 
     @property
     def text(self) -> str:
@@ -66,6 +68,8 @@ class Status:
         if self.baked:
             state = f"baked: {self.baked.offset} × {self.baked.strength:g}"
             state += f" ({self.baked.blocks})" if self.baked.blocks else ""
+        if self.in_file:
+            state += f" · its file holds {', '.join(map(str, self.in_file))}"
         later = f" · {self.chosen} is loaded for the next picture" if self.chosen else ""
         return f"{self.model.path.stem} · {title} · {state}{later}"
 
@@ -76,9 +80,19 @@ class Status:
             "model": model and {"name": model.name, "file": model.path.name, "storage": model.storage},
             "architecture": self.architecture and self.architecture.name,
             "baked": self.baked and self.baked.as_json(),
+            "in_file": [asdict(ingredient) for ingredient in self.in_file],
             "problem": self.problem,
             "chosen": self.chosen,
         }
+
+
+@dataclass(frozen=True)
+class _File:
+    """What the header of a checkpoint says."""
+
+    architecture: Architecture | None
+    problem: str = ""  # why it is none of ours
+    baked_in: tuple[Ingredient, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,7 +138,7 @@ class Session:
         self.library = Library(host)
         self.jobs = Jobs(host)
         self._patches: OrderedDict[tuple[Any, ...], Patch] = OrderedDict()
-        self._architectures: dict[tuple[str, int], Architecture | str] = {}
+        self._files: dict[tuple[str, int], _File] = {}
         self._lock = threading.Lock()
 
     # ---- what is there ----
@@ -136,10 +150,10 @@ class Session:
         later = chosen.stem if chosen else ""
         if model is None:
             return Status(None, None, None, chosen=later)
-        found = self._architecture(model.path)
-        if isinstance(found, str):
-            return Status(model, None, None, found, later)
-        return Status(model, found, live.baked(), chosen=later)
+        file = self._file(model.path)
+        if file.problem:
+            return Status(model, None, None, file.problem, later)
+        return Status(model, file.architecture, live.baked(), chosen=later, in_file=file.baked_in)
 
     def loaded(self) -> LoadedModel:
         """The loaded checkpoint. Raises NoModelError."""
@@ -156,9 +170,10 @@ class Session:
             SettingError: blocks or a rank that make no sense. BadFileError: damaged.
         """
         path, model = self.library.offset(name), self.loaded()
-        expected = self._architecture(model.path)
-        if isinstance(expected, str):
-            raise MismatchError(expected)
+        file = self._file(model.path)
+        if file.architecture is None:
+            raise MismatchError(file.problem)
+        expected = file.architecture
         weights = parse_blocks(blocks.replace(";", ","))
         stat = path.stat()
         key = (path, stat.st_mtime_ns, stat.st_size, weights, rank, expected.name)
@@ -193,7 +208,7 @@ class Session:
             model = self.host.live.loaded()
             if model is None or model.path.resolve() in (pair.base.path.resolve(), pair.tuned.path.resolve()):
                 return Analysis(report, None)
-            if self._architecture(model.path) is not pair.architecture:
+            if self._file(model.path).architecture is not pair.architecture:
                 return Analysis(report, None)
             with open_model(model.path) as target:
                 return Analysis(report, compat(target, pair, on_progress=job.progress))
@@ -347,19 +362,19 @@ class Session:
         }
         return lambda: {name: wait() for name, wait in waiting.items()}
 
-    def _architecture(self, path: Path) -> Architecture | str:
-        """The architecture of a checkpoint's file, or why it is none of ours; remembered until the file changes."""
+    def _file(self, path: Path) -> _File:
+        """What the header of a checkpoint says; remembered until the file changes."""
         try:
             key = (str(path), path.stat().st_mtime_ns)
-            if key not in self._architectures:
+            if key not in self._files:
                 with open_model(path) as model:
-                    self._architectures[key] = model.architecture
-            return self._architectures[key]
+                    self._files[key] = _File(model.architecture, baked_in=baked_in(model.checkpoint.metadata))
+            return self._files[key]
         except DpoError as error:
-            self._architectures[key] = str(error)
-            return str(error)
+            self._files[key] = _File(None, str(error))
+            return self._files[key]
         except OSError as error:
-            return f"{path.name}: cannot be read ({error.strerror}); it may have been moved: refresh the list"
+            return _File(None, f"{path.name}: cannot be read ({error.strerror}); it may have been moved: refresh the list")
 
     def _listed(self, output: Path, architecture: str) -> tuple[int, int] | None:
         """Let the host list a new LoRA; how much of it its loader knows. The file stands, whatever the host says."""
@@ -372,7 +387,7 @@ class Session:
 
     def _fits_loaded(self, architecture: str) -> bool:
         model = self.host.live.loaded()
-        return model is not None and self._architecture(model.path) is ARCHITECTURES[architecture]
+        return model is not None and self._file(model.path).architecture is ARCHITECTURES[architecture]
 
 
 def _check_strength(strength: float) -> None:

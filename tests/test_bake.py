@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -20,12 +22,14 @@ from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.dense import write_offset
 from lib_dpo.errors import BadTensorError, Cancelled, MismatchError, OutputError, SettingError
 from lib_dpo.extract import extract
+from lib_dpo.inspection import inspect
 from lib_dpo.keymap import EVERYWHERE, UNET, BlockWeights, block_of, parse_blocks, unet_to_diffusers
 from lib_dpo.lora import open_offset
 from lib_dpo.model import open_model
 from lib_dpo.offset import open_pair
 from lib_dpo.precision import round_once
-from lib_dpo.report import bake_text
+from lib_dpo.recipe import baked_in
+from lib_dpo.report import bake_text, inspect_text
 from lib_dpo.resize import resize
 from lib_dpo.settings import ExtractSettings, RankPolicy
 from lib_dpo.synthetic import small_pair
@@ -33,6 +37,12 @@ from lib_dpo.writer import SafetensorsWriter
 
 Files = tuple[Path, Path]
 SD1 = ARCHITECTURES["sd1"]
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(
+        st.sampled_from(["type", "multiplier", "primary_model_hash", "sd_merge_recipe"]), inner | st.just("dpo-offset")
+    ),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +267,28 @@ def test_the_merge_history_grows_by_both_files(sd1: Files, lora: Path, tmp_path:
         models = json.loads(checkpoint.metadata["sd_merge_models"])
     assert models.keys() == {"a" * 64, "b" * 64, "c" * 64}
     assert models["c" * 64]["sd_merge_recipe"] is not None
+
+
+def test_a_file_tells_every_bake_in_it(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    assert inspect(sd1[0]).baked_in == ()
+    run(sd1[0], lora, tmp_path / "one.safetensors", strength=0.8, hashes=lambda: ("a" * 64, "b" * 64))
+    blocks = parse_blocks("IN=0.5")
+    run(tmp_path / "one.safetensors", lora, tmp_path / "two.safetensors", blocks=blocks, hashes=lambda: ("c" * 64, "b" * 64))
+    found = inspect(tmp_path / "two.safetensors")
+    assert [str(ingredient) for ingredient in found.baked_in] == [f"{lora.stem} × 1 (IN=0.5)", f"{lora.stem} × 0.8"]
+    assert f"baked in, says its metadata: {lora.stem} × 0.8" in inspect_text(found)
+    assert found.as_json()["baked_in"][1] == {"offset": lora.stem, "strength": 0.8, "blocks": ""}
+
+
+@given(st.dictionaries(st.sampled_from(["sd_merge_recipe", "sd_merge_models"]), st.one_of(st.text(), _JSON.map(json.dumps))))
+def test_whatever_another_tool_wrote_as_a_recipe_is_no_error(metadata: dict[str, str]) -> None:
+    baked_in(metadata)
+
+
+def test_a_recipe_that_names_itself_ends() -> None:
+    recipe = json.dumps({"type": "dpo-offset", "multiplier": 1, "offset": "dpo", "primary_model_hash": "a"})
+    history = json.dumps({"a": {"sd_merge_recipe": recipe}})
+    assert len(baked_in({"sd_merge_recipe": recipe, "sd_merge_models": history})) == 2
 
 
 def test_block_weights_scale_their_blocks(sd1: Files, offset_file: Path, tmp_path: Path) -> None:

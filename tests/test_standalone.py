@@ -164,7 +164,7 @@ def test_a_bake_draws_what_the_saved_checkpoint_draws(host: Standalone, models: 
         baked = host.generate(REQUEST, None, 0.0)
         assert session.status().text == "base · SD 1.x · baked: dpo × 1"
         host.live.load(host.checkpoint_dir / "saved.safetensors")
-        assert session.status().text == "saved · SD 1.x · clean"
+        assert session.status().text == "saved · SD 1.x · clean · its file holds dpo × 1"
         difference = np.asarray(host.generate(REQUEST, None, 0.0).image, float) - np.asarray(baked.image, float)
         assert np.abs(difference).max() <= 1  # float32 sums, in another order
     finally:

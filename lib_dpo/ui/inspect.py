@@ -95,6 +95,8 @@ def _inspection_html(found: Inspection) -> str:
     if found.ranks:
         low, high = found.ranks
         rows.append(("Ranks", low if low == high else f"{low} to {high}"))
+    if found.baked_in:
+        rows.append(("Baked in", ", ".join(map(str, found.baked_in)) + ", as its metadata says"))
     rows.append(("SHA-256", found.sha256))
     notes = [*found.notes]
     if found.unmatched:

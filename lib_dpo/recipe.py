@@ -1,0 +1,84 @@
+"""The record of a bake in a checkpoint's metadata: written when it is saved, read when somebody asks what is inside."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lib_dpo import __version__
+from lib_dpo.lora import STALE_METADATA
+
+_RECIPE, _MODELS = "sd_merge_recipe", "sd_merge_models"  # where the WebUI's own merger writes them (modules/extras.py there)
+_TYPE = "dpo-offset"
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One offset that was baked into a file."""
+
+    offset: str
+    strength: float
+    blocks: str  # "" for all at 1
+
+    def __str__(self) -> str:
+        return f"{self.offset} × {self.strength:g}" + (f" ({self.blocks})" if self.blocks else "")
+
+
+def with_recipe(
+    metadata: Mapping[str, str], added: Ingredient, *, models: tuple[str, str], hashes: tuple[str, str], name: str, half: bool
+) -> dict[str, str]:
+    """The target's metadata with the recipe of one more bake, in the form that the WebUI's merger writes.
+
+    Args:
+        models: names of the target and of the offset. hashes: SHA-256 of both, "" where it was not asked for.
+        name: of the new checkpoint. half: whether it is written in fp16.
+    """
+    kept = {"format": "pt"} | {key: text for key, text in metadata.items() if key not in STALE_METADATA}
+    recipe = {
+        "type": _TYPE,
+        "primary_model_hash": hashes[0],
+        "secondary_model_hash": hashes[1],
+        "tertiary_model_hash": None,
+        "interp_method": "DPO offset",
+        "multiplier": added.strength,
+        "save_as_half": half,
+        "custom_name": name,
+        "blocks": added.blocks,
+        "offset": added.offset,
+        "tool_version": __version__,
+    }
+    history = _object(kept.get(_MODELS))
+    for sha256, model, own in zip(hashes, models, (kept.get(_RECIPE), None), strict=True):
+        if sha256:
+            history.setdefault(sha256, {"name": model, "legacy_hash": None, _RECIPE: own})
+    return kept | {_RECIPE: json.dumps(recipe), _MODELS: json.dumps(history)}
+
+
+def baked_in(metadata: Mapping[str, str]) -> tuple[Ingredient, ...]:
+    """The offsets that were baked into a file one after the other, the last one first, as far as its metadata tells."""
+    history, recipe = _object(metadata.get(_MODELS)), _object(metadata.get(_RECIPE))
+    found: list[Ingredient] = []
+    seen: set[str] = set()
+    while recipe.get("type") == _TYPE:
+        strength = recipe.get("multiplier")
+        if not isinstance(strength, (int, float)):
+            break
+        found.append(Ingredient(str(recipe.get("offset", "an offset")), float(strength), str(recipe.get("blocks", ""))))
+        target = str(recipe.get("primary_model_hash", ""))
+        if target in seen:
+            break
+        seen.add(target)
+        entry = history.get(target)
+        recipe = _object(entry.get(_RECIPE)) if isinstance(entry, dict) else {}
+    return tuple(found)
+
+
+def _object(text: object) -> dict[str, Any]:
+    """A JSON object out of a file; {} for whatever else stands there."""
+    try:
+        found = json.loads(text) if isinstance(text, str) else {}
+    except (json.JSONDecodeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
