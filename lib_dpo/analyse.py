@@ -180,11 +180,13 @@ def _spectra(pair: Pair, tally: Tally, device: torch.device, steps: Steps) -> Sp
             effective.setdefault(block_of(pair.architecture, layer.module.key) or "", []).append(_effective_rank(energies))
         steps.advance(layer.numel, layer.module.key)
     total = sum(row.offset for name, row in tally.components.items() if name in components)
-    at_rank = [sum(float(s.energies[: min(rank, s.cap)].sum()) for s in rows.values()) / total for rank in _CURVE_RANKS]
-    sizes = [sum(s.bytes_per_rank * min(rank, s.cap) for s in rows.values()) / 1e6 for rank in _CURVE_RANKS]
+    largest = max(min(layer.matrix) for layer in layers)
+    ranks = [rank for rank in _CURVE_RANKS if rank <= largest]  # those that `extract` takes
+    at_rank = [sum(float(s.energies[: min(rank, s.cap)].sum()) for s in rows.values()) / total for rank in ranks]
+    sizes = [sum(s.bytes_per_rank * min(rank, s.cap) for s in rows.values()) / 1e6 for rank in ranks]
     curve = size_curve(rows)
     return Spectra(
-        ranks=list(_CURVE_RANKS),
+        ranks=ranks,
         energy_at_rank=at_rank,
         size_mb_at_rank=sizes,
         size_mb=[size / 1e6 for size in curve[0]],

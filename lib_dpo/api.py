@@ -40,6 +40,7 @@ _NAME = Field(..., description="name of the file to write, without folders")
 _OFFSET = Field(..., description="LoRA or offset file, by name")
 _STRENGTH = Field(1.0, description=FIELDS["strength"].help)
 _BLOCKS = Field("", description=FIELDS["blocks"].help)
+_SIDE = FIELDS["side"].help + "; 0: what the model was made for"
 _RANK = Field(None, description="keep the strongest components of each layer of a LoRA only")
 _OVERWRITE = Field(False, description="replace an existing file of that name")
 _WAIT = Field(True, description="answer when the job is over; false: at once, then ask for jobs/{id}")
@@ -125,8 +126,8 @@ class CompareRequest(BaseModel):
     steps: int = Field(20, description=FIELDS["steps"].help)
     cfg_scale: float = Field(7.0, description=FIELDS["cfg"].help)
     sampler: str = Field("", description="empty: the host's first")
-    width: int = Field(512, description=FIELDS["side"].help)
-    height: int = Field(512, description=FIELDS["side"].help)
+    width: int = Field(0, description=_SIDE)
+    height: int = Field(0, description=_SIDE)
     wait: bool = _WAIT
 
 

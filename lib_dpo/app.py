@@ -47,11 +47,12 @@ def serve(*, models: Path | None, tokenizer: Path, device: str, address: str, po
     blocks = build(Session(host))
     style, script = _ROOT / "style.css", _ROOT / "javascript" / "dpo.js"
     head = f"<style>{style.read_text(encoding='utf-8')}</style><script>{script.read_text(encoding='utf-8')}</script>"
-    print(f"serving {folder} on http://{address}:{port}; Ctrl-C ends it")  # noqa: T201  # the command's own words
     try:
-        blocks.launch(server_name=address, server_port=port, quiet=True, head=head)
+        blocks.launch(server_name=address, server_port=port, quiet=True, head=head, prevent_thread_lock=True)
     except OSError as error:
         raise OutputError(f"port {port} cannot be used ({error}); choose another one with --port") from error
+    print(f"serving {folder} on http://{address}:{port}; Ctrl-C ends it", flush=True)  # noqa: T201  # the command's own words
+    blocks.block_thread()
 
 
 def own_models() -> Path:
@@ -103,5 +104,6 @@ def build(session: Session) -> Any:
             [gr.State(""), choice],
             [answer, gr.State()],
         )
-        parts.on(refresh.click, lambda: parts.update(choices=[e.name for e in host.checkpoints()]), [], [choice])
+        for event in (refresh.click, choice.focus):  # a checkpoint may have been saved meanwhile
+            parts.on(event, lambda: parts.update(choices=[e.name for e in host.checkpoints()]), [], [choice], queue=False)
     return page

@@ -41,6 +41,7 @@ class Architecture:
     kohya_unet: Literal["diffusers", "sgm"]  # which spelling kohya's scripts use for this family
     ss_base_model_version: str
     modelspec: str
+    side: int  # of the pictures that the family was made for, in pixels
 
 
 _CLIP_L = "text_model."
@@ -57,6 +58,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             kohya_unet="diffusers",
             ss_base_model_version="sd_v1",
             modelspec="stable-diffusion-v1",
+            side=512,
         ),
         Architecture(
             name="sd2",
@@ -68,6 +70,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             kohya_unet="diffusers",
             ss_base_model_version="sd_v2",
             modelspec="stable-diffusion-v2-512",
+            side=768,
         ),
         Architecture(
             name="sdxl",
@@ -82,6 +85,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             kohya_unet="sgm",
             ss_base_model_version="sdxl_base_v1-0",
             modelspec="stable-diffusion-xl-v1-base",
+            side=1024,
         ),
         Architecture(
             name="sdxl-refiner",
@@ -93,6 +97,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             kohya_unet="sgm",
             ss_base_model_version="sdxl_refiner_v1-0",
             modelspec="stable-diffusion-xl-v1-refiner",
+            side=1024,
         ),
     )
 }

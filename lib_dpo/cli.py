@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         started = time.perf_counter()
         check_reports(args)
         figures, text = args.run(args)
-        figures = {"command": args.command, "version": __version__, **figures}
+        figures = {"command": args.command, "version": __version__, "inputs": _inputs(args), **figures}
         figures["seconds"] = round(time.perf_counter() - started, 3)
         if args.json:
             write_json(args.json, figures)
@@ -90,6 +90,12 @@ def _error_line(message: str) -> str:
 
 
 _LONGEST_LINE = 2000
+
+
+def _inputs(args: argparse.Namespace) -> dict[str, str]:
+    """What was read, as it was given."""
+    given = {name: getattr(args, name, None) for name in ("file", "model", "target", "base", "tuned", "lora", "offset")}
+    return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def _policy(args: argparse.Namespace) -> RankPolicy:

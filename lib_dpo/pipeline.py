@@ -119,6 +119,18 @@ def _sidecar(path: Path) -> Mapping[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def made_for(model: Model) -> int:
+    """The side in pixels of the pictures that a model was made for.
+
+    A sidecar .yaml is asked for SD 1.x alone: those of SD 2 as published say 512 for the models of 768 too.
+    """
+    try:
+        latent = _sidecar(model.path).get("image_size") if model.architecture.name == "sd1" else None
+    except Exception:  # noqa: BLE001  # a damaged .yaml: whoever loads the model says so
+        latent = None
+    return 8 * latent if isinstance(latent, int) and latent > 0 else model.architecture.side
+
+
 def _predicts_v(model: Model, config: Mapping[str, Any]) -> bool:
     if config.get("parameterization") == "v":
         return True
@@ -135,7 +147,7 @@ def _unet_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:
     heads = _given(config, "unet_config", "num_heads")
     linear = arch.name != "sd1"
     unet: dict[str, Any] = {
-        "sample_size": 64 if arch.name == "sd1" else 96 if arch.name == "sd2" else 128,
+        "sample_size": arch.side // 8,
         "in_channels": model.recognised.in_channels,
         "out_channels": shapes["conv_out.weight"][0],
         "block_out_channels": widths,

@@ -109,21 +109,20 @@ def resize(
             values = recompress(up, down.flatten(1))[1] * abs(scale)
             cores[name] = _Core(parts, values, scale, down.shape[0])
             steps.advance(1, name)
-        ranks = _ranks(lora, cores, others, policy, precision)
-        missed = _write(lora, cores, others, ranks, output, precision, overwrite, policy, steps)
-    total = sum(float(core.values.square().sum()) for core in cores.values())
+        ranks = _ranks(lora, cores, others, policy, precision, output.stem)
+        kept = _write(lora, cores, others, ranks, output, precision, overwrite, policy, steps)
     return ResizeReport(
         path=output,
         layers=sum(rank > 0 for rank in ranks.values()),
         file_bytes=output.stat().st_size,
         ranks_before=(min(core.rank for core in cores.values()), max(core.rank for core in cores.values())),
         ranks_after=(min((r for r in ranks.values() if r), default=0), max(ranks.values())),
-        energy_kept=1 - missed / total if total else 1.0,
+        energy_kept=kept,
     )
 
 
 def _ranks(
-    lora: Checkpoint, cores: Mapping[str, _Core], others: list[str], policy: RankPolicy, precision: str
+    lora: Checkpoint, cores: Mapping[str, _Core], others: list[str], policy: RankPolicy, precision: str, title: str
 ) -> dict[str, int]:
     if policy.fixed:
         largest = max(core.rank for core in cores.values())
@@ -156,7 +155,7 @@ def _ranks(
         ranks = allocate(rest, energy=policy.energy * total - taken)
     else:
         size = policy.size_mb or 0.0
-        metadata = _metadata(lora, policy)
+        metadata = _metadata(lora, policy, title, 1.0)
         overhead = len(json.dumps(metadata).encode()) + ENTRY_BYTES
         overhead += sum(lora.infos[key].nbytes + ENTRY_BYTES + len(key) for key in others)
         overhead += sum(spectra[name].bytes_per_rank + spectra[name].fixed_bytes for name in whole)
@@ -199,7 +198,7 @@ def _write(
     policy: RankPolicy,
     steps: Steps,
 ) -> float:
-    """Write the file; the energy that its numbers miss of the LoRA's."""
+    """Write the file; the share of the LoRA's energy that its numbers keep."""
     expected = sum(lora.infos[key].nbytes for key in lora.infos)
     missed = 0.0
     with SafetensorsWriter(
@@ -233,8 +232,9 @@ def _write(
         for key in others:
             info = lora.infos[key]
             writer.add_raw(key, info.dtype, info.shape, lora.raw(key))
-        writer.finish(_metadata(lora, policy))
-    return missed
+        kept = _kept(cores, missed)
+        writer.finish(_metadata(lora, policy, output.stem, kept))
+    return kept
 
 
 def _missed(before: tuple[Tensor, Tensor, float], after: tuple[Tensor, Tensor, float]) -> float:
@@ -248,15 +248,23 @@ def _missed(before: tuple[Tensor, Tensor, float], after: tuple[Tensor, Tensor, f
     return max(0.0, inner(before, before) - 2 * inner(before, after) + inner(after, after))
 
 
-def _metadata(lora: Checkpoint, policy: RankPolicy) -> dict[str, str]:
+def _kept(cores: Mapping[str, _Core], missed: float) -> float:
+    total = sum(float(core.values.square().sum()) for core in cores.values())
+    return 1 - missed / total if total else 1.0
+
+
+def _metadata(lora: Checkpoint, policy: RankPolicy, title: str, kept: float) -> dict[str, str]:
+    """The LoRA's own without what no longer holds; it goes by its new name where it went by that of its file."""
     metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(_STALE)}
+    if metadata.get("modelspec.title") == lora.name:
+        metadata["modelspec.title"] = title
     dim, conv_dim = str(policy.fixed or "Dynamic"), str(policy.conv_rank or policy.fixed or "Dynamic")
     arguments = json.dumps({"conv_dim": conv_dim, "conv_alpha": conv_dim})
     return metadata | {
         "ss_network_dim": dim,
         "ss_network_alpha": dim,
         "ss_network_args": arguments,
-        "dpo.resized": f"{policy}, from {lora.name}",
+        "dpo.resized": f"{policy}, from {lora.name}, {kept:.6f} of its energy",
     }
 
 

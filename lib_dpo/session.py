@@ -24,6 +24,7 @@ from lib_dpo.library import Library
 from lib_dpo.model import Model, open_model
 from lib_dpo.offset import Pair, open_pair
 from lib_dpo.patch import Patch, open_patch
+from lib_dpo.pipeline import made_for
 from lib_dpo.recipe import Ingredient, baked_in
 from lib_dpo.settings import ExtractSettings, check
 from lib_dpo.writer import check_output
@@ -93,6 +94,7 @@ class _File:
     architecture: Architecture | None
     problem: str = ""  # why it is none of ours
     baked_in: tuple[Ingredient, ...] = ()
+    side: int = 512  # of the pictures that it was made for
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,11 @@ class Session:
         self._patches: OrderedDict[tuple[Any, ...], Patch] = OrderedDict()
         self._files: dict[tuple[str, int], _File] = {}
         self._lock = threading.Lock()
+
+    @property
+    def in_webui(self) -> bool:
+        """Whether this is a WebUI, where people generate with prompts and scripts; else the tab alone."""
+        return self.host.name != "standalone"
 
     # ---- what is there ----
 
@@ -279,9 +286,12 @@ class Session:
     def compare(
         self, job: Job, *, offset: str, prompts: Sequence[str], negative: str = "", seeds: str = "1",
         strengths: str = "0.5, 1, 1.5", blocks: str = "", rank: int | None = None, steps: int = 20, cfg_scale: float = 7.0,
-        sampler: str = "", width: int = 512, height: int = 512,
+        sampler: str = "", width: int = 0, height: int = 0,
     ) -> Comparison:  # fmt: skip
         """Make prompts x seeds x strengths with the host's own pipeline, the untouched model first.
+
+        Args:
+            width, height: in pixels; 0 for what the model was made for.
 
         Raises:
             SettingError: lists that cannot be read, or too many pictures. HostError: something is baked into the model.
@@ -291,6 +301,8 @@ class Session:
         from lib_dpo.pictures import draw_grid
 
         self.host.live.ready()
+        own = self._file(self.loaded().path).side
+        width, height = width or own, height or own
         for field, value in (("steps", steps), ("cfg", cfg_scale), ("side", width), ("side", height)):
             check(field, value)
         if width % 8 or height % 8:
@@ -368,7 +380,8 @@ class Session:
             key = (str(path), path.stat().st_mtime_ns)
             if key not in self._files:
                 with open_model(path) as model:
-                    self._files[key] = _File(model.architecture, baked_in=baked_in(model.checkpoint.metadata))
+                    inside = baked_in(model.checkpoint.metadata)
+                    self._files[key] = _File(model.architecture, baked_in=inside, side=made_for(model))
             return self._files[key]
         except DpoError as error:
             self._files[key] = _File(None, str(error))

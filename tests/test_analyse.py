@@ -13,7 +13,7 @@ from lib_dpo.analyse import KINDS, diff
 from lib_dpo.bake import bake
 from lib_dpo.compat import CompatReport, compat
 from lib_dpo.dense import write_offset
-from lib_dpo.errors import MismatchError
+from lib_dpo.errors import MismatchError, SettingError
 from lib_dpo.figures import rounding_energy
 from lib_dpo.keymap import UNET
 from lib_dpo.lora import open_offset
@@ -89,16 +89,22 @@ def test_the_spectra_say_what_an_extraction_would_keep(sd1: Files, tmp_path: Pat
     from lib_dpo.extract import extract
     from lib_dpo.settings import ExtractSettings, RankPolicy
 
+    def settings_of(rank: int) -> ExtractSettings:
+        return ExtractSettings(RankPolicy(rank=rank), method="exact", device="cpu")
+
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         pair = open_pair(base, tuned)
         report = diff(pair, spectra=True, device="cpu")
-        settings = ExtractSettings(RankPolicy(rank=rank), method="exact", device="cpu")
-        extracted = extract(pair, tmp_path / "l.safetensors", settings)
+        extracted = extract(pair, tmp_path / "l.safetensors", settings_of(rank))
     assert report.spectra is not None
     row = report.spectra.ranks.index(rank)
     assert report.spectra.energy_at_rank[row] == pytest.approx(extracted.tally.total.energy_kept, abs=1e-4)
     numbers = sum(tensor.numel() for key, tensor in load_file(tmp_path / "l.safetensors").items() if not key.endswith("alpha"))
     assert report.spectra.size_mb_at_rank[row] == pytest.approx(2e-6 * numbers)
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:  # the next rank is one that no extraction takes
+        with pytest.raises(SettingError, match="larger than every layer"):
+            extract(open_pair(base, tuned), tmp_path / "m.safetensors", settings_of(2 * report.spectra.ranks[-1]))
+        extract(open_pair(base, tuned), tmp_path / "m.safetensors", settings_of(report.spectra.ranks[-1]))
     sizes, energies = report.spectra.size_mb, report.spectra.energy_at_size
     assert sizes == sorted(sizes)
     assert energies == sorted(energies)

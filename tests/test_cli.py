@@ -108,6 +108,10 @@ def test_the_whole_chain(any_arch: tuple[str, Layouts], tmp_path: Path, capsys: 
 
     resized = tiny.figures(report, "resize", "--lora", lora, "-o", smaller, "--rank", 2)
     assert resized["ranks_after"] == {"min": 2, "max": 2}
+    assert resized["inputs"] == {"lora": str(lora)}
+    told = tiny.figures(report, "inspect", smaller)["metadata"]
+    assert told["modelspec.title"] == smaller.stem
+    assert told["dpo.resized"] == f"rank 2, from {lora.stem}, {resized['energy_kept_of_lora']:.6f} of its energy"
     assert 0.4 < resized["energy_kept_of_lora"] < 1
     assert tiny.figures(report, "verify", "--lora", smaller, *pair(files))["energy_kept"] < verified["energy_kept"]
 

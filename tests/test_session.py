@@ -321,6 +321,21 @@ def test_compare_checks_its_numbers_first(session: Session):
     assert found.grid.png()
 
 
+@pytest.mark.parametrize(
+    ("sidecar", "side"), [("model: {params: {image_size: 8}}", 64), (None, 512), ("model: [1", 512), ("model: 3", 512)]
+)
+def test_pictures_are_of_the_size_that_the_model_was_made_for(session: Session, sidecar: str | None, side: int):
+    yaml = fake(session).live.loaded().path.with_suffix(".yaml")
+    try:
+        if sidecar is not None:
+            yaml.write_text(sidecar)
+        extract(session)
+        found = session.jobs.run("compare", lambda job: session.compare(job, offset="dpo", prompts=["a"], strengths="1"))
+    finally:
+        yaml.unlink(missing_ok=True)
+    assert {image.size for image in found.images.values()} == {(side, side)}
+
+
 def test_memory_that_runs_out_is_a_sentence(session: Session):
     def fail(job: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")

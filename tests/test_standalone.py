@@ -287,6 +287,9 @@ def test_the_app_serves_the_tab_on_this_machine_only(models: Path):
             page = wait_for(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/config", timeout=5).read().decode())
             for elem_id in ("dpo_tab", "dpo_extract", "dpo_bake", "dpo_compare", "dpo_inspect", "dpo_app_refresh"):
                 assert re.search(f'"elem_id":"{elem_id}"', page), elem_id
+            second = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
+            assert (second.returncode, second.stdout) == (2, "")
+            assert f"port {port} cannot be used" in second.stderr
         finally:
             process.terminate()
             process.wait(30)

@@ -316,7 +316,7 @@ def test_analyse_draws_the_picture_when_asked(session: Session):
     html, plot = run(session, extract.analyse, parts.LOADED, "dpo-sd1", True, outputs=2)[:2]
     assert plot["visible"] is True
     assert plot["value"].width > 1000
-    assert "rank 64 keeps at best" in html
+    assert "rank 32 keeps at best" in html  # no layer has 64
 
 
 def test_extract_says_what_it_kept_and_how_to_use_it(session: Session, host: FakeHost):

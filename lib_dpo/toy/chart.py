@@ -51,7 +51,7 @@ def _curve(axes: Axes, findings: Findings) -> None:
     axes.set_xticks(np.arange(0, strengths[-1] + 0.1, 0.5))
     axes.set_ylim(0, min(100.0, 1.4 * high.max()))  # room for the legend
     axes.set_title("Adherence against strength", fontsize=10, loc="left")
-    axes.legend(fontsize=8, frameon=False, loc="best")
+    axes.legend(fontsize=8, facecolor="white", framealpha=1, edgecolor="none", loc="best")  # the band runs behind it
     plain(axes)
 
 

@@ -48,7 +48,7 @@ def page(tab: Tab) -> None:
                 label="Prompts", lines=3, info="One per line; name several things in each", elem_id="dpo_compare_prompts"
             )
             negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="dpo_compare_negative")
-            take = gr.Button("Take from txt2img", elem_id="dpo_compare_take", visible=tab.session.host.name != "standalone")
+            take = gr.Button("Take from txt2img", elem_id="dpo_compare_take", visible=tab.session.in_webui)
             seeds, *rest = _picture_controls(tab.session)
             blocks = rest.pop()
             with gr.Row(elem_classes=["dpo-buttons"]):
@@ -96,8 +96,13 @@ def _picture_controls(session: Session) -> list[Any]:
         steps = gr.Slider(minimum=1, maximum=150, step=1, value=20, label="Steps", elem_id="dpo_compare_steps")
         cfg = gr.Slider(minimum=1.0, maximum=30.0, step=0.5, value=7.0, label="CFG scale", elem_id="dpo_compare_cfg")
     with gr.Row():
-        width = gr.Slider(minimum=64, maximum=2048, step=8, value=512, label="Width", elem_id="dpo_compare_width")
-        height = gr.Slider(minimum=64, maximum=2048, step=8, value=512, label="Height", elem_id="dpo_compare_height")
+        width, height = (
+            gr.Slider(
+                minimum=0, maximum=2048, step=8, value=0, label=label, info="0: what the model was made for",
+                elem_id=f"dpo_compare_{label.lower()}",
+            )
+            for label in ("Width", "Height")
+        )  # fmt: skip
     blocks = gr.Textbox(
         value="", lines=1, max_lines=1, label="Block weights to compare with", elem_id="dpo_compare_blocks",
         info=f"As on the page Bake: {FIELDS['blocks'].help}",

@@ -150,7 +150,7 @@ def extract(
         ),
         task_id=task,
     )  # fmt: skip
-    return _extracted_html(found)
+    return _extracted_html(found, session.in_webui)
 
 
 def write_offset(session: Session, task: str | None, base: str, reference: str, name: str, overwrite: bool) -> str:
@@ -163,7 +163,7 @@ def write_offset(session: Session, task: str | None, base: str, reference: str, 
         ),
         task_id=task,
     )  # fmt: skip
-    return _offset_html(found)
+    return _offset_html(found, session.in_webui)
 
 
 def _policy(by: str, rank: float | None, conv_rank: float | None, size: float | None, energy: float | None) -> RankPolicy:
@@ -219,15 +219,16 @@ def _fit_card(session: Session, found: Analysis) -> str:
 
 def _lora_or_bake(spectra: Spectra | None) -> list[str]:
     general = (
-        "Start with a LoRA: it is small and you can turn it up and down in the prompt. When you know the strength you like, "
+        "Start with a LoRA: it is small and you can turn it up and down as you like. When you know the strength you like, "
         "bake it from an offset file: that holds all of the change and costs nothing when you generate."
     )
     if not spectra:
         return [general, "How much of the change a LoRA of each size keeps, Analyse shows where you ask it to (slower)."]
     best = dict(zip(spectra.ranks, zip(spectra.energy_at_rank, spectra.size_mb_at_rank, strict=True), strict=True))
-    kept, size = best[DEFAULT_RANK]
+    rank = min(DEFAULT_RANK, max(best))
+    kept, size = best[rank]
     return [
-        f"A LoRA of rank {DEFAULT_RANK} keeps at best {markup.percent(kept)} of this change ({markup.in_words(kept)}), in "
+        f"A LoRA of rank {rank} keeps at best {markup.percent(kept)} of this change ({markup.in_words(kept)}), in "
         f"{size:.3g} MB.",
         general,
     ]
@@ -256,7 +257,7 @@ def _figures(report: DiffReport) -> str:
     return markup.folded("The figures", body)
 
 
-def _extracted_html(found: Extracted) -> str:
+def _extracted_html(found: Extracted, in_webui: bool) -> str:
     report = found.report
     kept = report.tally.total.energy_kept
     used = [rank for rank in report.ranks.values() if rank]
@@ -277,26 +278,33 @@ def _extracted_html(found: Extracted) -> str:
     else:
         matched, of = found.matched
         mood = "good" if matched == of else "doubt"
-        rows.append(("This WebUI's loader", f"knows {matched:,} of its {of:,} keys"))
-    body = markup.facts(rows) + "<p>In the prompt:</p>" + markup.code(f"<lora:{found.name}:1>")
-    body += markup.note("Or choose it in «DPO offset» below the prompt, or on the page Bake.")
+        rows.append(("This WebUI's loader" if in_webui else "The loader here", f"knows {matched:,} of its {of:,} keys"))
+    body = markup.facts(rows)
+    if in_webui:
+        body += "<p>In the prompt:</p>" + markup.code(f"<lora:{found.name}:1>")
+    body += markup.note(("Or choose" if in_webui else "Choose") + f" it {_places(in_webui)}.")
     cards = markup.card(f"{found.name} is written", *sentences, mood=mood, body=body)
     if report.verdict.level != "fits":
         cards += markup.card("But look at the base", report.verdict.text, mood=_MOODS[report.verdict.level])
     return cards
 
 
-def _offset_html(found: OffsetReport) -> str:
+def _offset_html(found: OffsetReport, in_webui: bool) -> str:
     left_out = "The text encoders differ too; an offset file holds the UNet only." if found.text_encoder_left_out else ""
     body = markup.facts([("File", found.path), ("Size", markup.size(found.file_bytes)), ("Tensors", found.tensors)])
     cards = markup.card(
         f"{found.path.stem} is written",
-        "It holds all of what DPO changed. Choose it on the page Bake, or in «DPO offset» below the prompt.",
+        f"It holds all of what DPO changed. Choose it {_places(in_webui)}.",
         left_out, mood="good", body=body,
     )  # fmt: skip
     if found.verdict.level != "fits":
         cards += markup.card("But look at the base", found.verdict.text, mood=_MOODS[found.verdict.level])
     return cards
+
+
+def _places(in_webui: bool) -> str:
+    """Where an offset can be used."""
+    return "on the pages Compare and Bake" + (", or in «DPO offset» below the prompt" if in_webui else "")
 
 
 def _plot(report: DiffReport) -> Any:
