@@ -101,6 +101,10 @@ def test_words_say_what_the_figures_say():
         assert part in doubtful, part
     assert "NOT among them" in " ".join(words.sentences(replace(RISES_AND_FALLS, suggested=0.5), series_of()))
     assert words.headlines(FLAT)[0][0] == "+1 points"
+    wide = [replace(one, share=Interval(0.5, -0.2, 1.2)) for one in RISES_AND_FALLS.loras]
+    few = replace(RISES_AND_FALLS, loras=wide)
+    assert "cannot tell (50 %, 95 % interval -20 to 120 %)" in " ".join(words.sentences(few, series_of()))
+    assert not any("is kept by" in text for _, text in words.headlines(few))
 
 
 @pytest.mark.parametrize("findings", [RISES_AND_FALLS, FLAT, found({0: 0, 1: 0}, {8: 0})])
@@ -135,11 +139,21 @@ def test_a_page_escapes_and_describes():
 def test_pictures_of_a_study_are_of_held_out_prompts_and_never_the_same():
     pairs = subjects(STUDY.pictures)
     assert len(set(pairs)) == len(pairs) == STUDY.pictures
-    assert pairs[:20] == subjects(20)
+    assert pairs[:100] == subjects(100)
     assert pairs[: len(shown())] == shown()
     assert {scene for scene, _ in pairs} == set(held_out())
     for name in ("count", "shape", "position"):
         assert {getattr(scene, name) for scene, _ in shown()} == set(VALUES[name])
+
+
+def test_few_pictures_are_an_even_sample_of_the_prompts():
+    scenes = [scene for scene, _ in subjects(SHORT.pictures)]
+    hidden = scenes[len(shown()) :]
+    assert len(set(hidden)) == len(hidden)
+    for name in ("count", "shape", "colour", "position"):
+        for value in VALUES[name]:
+            share, whole = (sum(getattr(scene, name) == value for scene in some) / len(some) for some in (hidden, held_out()))
+            assert share == pytest.approx(whole, abs=0.1), value
 
 
 def test_amounts_are_what_the_texts_say():

@@ -71,9 +71,14 @@ def shown() -> list[tuple[Scene, int]]:
 
 
 def subjects(count: int) -> list[tuple[Scene, int]]:
-    """What is drawn, prompt and seed: what people are shown, then all held-out scenes in turn. The same at every strength."""
+    """What is drawn, prompt and seed: what people are shown, then all held-out scenes in turn, or an even sample of them.
+
+    Held-out scenes are in order of their counts: the first few would be the easy ones.
+    """
     scenes, first = held_out(), shown()
-    return first + [(scenes[n % len(scenes)], _FIRST_SEED + n) for n in range(count - len(first))]
+    rest = count - len(first)
+    step = max(1.0, len(scenes) / max(1, rest))
+    return first + [(scenes[int(n * step) % len(scenes)], _FIRST_SEED + n) for n in range(rest)]
 
 
 def draw_series(

@@ -33,7 +33,7 @@ def headlines(findings: Findings) -> list[tuple[str, str]]:
     found = [(f"{100 * gain.mean:+.0f} points", text)]
     found.append((f"{first:g} to {last:g}" if first != last else f"{first:g}", "strengths as good as the best"))
     found.append((f"{findings.suggested:g}", "strength that the tool suggests"))
-    if findings.loras and (share := findings.loras[-1].share):
+    if findings.loras and (share := findings.loras[-1].share) and _is_told(share):
         kept = f"of the gain is kept by a LoRA of rank {findings.loras[-1].rank}"
         found.append((f"{100 * share.mean:.0f} %", kept))
     return found
@@ -89,10 +89,20 @@ def _loras(findings: Findings) -> list[str]:
     if main.share is None:
         return ["What LoRAs keep of the gain cannot be told, since the gain itself is not sure."]
     share, low, high = (f"{100 * value:.0f}" for value in main.share)
+    if not _is_told(main.share):
+        return [
+            f"What a LoRA of rank {main.rank} keeps of the gain, so few pictures cannot tell ({share} %, 95 % interval {low} to "
+            f"{high} %); it holds {percent(main.energy_kept)} of the change."
+        ]
     return [
         f"A LoRA of rank {main.rank}, which holds {percent(main.energy_kept)} of the change, keeps {share} % "
         f"of its gain (95 % interval {low} to {high} %)."
     ]
+
+
+def _is_told(share: Interval) -> bool:
+    """Whether pictures tell a share of the gain: not where none of it and all of it are as likely."""
+    return share.high - share.low < 1
 
 
 def _switching(series: Series) -> str:
