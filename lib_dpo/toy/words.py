@@ -91,8 +91,8 @@ def _loras(findings: Findings) -> list[str]:
     share, low, high = (f"{100 * value:.0f}" for value in main.share)
     if not _is_told(main.share):
         return [
-            f"What a LoRA of rank {main.rank} keeps of the gain, so few pictures cannot tell ({share} %, 95 % interval {low} to "
-            f"{high} %); it holds {percent(main.energy_kept)} of the change."
+            f"What a LoRA of rank {main.rank} keeps of the gain, so few pictures cannot tell ({share} %, 95 % interval {low} "
+            f"to {high} %); it holds {percent(main.energy_kept)} of the change."
         ]
     return [
         f"A LoRA of rank {main.rank}, which holds {percent(main.energy_kept)} of the change, keeps {share} % "
