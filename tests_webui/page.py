@@ -46,6 +46,23 @@ class Tab:
     def open(self) -> None:
         """Load the page and wait until its scripts have run."""
         self.page.goto(self._server.url, wait_until="domcontentloaded")
+        self._wait_for_scripts()
+
+    def reload_ui(self) -> None:
+        """Press the host's Reload UI, and wait until the page has loaded itself again, as the host's script does.
+
+        The page is not closed: Playwright's close() has no end where a page is about to load itself.
+        """
+        started = self._server.starts()
+        self.top("Settings")
+        self.page.evaluate("() => { window.beforeReload = true; }")
+        self.click("settings_restart_gradio")
+        self.until(lambda: self._server.starts() > started, "the WebUI has started anew")
+        self._server.wait_for_start(started + 1)
+        self.page.wait_for_function("() => !window.beforeReload", timeout=TIMEOUT_MS)
+        self._wait_for_scripts()
+
+    def _wait_for_scripts(self) -> None:
         self.page.wait_for_function("() => typeof opts === 'object' && Object.keys(opts).length > 10", timeout=TIMEOUT_MS)
         self.page.wait_for_selector("#txt2img_prompt textarea")
 

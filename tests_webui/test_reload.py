@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from conftest import EXACT
 from page import Tab, browser
 from pictures import Offset, axes, draw, known, same
@@ -18,10 +16,7 @@ def test_reload_keeps_the_bake_and_doubles_nothing(server: Server, exact: dict) 
     baked, status = draw(server), server.get("status")["text"]
     with browser() as chromium:
         tab = Tab(chromium, server)
-        started = server.starts()
-        tab.top("Settings")
-        tab.click("settings_restart_gradio")
-        tab = _once_started(tab, chromium, server, started)
+        tab.reload_ui()
         tab.dpo()
         assert status in tab.text("dpo_status")
         assert tab.page.locator("#tab_dpo").count() == 1
@@ -36,11 +31,3 @@ def test_reload_keeps_the_bake_and_doubles_nothing(server: Server, exact: dict) 
     assert server.do("unbake") == {"undone": True}
     assert fingerprint(server) == before
     assert same(draw(server), plain)
-
-
-def _once_started(tab: Tab, chromium: Any, server: Server, started: int) -> Tab:
-    """A new page of the WebUI that has started anew; the old one loads itself again at a moment of its own."""
-    tab.until(lambda: server.starts() > started, "the WebUI has started anew")
-    tab.close()
-    server.wait_for_start(started + 1)
-    return Tab(chromium, server)
