@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from server import Server, running
 
 LORA, EXACT = "dpo", "dpo-exact"
 RANK = 8
+_LOADED_S = 60
 
 
 @dataclass
@@ -129,8 +131,13 @@ def _watched(server: Server, request: pytest.FixtureRequest) -> Iterator[Server]
 def clean(server: Server) -> None:
     """The base loaded as its file has it."""
     status = server.get("status")
-    if status["model"] is None:  # still being loaded since the start, or not before the first picture
+    if status["model"] is None and server.flavour.loads_late:
         request(server, steps=1)
+        status = server.get("status")
+    for _ in range(_LOADED_S):
+        if status["model"] is not None:
+            break
+        time.sleep(1)  # a picture meanwhile would load the model beside the load of the start, and both may fail
         status = server.get("status")
     if status["model"] is None or status["model"]["file"] != BASE:
         choose(server, BASE)

@@ -12,7 +12,7 @@ import math
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,8 +28,10 @@ from lib_dpo.synthetic import base_tensor, offset_tensor, small_pair
 from lib_dpo.writer import SafetensorsWriter
 
 MICRO = Sizes(channels=32, text=(64,), vae=32)  # group norms have 32 groups: no model is narrower
+MICRO_XL = Sizes(channels=32, text=(64, 64), vae=32)
 BASE, OTHER, OTHER_VAE, REFERENCE = "base.safetensors", "other.safetensors", "another-vae.safetensors", "dpo-sd15"
 TEXT_LORA, XL_LORA, BROKEN = "text", "xl", "broken"
+XL_BASE, XL_REFERENCE, XL_TEXT_LORA = "xl-base.safetensors", "dpo-sdxl", "xl-text"
 _OFFSET_SHARE = 0.03  # of the weights' rms: about what DPO does, and seen in a picture of two steps
 _SPECTRUM = 1.0  # sigma_i ~ 1/i: steeper than DPO's, so that small ranks keep enough to be seen
 _CLIP = "openai/clip-vit-large-patch14"
@@ -57,11 +59,11 @@ def make_data(folder: Path, flavour: Flavour, webui: Path, python: Path, *, full
             remove(old)
     _check_disk(folder, 16e9 if sizes is REAL_SIZES["sd1"] else 1e9)
     for name, seed in ((BASE, 1), (OTHER, 2)):
-        _checkpoint(models / "Stable-diffusion" / name, sizes, seed)
+        _checkpoint(models / "Stable-diffusion" / name, "sd1", sizes, seed)
     _vae(models / "VAE" / OTHER_VAE, sizes, seed=3)
-    _reference(models / "DPO" / REFERENCE / "unet", sizes, seed=1)
+    _reference(models / "DPO" / REFERENCE / "unet", "sd1", sizes, seed=1)
     (models / "Lora").mkdir(exist_ok=True)
-    _text_lora(models / "Lora" / f"{TEXT_LORA}.safetensors", sizes)
+    _text_lora(models / "Lora" / f"{TEXT_LORA}.safetensors", "sd1", sizes)
     _xl_lora(models / "Lora" / f"{XL_LORA}.safetensors", folder / "xl")
     for broken in (models / "Lora" / f"{BROKEN}.safetensors", models / "DPO" / f"{BROKEN}-offset.safetensors"):
         broken.write_bytes((2000).to_bytes(8, "little") + b'{"lora_unet_x.lora_up.weight": {"dtype":"F16"')
@@ -73,6 +75,11 @@ def make_data(folder: Path, flavour: Flavour, webui: Path, python: Path, *, full
     if sizes is MICRO:
         _tokenizer(folder / "clip", vocabulary, width=MICRO.text[0])
         (folder / "micro.yaml").write_text(_micro_config(webui, folder / "clip"))
+        _checkpoint(models / "Stable-diffusion" / XL_BASE, "sdxl", MICRO_XL, seed=4)
+        _reference(models / "DPO" / XL_REFERENCE / "unet", "sdxl", MICRO_XL, seed=4)
+        _text_lora(models / "Lora" / f"{XL_TEXT_LORA}.safetensors", "sdxl", MICRO_XL)
+        described = (models / "Stable-diffusion" / XL_BASE).with_suffix(".yaml")
+        described.write_text(_micro_xl_config(webui, folder / "clip"))
     (folder / "config.json").write_text(json.dumps(_SETTINGS))
     (folder / "styles.csv").touch()
     for name in (BASE, OTHER):
@@ -101,8 +108,8 @@ def _offset(key: str, shape: Shape, seed: int) -> torch.Tensor:
     return offset_tensor(key, shape, seed=seed, rms=_OFFSET_SHARE * rms, exponent=_SPECTRUM)
 
 
-def _checkpoint(path: Path, sizes: Sizes, seed: int) -> None:
-    shapes = checkpoint_shapes("sd1", sizes)
+def _checkpoint(path: Path, arch: str, sizes: Sizes, seed: int) -> None:
+    shapes = checkpoint_shapes(arch, sizes)
     dtypes = {key: torch_dtype(checkpoint_dtype(key)) for key in shapes}
     keys = sorted(shapes, key=lambda key: -dtypes[key].itemsize)  # readers like tensors at multiples of their item size
     _write(path, ((key, _weight(key, shapes[key], seed).to(dtypes[key])) for key in keys), len(keys))
@@ -113,12 +120,12 @@ def _vae(path: Path, sizes: Sizes, seed: int) -> None:
     _write(path, ((key[len(VAE) :], _weight(key, shape, seed).half()) for key, shape in shapes.items()), len(shapes))
 
 
-def _reference(folder: Path, sizes: Sizes, seed: int) -> None:
+def _reference(folder: Path, arch: str, sizes: Sizes, seed: int) -> None:
     """As published: the UNet alone, in float32, under the names of diffusers."""
-    shapes, names = checkpoint_shapes("sd1", sizes), unet_name_pairs("sd1")
+    shapes, names = checkpoint_shapes(arch, sizes), unet_name_pairs(arch)
     rows = ((name, _weight(key, shapes[key], seed) + _offset(key, shapes[key], seed)) for key, name in names.items())
     _write(folder / "diffusion_pytorch_model.safetensors", rows, len(names))
-    (folder / "config.json").write_text(json.dumps(unet_diffusers_config("sd1", sizes)))
+    (folder / "config.json").write_text(json.dumps(unet_diffusers_config(arch, sizes)))
 
 
 def _write(path: Path, rows: Iterator[tuple[str, torch.Tensor]], count: int) -> None:
@@ -129,16 +136,22 @@ def _write(path: Path, rows: Iterator[tuple[str, torch.Tensor]], count: int) -> 
             out.finish({"format": "pt"})
 
 
-def _text_lora(path: Path, sizes: Sizes) -> None:
-    """A LoRA of the text encoder alone."""
+def _text_lora(path: Path, arch: str, sizes: Sizes) -> None:
+    """A LoRA of the text encoders alone: the first MLP layers, and of CLIP-G q, k, v (one weight in the file) and out."""
+    architecture, rank = ARCHITECTURES[arch], 4
+    fused = tuple(encoder.prefix for encoder in architecture.text_encoders if encoder.naming == "open_clip")
     tensors: dict[str, torch.Tensor] = {}
-    for key, shape in checkpoint_shapes("sd1", sizes).items():
-        if key.startswith("cond_stage_model.") and ".mlp.fc1.weight" in key:
-            name, rank = lora_modules(ARCHITECTURES["sd1"], key)[0].name, 4
-            up, down = (base_tensor(f"{key} {n}", size, rms=1.0) for n, size in enumerate(((shape[0], rank), (rank, shape[1]))))
-            scale = 0.3 / math.sqrt(shape[1] * rank)
-            tensors |= {f"{name}.lora_up.weight": up * scale, f"{name}.lora_down.weight": down}
-            tensors[f"{name}.alpha"] = torch.tensor(float(rank))
+    for key, shape in checkpoint_shapes(arch, sizes).items():
+        in_mlp = key.endswith((".mlp.fc1.weight", ".mlp.c_fc.weight"))
+        if not in_mlp and not (key.startswith(fused) and key.endswith((".attn.in_proj_weight", ".attn.out_proj.weight"))):
+            continue
+        for module in lora_modules(architecture, key):
+            size = (shape[0] if module.part is None else shape[0] // 3, shape[1])
+            factors = enumerate(((size[0], rank), (rank, size[1])))
+            up, down = (base_tensor(f"{module.name} {n}", one, rms=1.0) for n, one in factors)
+            scale = 0.3 / math.sqrt(size[1] * rank)
+            tensors |= {f"{module.name}.lora_up.weight": up * scale, f"{module.name}.lora_down.weight": down}
+            tensors[f"{module.name}.alpha"] = torch.tensor(float(rank))
     save_file({key: tensor.half().contiguous() for key, tensor in tensors.items()}, path)
 
 
@@ -211,20 +224,36 @@ def _clip_config(width: int) -> dict[str, object]:
 
 def _micro_config(webui: Path, tokenizer: Path) -> str:
     """The WebUI's own description of SD 1, with the widths of MICRO."""
-    text = (webui / "configs" / "v1-inference.yaml").read_text(encoding="utf-8")
-    changes = {
-        "model_channels: 320": f"model_channels: {MICRO.channels}", "num_heads: 8": "num_heads: 4",
-        "context_dim: 768": f"context_dim: {MICRO.context}", "ch: 128": f"ch: {MICRO.vae}",
-    }  # fmt: skip
-    for old, new in changes.items():
-        assert text.count(old) == 1, f"{old!r} is not once in the WebUI's v1-inference.yaml"
-        text = text.replace(old, new)
+    text = _changed(
+        webui / "configs" / "v1-inference.yaml",
+        {"model_channels: 320": f"model_channels: {MICRO.channels}", "num_heads: 8": "num_heads: 4",
+         "context_dim: 768": f"context_dim: {MICRO.context}", "ch: 128": f"ch: {MICRO.vae}"},
+    )  # fmt: skip
     target = "target: ldm.modules.encoders.modules.FrozenCLIPEmbedder"
 
     def with_tokenizer(found: re.Match[str]) -> str:
         return f"{found[1]}{target}\n{found[1]}params:\n{found[1]}  version: {tokenizer}"
 
     return re.sub(r"( *)" + re.escape(target), with_tokenizer, text)
+
+
+def _micro_xl_config(webui: Path, tokenizer: Path) -> str:
+    """The description of SDXL that the WebUI uses, with the widths of MICRO_XL; CLIP-G is that of the extension micro_clip."""
+    label = MICRO_XL.text[-1] + 6 * MICRO_XL.size_embedding
+    return _changed(
+        webui / "repositories" / "generative-models" / "configs" / "inference" / "sd_xl_base.yaml",
+        {"model_channels: 320": f"model_channels: {MICRO_XL.channels}", "ch: 128": f"ch: {MICRO_XL.vae}",
+         "context_dim: 2048": f"context_dim: {MICRO_XL.context}", "adm_in_channels: 2816": f"adm_in_channels: {label}",
+         "layer_idx: 11": f"layer_idx: 11\n              version: {tokenizer}", "arch: ViT-bigG-14": "arch: dpo-micro-clip"},
+    )  # fmt: skip
+
+
+def _changed(config: Path, changes: Mapping[str, str]) -> str:
+    text = config.read_text(encoding="utf-8")
+    for old, new in changes.items():
+        assert text.count(old) == 1, f"{old!r} is not once in the WebUI's {config.name}"
+        text = text.replace(old, new)
+    return text
 
 
 def remove(folder: Path) -> None:

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 from conftest import EXACT, LORA, choose
-from files import BASE, TEXT_LORA
+from files import BASE, OTHER, TEXT_LORA
 from pictures import HIRES, PROMPT, Offset, distance, draw, known, request, same
 from server import Server
 
@@ -93,6 +93,20 @@ def test_img2img(server: Server) -> None:
     assert same(request(server, offset=Offset(LORA, 0.0), **options).all[0], plain[0])
 
 
+def test_a_refiner_takes_over(server: Server) -> None:
+    """The offset works until then; afterwards the host has the refiner loaded, and the base comes back as it was."""
+    options = {"refiner_checkpoint": OTHER.removesuffix(".safetensors"), "refiner_switch_at": 0.5, "steps": 4}
+    untouched = known(server)
+    plain = draw(server, **options)
+    assert not same(plain, draw(server, steps=4))
+    ours = draw(server, offset=Offset(LORA), **options)
+    assert not same(ours, plain)
+    assert same(draw(server, offset=Offset(LORA, 0.0), **options), plain)
+    assert same(draw(server, offset=Offset(LORA), **options), ours)
+    assert same(draw(server), untouched)
+    assert server.get("status")["text"].endswith("clean")
+
+
 def test_a_lora_of_the_text_encoder(server: Server) -> None:
     """The host keeps the encoded prompt from one picture to the next: it must notice each change."""
     plain, full, half = known(server), draw(server, offset=Offset(TEXT_LORA)), draw(server, offset=Offset(TEXT_LORA, 0.5))
@@ -145,7 +159,7 @@ def test_another_checkpoint_with_the_script_on(server: Server) -> None:
     """The offset goes along; the first checkpoint stays as it was."""
     plain = known(server)
     draw(server, offset=Offset(LORA))
-    choose(server, "other.safetensors")
+    choose(server, OTHER)
     other = draw(server)
     assert not same(draw(server, offset=Offset(LORA)), other)
     assert same(draw(server), other)
