@@ -46,6 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--webui", type=Path, required=False, help="folder of an installed WebUI")
     group.addoption("--webui-python", type=Path, help="the Python that this WebUI runs on")
     group.addoption("--webui-files", type=Path, help="where checkpoints are made and kept; without it they are deleted")
+    group.addoption("--webui-sdxl", action="store_true", help="SDXL also where it must be of the real size (45 GB of disk)")
     group.addoption("--webui-report", type=Path, help="write results and measures here, as JSON")
 
 

@@ -75,16 +75,23 @@ def make_data(folder: Path, flavour: Flavour, webui: Path, python: Path, *, full
     if sizes is MICRO:
         _tokenizer(folder / "clip", vocabulary, width=MICRO.text[0])
         (folder / "micro.yaml").write_text(_micro_config(webui, folder / "clip"))
-        _checkpoint(models / "Stable-diffusion" / XL_BASE, "sdxl", MICRO_XL, seed=4)
-        _reference(models / "DPO" / XL_REFERENCE / "unet", "sdxl", MICRO_XL, seed=4)
-        _text_lora(models / "Lora" / f"{XL_TEXT_LORA}.safetensors", "sdxl", MICRO_XL)
-        described = (models / "Stable-diffusion" / XL_BASE).with_suffix(".yaml")
-        described.write_text(_micro_xl_config(webui, folder / "clip"))
     (folder / "config.json").write_text(json.dumps(_SETTINGS))
     (folder / "styles.csv").touch()
     for name in (BASE, OTHER):
         describe(folder, name)
     return folder
+
+
+def add_sdxl(data: Path, flavour: Flavour, webui: Path) -> None:
+    """The same of SDXL, small where the host takes it so, else of the real size: 7 GB, and 10 GB for the reference."""
+    sizes, models = MICRO_XL if flavour.any_width else REAL_SIZES["sdxl"], data / "models"
+    _check_disk(data, 1e9 if sizes is MICRO_XL else 45e9)  # with what is there already, and a saved checkpoint
+    _checkpoint(models / "Stable-diffusion" / XL_BASE, "sdxl", sizes, seed=4)
+    _reference(models / "DPO" / XL_REFERENCE / "unet", "sdxl", sizes, seed=4)
+    _text_lora(models / "Lora" / f"{XL_TEXT_LORA}.safetensors", "sdxl", sizes)
+    if sizes is MICRO_XL:
+        described = (models / "Stable-diffusion" / XL_BASE).with_suffix(".yaml")
+        described.write_text(_micro_xl_config(webui, data / "clip"))
 
 
 def describe(data: Path, checkpoint: str) -> None:
