@@ -26,6 +26,7 @@ _SD1_HEADS = 8
 _SD2_PENULTIMATE = 23  # layers of OpenCLIP ViT-H that SD 2 uses of 24
 _PREDICTS_V = ("v_pred", "model.v_pred")
 _NORM_GROUPS = 32
+_LATENTS = range(8, 257)  # sides of latent images that a model may be made for
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,20 @@ def _sidecar(path: Path) -> Mapping[str, Any]:
 
 
 def made_for(model: Model) -> int:
-    """The side in pixels of the pictures that a model was made for.
+    """The side in pixels of the pictures that a model was made for, as its sidecar .yaml or its family says.
 
-    A sidecar .yaml is asked for SD 1.x alone: those of SD 2 as published say 512 for the models of 768 too.
+    What the .yaml of SD 2 says of the size is not asked: as published it is 512 for the models of 768 too.
     """
     try:
-        latent = _sidecar(model.path).get("image_size") if model.architecture.name == "sd1" else None
+        config = _sidecar(model.path)
     except Exception:  # noqa: BLE001  # a damaged .yaml: whoever loads the model says so
-        latent = None
-    return 8 * latent if isinstance(latent, int) and latent > 0 else model.architecture.side
+        config = {}
+    if model.architecture.name == "sd2" and config:
+        return model.architecture.side if _predicts_v(model, config) else 512
+    latent = config.get("image_size")
+    if model.architecture.name == "sd1" and type(latent) is int and latent in _LATENTS:
+        return 8 * latent
+    return model.architecture.side
 
 
 def _predicts_v(model: Model, config: Mapping[str, Any]) -> bool:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib_dpo import __version__
+from lib_dpo.errors import printable
 from lib_dpo.lora import STALE_METADATA
 
 _RECIPE, _MODELS = "sd_merge_recipe", "sd_merge_models"  # where the WebUI's own merger writes them (modules/extras.py there)
 _TYPE = "dpo-offset"
+_MOST, _LONGEST, _LARGEST = 20, 100, 1e6  # bakes told of one file, letters of a name, strength: files may say anything
 
 
 @dataclass(frozen=True)
@@ -60,25 +62,25 @@ def baked_in(metadata: Mapping[str, str]) -> tuple[Ingredient, ...]:
     """The offsets that were baked into a file one after the other, the last one first, as far as its metadata tells."""
     history, recipe = _object(metadata.get(_MODELS)), _object(metadata.get(_RECIPE))
     found: list[Ingredient] = []
-    seen: set[str] = set()
-    while recipe.get("type") == _TYPE:
+    while recipe.get("type") == _TYPE and len(found) < _MOST:
         strength = recipe.get("multiplier")
-        if not isinstance(strength, (int, float)):
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) <= _LARGEST:
             break
-        found.append(Ingredient(str(recipe.get("offset", "an offset")), float(strength), str(recipe.get("blocks", ""))))
-        target = str(recipe.get("primary_model_hash", ""))
-        if target in seen:
-            break
-        seen.add(target)
-        entry = history.get(target)
+        found.append(Ingredient(_text(recipe.get("offset")) or "an offset", float(strength), _text(recipe.get("blocks"))))
+        entry = history.pop(str(recipe.get("primary_model_hash")), None)  # each once: a recipe may name itself
         recipe = _object(entry.get(_RECIPE)) if isinstance(entry, dict) else {}
     return tuple(found)
+
+
+def _text(value: object) -> str:
+    """One short line out of a file; "" for whatever else stands there."""
+    return printable(" ".join(value.split()))[:_LONGEST] if isinstance(value, str) else ""
 
 
 def _object(text: object) -> dict[str, Any]:
     """A JSON object out of a file; {} for whatever else stands there."""
     try:
         found = json.loads(text) if isinstance(text, str) else {}
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):  # no JSON, or a number of thousands of digits
         return {}
     return found if isinstance(found, dict) else {}

@@ -109,7 +109,7 @@ def resize(
             values = recompress(up, down.flatten(1))[1] * abs(scale)
             cores[name] = _Core(parts, values, scale, down.shape[0])
             steps.advance(1, name)
-        ranks = _ranks(lora, cores, others, policy, precision, output.stem)
+        ranks = _ranks(lora, cores, others, policy, precision=precision, title=output.stem)
         kept = _write(lora, cores, others, ranks, output, precision, overwrite, policy, steps)
     return ResizeReport(
         path=output,
@@ -122,7 +122,7 @@ def resize(
 
 
 def _ranks(
-    lora: Checkpoint, cores: Mapping[str, _Core], others: list[str], policy: RankPolicy, precision: str, title: str
+    lora: Checkpoint, cores: Mapping[str, _Core], others: list[str], policy: RankPolicy, *, precision: str, title: str
 ) -> dict[str, int]:
     if policy.fixed:
         largest = max(core.rank for core in cores.values())

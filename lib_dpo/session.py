@@ -94,7 +94,6 @@ class _File:
     architecture: Architecture | None
     problem: str = ""  # why it is none of ours
     baked_in: tuple[Ingredient, ...] = ()
-    side: int = 512  # of the pictures that it was made for
 
 
 @dataclass(frozen=True)
@@ -301,8 +300,7 @@ class Session:
         from lib_dpo.pictures import draw_grid
 
         self.host.live.ready()
-        own = self._file(self.loaded().path).side
-        width, height = width or own, height or own
+        width, height = self._size(width, height)
         for field, value in (("steps", steps), ("cfg", cfg_scale), ("side", width), ("side", height)):
             check(field, value)
         if width % 8 or height % 8:
@@ -350,6 +348,14 @@ class Session:
 
     # ---- helpers ----
 
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        """Of the pictures to make; what the loaded model was made for in the place of 0."""
+        if width and height:
+            return width, height
+        with open_model(self.loaded().path) as model:
+            own = made_for(model)
+        return width or own, height or own
+
     @contextmanager
     def _pair(self, base: str, reference: str) -> Iterator[Pair]:
         tuned = self.library.reference(reference)
@@ -380,8 +386,7 @@ class Session:
             key = (str(path), path.stat().st_mtime_ns)
             if key not in self._files:
                 with open_model(path) as model:
-                    inside = baked_in(model.checkpoint.metadata)
-                    self._files[key] = _File(model.architecture, baked_in=inside, side=made_for(model))
+                    self._files[key] = _File(model.architecture, baked_in=baked_in(model.checkpoint.metadata))
             return self._files[key]
         except DpoError as error:
             self._files[key] = _File(None, str(error))

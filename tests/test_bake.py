@@ -37,12 +37,14 @@ from lib_dpo.writer import SafetensorsWriter
 
 Files = tuple[Path, Path]
 SD1 = ARCHITECTURES["sd1"]
-_JSON = st.recursive(
-    st.none() | st.booleans() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(
-        st.sampled_from(["type", "multiplier", "primary_model_hash", "sd_merge_recipe"]), inner | st.just("dpo-offset")
-    ),
-)  # fmt: skip
+_ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers())
+_RECIPES = st.fixed_dictionaries(
+    {"type": st.just("dpo-offset"), "multiplier": st.integers(-3, 3) | st.floats(-2, 2) | _ANYTHING},
+    optional={"primary_model_hash": st.sampled_from(["a", "b"]) | _ANYTHING, "offset": _ANYTHING, "blocks": _ANYTHING},
+).map(json.dumps)
+_HISTORIES = st.dictionaries(
+    st.sampled_from(["a", "b"]), _ANYTHING | st.fixed_dictionaries({"sd_merge_recipe": _RECIPES | _ANYTHING})
+).map(json.dumps)
 
 
 @pytest.fixture(scope="module")
@@ -280,12 +282,33 @@ def test_a_file_tells_every_bake_in_it(sd1: Files, lora: Path, tmp_path: Path) -
     assert found.as_json()["baked_in"][1] == {"offset": lora.stem, "strength": 0.8, "blocks": ""}
 
 
-@given(st.dictionaries(st.sampled_from(["sd_merge_recipe", "sd_merge_models"]), st.one_of(st.text(), _JSON.map(json.dumps))))
-def test_whatever_another_tool_wrote_as_a_recipe_is_no_error(metadata: dict[str, str]) -> None:
-    baked_in(metadata)
+@given(_RECIPES | st.text(), _HISTORIES | st.text())
+def test_whatever_another_tool_wrote_as_a_recipe_gives_short_lines(recipe: str, history: str) -> None:
+    found = baked_in({"sd_merge_recipe": recipe, "sd_merge_models": history})
+    assert len(found) <= 3
+    for ingredient in found:
+        line = str(ingredient)
+        assert line.isprintable()
+        assert len(line) < 250
+        assert abs(ingredient.strength) < 1e7
 
 
-def test_a_recipe_that_names_itself_ends() -> None:
+@pytest.mark.parametrize(
+    "multiplier", ["1" + 400 * "0", "1" + 5000 * "0", "NaN", "Infinity", "true", "null", '"1"', "[]"], ids=lambda text: text[:9]
+)
+def test_a_strength_that_cannot_be_is_not_told(multiplier: str) -> None:
+    assert baked_in({"sd_merge_recipe": f'{{"type": "dpo-offset", "offset": "dpo", "multiplier": {multiplier}}}'}) == ()
+
+
+def test_names_in_a_recipe_are_one_printable_line() -> None:
+    recipe = json.dumps({"type": "dpo-offset", "multiplier": 1, "offset": "a\n\ud800b" + 300 * "c", "blocks": None})
+    (found,) = baked_in({"sd_merge_recipe": recipe})
+    assert found.offset.startswith("a ")
+    assert len(found.offset) == 100
+    assert str(found).encode("utf-8").decode() == f"{found.offset} × 1"
+
+
+def test_a_recipe_that_names_itself_is_told_once_more_and_ends() -> None:
     recipe = json.dumps({"type": "dpo-offset", "multiplier": 1, "offset": "dpo", "primary_model_hash": "a"})
     history = json.dumps({"a": {"sd_merge_recipe": recipe}})
     assert len(baked_in({"sd_merge_recipe": recipe, "sd_merge_models": history})) == 2

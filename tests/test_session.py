@@ -322,7 +322,9 @@ def test_compare_checks_its_numbers_first(session: Session):
 
 
 @pytest.mark.parametrize(
-    ("sidecar", "side"), [("model: {params: {image_size: 8}}", 64), (None, 512), ("model: [1", 512), ("model: 3", 512)]
+    ("sidecar", "side"),
+    [("model: {params: {image_size: 8}}", 64), (None, 512), ("model: [1", 512), ("model: 3", 512)]
+    + [(f"model: {{params: {{image_size: {odd}}}}}", 512) for odd in ("true", "4", "512", "'8'", "[8]", "0x" + 5000 * "f")],
 )
 def test_pictures_are_of_the_size_that_the_model_was_made_for(session: Session, sidecar: str | None, side: int):
     yaml = fake(session).live.loaded().path.with_suffix(".yaml")

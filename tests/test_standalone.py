@@ -20,8 +20,9 @@ from lib_dpo.hosts.standalone import SAMPLERS, Standalone, StandaloneLive
 from lib_dpo.keymap import UNET, VAE
 from lib_dpo.model import open_model
 from lib_dpo.patch import open_patch
-from lib_dpo.pipeline import open_pipeline
+from lib_dpo.pipeline import made_for, open_pipeline
 from lib_dpo.session import Session
+from lib_dpo.synthetic import small_pair
 
 pytestmark = [
     pytest.mark.newest,
@@ -147,6 +148,19 @@ def test_half_precision_draws_too(models: Path):
     patch = open_patch(host.lora_dir / "dpo.safetensors")
     pictures = [host.generate(REQUEST, patch, strength).image for strength in (0.0, 1.0)]
     assert np.abs(np.asarray(pictures[0], float) - np.asarray(pictures[1], float)).mean() > 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "sidecar", "side"),
+    [("sd1", "", 512), ("sd2", "", 768), ("sdxl", "", 1024), ("sd2", "parameterization: v, image_size: 64", 768),
+     ("sd2", "image_size: 64", 512), ("sdxl", "image_size: 8", 1024), ("sd1", "image_size: 8", 64)],
+)  # fmt: skip
+def test_what_a_model_was_made_for(tmp_path: Path, arch: str, sidecar: str, side: int):
+    path = small_pair(tmp_path, arch)[0]
+    if sidecar:
+        path.with_suffix(".yaml").write_text(f"model: {{params: {{{sidecar}}}}}")
+    with open_model(path) as model:
+        assert made_for(model) == side
 
 
 def test_weights_are_those_of_the_pipeline_on_another_device(models: Path):

@@ -139,17 +139,18 @@ def test_a_page_escapes_and_describes():
 def test_pictures_of_a_study_are_of_held_out_prompts_and_never_the_same():
     pairs = subjects(STUDY.pictures)
     assert len(set(pairs)) == len(pairs) == STUDY.pictures
-    assert pairs[:100] == subjects(100)
+    assert pairs == subjects(STUDY.pictures + 100)[: len(pairs)]
     assert pairs[: len(shown())] == shown()
     assert {scene for scene, _ in pairs} == set(held_out())
     for name in ("count", "shape", "position"):
         assert {getattr(scene, name) for scene, _ in shown()} == set(VALUES[name])
 
 
-def test_few_pictures_are_an_even_sample_of_the_prompts():
-    scenes = [scene for scene, _ in subjects(SHORT.pictures)]
-    hidden = scenes[len(shown()) :]
-    assert len(set(hidden)) == len(hidden)
+@pytest.mark.parametrize("count", [SHORT.pictures, 65, 84, 98, 110, 300])
+def test_few_pictures_are_an_even_sample_of_the_prompts(count: int):
+    pairs = subjects(count)
+    assert len(set(pairs)) == len(pairs) == count
+    hidden = [scene for scene, _ in pairs[len(shown()) :]]
     for name in ("count", "shape", "colour", "position"):
         for value in VALUES[name]:
             share, whole = (sum(getattr(scene, name) == value for scene in some) / len(some) for some in (hidden, held_out()))

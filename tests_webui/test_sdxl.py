@@ -28,10 +28,12 @@ def started(process: Server, folders: Any, webui: Path, pytestconfig: pytest.Con
     add_sdxl(data, process.flavour, webui)
     process.ensure(data, *(() if small else ("--unet-in-fp16",)), links=(_CLIP_G, REPOSITORY))
     clean(process)  # the host may still be loading what it starts with
-    choose(process, XL_BASE)
-    found: dict[str, Any] = process.do("extract", reference=XL_REFERENCE, name=LORA, rank=8, overwrite=True)
-    yield found
-    choose(process, BASE)  # the next process starts with it, and without this CLIP-G
+    try:
+        choose(process, XL_BASE)
+        found: dict[str, Any] = process.do("extract", reference=XL_REFERENCE, name=LORA, rank=8, overwrite=True)
+        yield found
+    finally:
+        choose(process, BASE)  # the next process starts with it, and without this CLIP-G
 
 
 @pytest.fixture

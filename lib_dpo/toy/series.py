@@ -71,14 +71,15 @@ def shown() -> list[tuple[Scene, int]]:
 
 
 def subjects(count: int) -> list[tuple[Scene, int]]:
-    """What is drawn, prompt and seed: what people are shown, then all held-out scenes in turn, or an even sample of them.
+    """What is drawn, prompt and seed: what people are shown, then held-out scenes.
 
-    Held-out scenes are in order of their counts: the first few would be the easy ones.
+    A study takes all of these in turn. Fewer pictures are spread over the whole list, which is in order of the counts: its
+    first scenes are the easy ones.
     """
     scenes, first = held_out(), shown()
     rest = count - len(first)
-    step = max(1.0, len(scenes) / max(1, rest))
-    return first + [(scenes[int(n * step) % len(scenes)], _FIRST_SEED + n) for n in range(rest)]
+    places = range(rest) if count >= STUDY.pictures else (n * len(scenes) // rest for n in range(rest))
+    return first + [(scenes[place % len(scenes)], _FIRST_SEED + n) for n, place in enumerate(places)]
 
 
 def draw_series(
