@@ -11,7 +11,7 @@ from lib_dpo.compat import CompatReport
 from lib_dpo.dense import OffsetReport
 from lib_dpo.errors import printable
 from lib_dpo.extract import ExtractReport
-from lib_dpo.figures import Row, Tally
+from lib_dpo.figures import Row, Tally, Verdict
 from lib_dpo.inspection import Inspection
 from lib_dpo.keymap import block_labels
 from lib_dpo.resize import ResizeReport
@@ -49,8 +49,8 @@ def extract_text(report: ExtractReport) -> str:
         f"energy kept {_percent(total.energy_kept)} of the DPO change" + _missed(report.energy_wanted, total.energy_kept),
         *_kept_by_component(report.tally),
         f"noise floor {_percent(total.noise_floor)}: the share that rounding of the two files alone explains",
-        report.verdict.text,
     ]
+    lines = _with_verdict(report.verdict, lines)
     if report.capped:
         lines.append(
             f"{report.capped} of {report.layers} layers at a lower rank than asked for: beyond it, factors would be "
@@ -67,8 +67,8 @@ def offset_text(report: OffsetReport) -> str:
         f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.tensors} tensors)",
         f"energy kept {_percent(report.kept.total.energy_kept)} of the DPO change",
         *_kept_by_component(report.kept),
-        report.verdict.text,
     ]
+    lines = _with_verdict(report.verdict, lines)
     if report.text_encoder_left_out:
         lines.append("the text encoders differ too; an offset file holds the UNet only")
     return "\n".join(lines)
@@ -156,6 +156,11 @@ def compat_text(report: CompatReport) -> str:
         for name, row in report.blocks.items()
     ]
     return "\n".join(lines)
+
+
+def _with_verdict(verdict: Verdict, lines: list[str]) -> list[str]:
+    """What was written, then the verdict on the pair; a doubtful one comes before all else."""
+    return [*lines, verdict.text] if verdict.level == "fits" else [verdict.text, *lines]
 
 
 def _kept_by_component(tally: Tally) -> list[str]:

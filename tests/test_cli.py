@@ -468,6 +468,9 @@ def test_compat_and_verify_notice_a_swapped_order_too(sd1: Layouts, tmp_path: Pa
     lora = tmp_path / "l.safetensors"
     assert tiny.run("extract", *right, "-o", lora, "--rank", 8) == 0
     capsys.readouterr()
+    for command, *options in (("extract", "--rank", 8), ("offset",)):  # a warning comes before what was written
+        assert tiny.run(command, *swapped, "-o", tmp_path / f"{command}.safetensors", *options) == 0
+        assert capsys.readouterr().out.startswith("The order looks swapped")
     assert tiny.run("verify", "--lora", lora, *swapped) == 0
     assert "base and tuned are swapped" in capsys.readouterr().out
     assert tiny.run("verify", "--lora", lora, *right) == 0
