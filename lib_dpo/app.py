@@ -105,8 +105,5 @@ def build(session: Session) -> Any:
             [answer, gr.State()],
         )
         for event in (refresh.click, choice.focus):  # a checkpoint may have been saved meanwhile
-            parts.on(
-                event, lambda: parts.update(choices=[e.name for e in host.checkpoints()]), [], [choice], queue=False,
-                show_progress="hidden",
-            )  # fmt: skip
+            parts.on(event, lambda: parts.update(choices=[e.name for e in host.checkpoints()]), [], [choice], **parts.UNASKED)
     return page

@@ -58,6 +58,9 @@ def with_lora(session: Session) -> Session:
     return session
 
 
+PRESSED = ("dpo_shown", "dpo_tick")  # buttons that dpo.js presses
+
+
 def components(blocks: Any) -> list[Any]:
     return [block for block in blocks.blocks.values() if block is not blocks]
 
@@ -116,6 +119,20 @@ def test_every_button_hands_over_what_its_action_takes(session: Session, monkeyp
     for elem_id, (function, inputs, outputs) in started.items():
         signatures.signature(function).bind(None, *inputs)
         assert outputs[0].elem_id.endswith("_result"), elem_id
+
+
+def test_what_the_page_asks_by_itself_is_not_queued(session: Session):
+    """Gradio 3.41 keeps a queued event of a page that is gone, and then Reload UI waits for it without end."""
+    config = build(session).get_config_file()
+    ids = {row["id"]: row["props"].get("elem_id", "") for row in config["components"]}
+    asked = []
+    for row in config["dependencies"]:
+        targets = [(target, row["trigger"]) if isinstance(target, int) else tuple(target) for target in row["targets"]]
+        by_itself = {ids.get(n, "") for n, event in targets if event in ("change", "blur") or ids.get(n) in PRESSED}
+        if by_itself and row["backend_fn"]:
+            asked.append(row)
+            assert row["queue"] is False, by_itself
+    assert len(asked) >= 6
 
 
 def test_building_opens_no_file_and_is_quick(session: Session, host: FakeHost):

@@ -22,7 +22,7 @@ def build(session: Session) -> Any:
             tick = gr.Button(
                 "Look at the model", elem_id="dpo_tick", elem_classes=["dpo-hidden"]
             )  # and this, every few seconds
-        parts.on(tick.click, lambda: parts.status_html(session), [], [status], show_progress="hidden", queue=False)
+        parts.on(tick.click, lambda: parts.status_html(session), [], [status], **parts.UNASKED)
         task = parts.unsaved(gr.Textbox(label="Task of the DPO tab", visible=False, elem_id="dpo_task"))
         tab = parts.Tab(session, status, task, rescans=[rescan])
         with gr.Tabs(elem_id="dpo_pages"):

@@ -55,9 +55,9 @@ def page(tab: Tab) -> None:
     for unsaved in (preset, blocks, save_name, overwrite):
         parts.unsaved(unsaved)
     session, chosen = tab.session, [offset, strength, blocks]
-    filled = parts.on(preset.change, PRESETS.get, [preset], [blocks], queue=False, show_progress="hidden")
+    filled = parts.on(preset.change, PRESETS.get, [preset], [blocks], **parts.UNASKED)
     for changed in (offset.change, blocks.blur, blocks.submit, filled.then):  # not at every key: it opens the file
-        parts.on(changed, partial(foresee, session), [offset, blocks], [before], show_progress="hidden")
+        parts.on(changed, partial(foresee, session), [offset, blocks], [before], **parts.UNASKED)
     parts.start(tab, go, partial(bake, session), chosen, [place])
     parts.start(tab, undo, partial(unbake, session), [], [place])
     parts.start(

@@ -100,7 +100,7 @@ def _size_controls() -> list[Any]:
     parts.on(
         by.change,
         lambda choice: [parts.update(visible=name == choice) for name in shown.values()],
-        [by], list(shown), queue=False, show_progress="hidden",
+        [by], list(shown), **parts.UNASKED,
     )  # fmt: skip
     return [by, rank, conv_rank, size, energy]
 

@@ -21,13 +21,11 @@ def wire(tab: Tab, shown: Any, foot: Any) -> None:
     def rescan(*chosen: Any) -> list[Any]:
         return looked(tab.session, tab.lists, chosen, rescan=True)
 
-    # Not queued: gradio 3.41 never lets go of a queued event whose page was closed meanwhile, and Reload UI waits for it.
-    quietly: dict[str, Any] = {"show_progress": "hidden", "queue": False}
-    parts.on(shown.click, look, components, outputs, **quietly)
+    parts.on(shown.click, look, components, outputs, **parts.UNASKED)
     for button in tab.rescans:
-        parts.on(button.click, rescan, components, outputs, **quietly)
+        parts.on(button.click, rescan, components, outputs, **parts.UNASKED)
     for event in tab.writers:
-        parts.on(event.then, look, components, outputs, **quietly)
+        parts.on(event.then, look, components, outputs, **parts.UNASKED)
 
 
 def looked(session: Session, lists: Sequence[Listed], chosen: Sequence[Any], *, rescan: bool = False) -> list[Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,10 @@ from lib_dpo.ui import markup
 logger = logging.getLogger(__name__)
 
 LOADED = "The loaded checkpoint"  # the first choice where a checkpoint is asked for; `checkpoint_name` reads it
+
+# For what the page asks by itself. Gradio 3.41 never lets go of a queued event whose page was closed meanwhile, and Reload UI
+# waits for it.
+UNASKED: Mapping[str, Any] = {"show_progress": "hidden", "queue": False}
 
 _NOT_LOADED = "Make one picture and it will be: some WebUIs load it only then. Files can be chosen by name meanwhile."
 
