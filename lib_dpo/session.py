@@ -24,7 +24,6 @@ from lib_dpo.library import Library
 from lib_dpo.model import Model, open_model
 from lib_dpo.offset import Pair, open_pair
 from lib_dpo.patch import Patch, open_patch
-from lib_dpo.pipeline import made_for
 from lib_dpo.recipe import Ingredient, baked_in
 from lib_dpo.settings import ExtractSettings, check
 from lib_dpo.writer import check_output
@@ -350,6 +349,8 @@ class Session:
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
         """Of the pictures to make; what the loaded model was made for in the place of 0."""
+        from lib_dpo.pipeline import made_for
+
         if width and height:
             return width, height
         with open_model(self.loaded().path) as model:
