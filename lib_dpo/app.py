@@ -89,12 +89,9 @@ def build(session: Session) -> Any:
     host = session.host
     assert isinstance(host, Standalone), "the app runs on the standalone host"
 
-    names = [entry.name for entry in host.checkpoints()]
-    loaded = host.live.loaded()
     with gr.Blocks(title="DPO offset", analytics_enabled=False) as page:
-        first = next((name for name in names if loaded and name.startswith(loaded.name)), None)
         with gr.Column(elem_id="dpo_app_top"), gr.Row():
-            choice = gr.Dropdown(names, value=first, label="Checkpoint", scale=1)
+            choice = gr.Dropdown(_names(host), value=_loaded_name(host), label="Checkpoint", scale=1)
             refresh = gr.Button("↻", elem_id="dpo_app_refresh", scale=0, min_width=48)
         answer = gr.HTML("")
         ui.build(session)
@@ -105,5 +102,16 @@ def build(session: Session) -> Any:
             [answer, gr.State()],
         )
         for event in (refresh.click, choice.focus):  # a checkpoint may have been saved meanwhile
-            parts.on(event, lambda: parts.update(choices=[e.name for e in host.checkpoints()]), [], [choice], **parts.UNASKED)
+            parts.on(event, lambda: parts.update(choices=_names(host)), [], [choice], **parts.UNASKED)
+        parts.on(page.load, lambda: parts.update(choices=_names(host), value=_loaded_name(host)), [], [choice], **parts.UNASKED)
     return page
+
+
+def _names(host: Standalone) -> list[str]:
+    return [entry.name for entry in host.checkpoints()]
+
+
+def _loaded_name(host: Standalone) -> str | None:
+    """The loaded checkpoint as the list names it."""
+    loaded = host.live.loaded()
+    return next((entry.name for entry in host.checkpoints() if loaded and entry.path == loaded.path), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from lib_dpo.model import Model
 from lib_dpo.offset import Offset, check_finite, check_is_model
 from lib_dpo.precision import PRECISION, round_once
 from lib_dpo.progress import Progress, Steps
-from lib_dpo.recipe import Ingredient, with_recipe
+from lib_dpo.recipe import Ingredient, baked_in, with_recipe
 from lib_dpo.writer import SafetensorsWriter, check_output, write_bytes_atomic
 
 SidecarFate = Literal["copied", "replaced", "removed", "kept", "none"]
@@ -48,6 +48,7 @@ class BakeReport:
     rounding_loss: float  # ||stored - exact||^2 / ||strength * offset||^2
     sidecar: SidecarFate  # what was done with the .yaml beside the output
     unet_only: bool  # the target is a diffusers folder
+    already: tuple[Ingredient, ...]  # baked into the target before, as its metadata says
 
     @property
     def sidecar_text(self) -> str:
@@ -66,6 +67,7 @@ class BakeReport:
             "not_applied": list(self.not_applied),
             "rounding_loss": self.rounding_loss,
             "sidecar": self.sidecar,
+            "already_baked_in": [asdict(ingredient) for ingredient in self.already],
             "unet_only": self.unet_only,
         }
 
@@ -136,6 +138,7 @@ def bake(
         rounding_loss=run.lost / run.wanted if run.wanted else 0.0,
         sidecar=sidecar,
         unet_only=unet_only,
+        already=baked_in(target.checkpoint.metadata),
     )
 
 

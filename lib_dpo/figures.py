@@ -15,6 +15,7 @@ from lib_dpo.arch import Architecture
 from lib_dpo.keymap import block_labels, block_of, component_of
 from lib_dpo.lowrank import energy
 from lib_dpo.offset import Pair
+from lib_dpo.recipe import baked_in
 
 # dtype -> (mantissa bits, exponent of the smallest step). IEEE 754, bfloat16, and OCP FP8 (arXiv 2209.05433).
 _GRID: Mapping[torch.dtype, tuple[int, int]] = {
@@ -230,6 +231,12 @@ def right_base(pair: Pair, tally: Tally) -> Verdict:
         )
     if swapped := order_doubt(pair):
         return Verdict("doubtful", swapped)
+    if inside := baked_in(pair.base.checkpoint.metadata):
+        return Verdict(
+            "doubtful",
+            f"Doubtful base: {base} has {' and '.join(map(str, inside))} baked in, says its metadata, so the difference is not "
+            "what DPO changed. Choose the checkpoint it was made from.",
+        )
     if unet.relative_change > _LARGER_THAN_DPO:
         return Verdict(
             "doubtful",

@@ -44,8 +44,9 @@ def extract_text(report: ExtractReport) -> str:
     total = report.tally.total
     used = [rank for rank in report.ranks.values() if rank]
     ranks = _ranks(min(used), max(used)) if used else "no pairs"
+    asked = "" if str(report.policy) == ranks else f", {report.policy}"
     lines = [
-        f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.layers} layers, {ranks}, {report.policy})",
+        f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.layers} layers, {ranks}{asked})",
         f"energy kept {_percent(total.energy_kept)} of the DPO change" + _missed(report.energy_wanted, total.energy_kept),
         *_kept_by_component(report.tally),
         f"noise floor {_percent(total.noise_floor)}: the share that rounding of the two files alone explains",
@@ -101,6 +102,8 @@ def bake_text(report: BakeReport) -> str:
         + f", {report.kept} copied as they were",
         f"rounding to the stored dtype took {_percent(report.rounding_loss)} of the change",
     ]
+    if report.already:
+        lines.append(f"the target had {' and '.join(map(str, report.already))} baked in already: now both are in it")
     if report.unet_only:
         lines.append("holds the UNet alone, in diffusers naming, as a file in unet/ does: the target is a folder")
     if report.sidecar_text:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lib_dpo.analyse import diff
 from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.bake import BakeReport, bake
 from lib_dpo.checkpoint import open_checkpoint
@@ -269,6 +270,17 @@ def test_the_merge_history_grows_by_both_files(sd1: Files, lora: Path, tmp_path:
         models = json.loads(checkpoint.metadata["sd_merge_models"])
     assert models.keys() == {"a" * 64, "b" * 64, "c" * 64}
     assert models["c" * 64]["sd_merge_recipe"] is not None
+
+
+def test_a_second_bake_says_what_was_there_and_such_a_base_is_doubted(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    assert "already" not in bake_text(run(sd1[0], lora, tmp_path / "one.safetensors", strength=0.5))
+    assert f"had {lora.stem} × 0.5 baked in already" in bake_text(
+        run(tmp_path / "one.safetensors", lora, tmp_path / "two.safetensors")
+    )
+    with open_model(tmp_path / "one.safetensors") as base, open_model(sd1[1]) as tuned:
+        verdict = diff(open_pair(base, tuned)).verdict
+    assert verdict.level == "doubtful"
+    assert f"one has {lora.stem} × 0.5 baked in" in verdict.text
 
 
 def test_a_file_tells_every_bake_in_it(sd1: Files, lora: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect as signatures
+import os
 import re
 import shutil
 import subprocess
@@ -373,6 +374,22 @@ def test_what_baking_costs_is_said_before(with_lora: Session):
     assert bake.foresee(with_lora, "", "") == ""
     assert "block weight" in bake.foresee(with_lora, "mine", "NOSE=1")
     assert "no offset named" in bake.foresee(with_lora, "gone", "")
+    assert "comes on top" not in bake.foresee(with_lora, "mine", "")
+
+
+def test_a_bake_on_top_of_one_in_the_file_is_said_before(with_lora: Session, host: FakeHost):
+    run(with_lora, bake.save, "mine", 0.5, "", "with-mine", False)
+    path = host.live.loaded().path
+    kept = path.read_bytes()
+    try:
+        path.write_bytes((path.parent / "with-mine.safetensors").read_bytes())
+        os.utime(path, (1, 1))  # another file to whoever remembers this one
+        html = bake.foresee(with_lora, "mine", "")
+        assert "has mine × 0.5 baked in already: this comes on top" in html
+        assert "dpo-doubt" in html
+    finally:
+        path.write_bytes(kept)
+        (path.parent / "with-mine.safetensors").unlink()
 
 
 def test_bake_and_undo(with_lora: Session):
@@ -380,6 +397,7 @@ def test_bake_and_undo(with_lora: Session):
     html, status = run(with_lora, bake.bake, "mine", 0.8, "MID=0")
     assert "Baked into the loaded model" in html
     assert "baked: mine × 0.8 (MID=0)" in status
+    assert "takes the place of mine, which is baked in now" in bake.foresee(with_lora, "mine", "")
     html, status = run(with_lora, bake.unbake)
     assert "bit for bit" in html
     assert "clean" in status
@@ -453,6 +471,12 @@ def test_what_a_file_is(with_lora: Session):
     assert "It is a LoRA, SD 1.x." in html
     assert "Metadata" in html
     assert "It is a UNet alone, SD 1.x." in run(with_lora, inspect.what_is, "dpo-sd1")[0]
+
+
+def test_a_model_that_is_its_own_base_is_asked_about(session: Session):
+    html = run(session, inspect.does_it_fit, parts.LOADED, parts.LOADED, "dpo-sd1")[0]
+    assert "dpo-doubt" in html
+    assert "choose as the base the checkpoint that DPO started from" in html
 
 
 def test_does_it_fit(session: Session):

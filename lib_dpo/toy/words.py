@@ -31,7 +31,8 @@ def headlines(findings: Findings) -> list[tuple[str, str]]:
     low, high = f"{100 * gain.low:+.0f}", f"{100 * gain.high:+.0f}"
     text = f"in the share of pictures that fit their prompt, at strength 1 (95 % interval {low} to {high})"
     found = [(f"{100 * gain.mean:+.0f} points", text)]
-    found.append((f"{first:g} to {last:g}" if first != last else f"{first:g}", "strengths as good as the best"))
+    strengths = f"{first:g} to {last:g}" if first != last else f"{first:g}"
+    found.append((strengths, f"strengths that {findings.points[0].n} pictures cannot tell from the best"))
     found.append((f"{findings.suggested:g}", "strength that the tool suggests"))
     if findings.loras and (share := findings.loras[-1].share) and _is_told(share):
         kept = f"of the gain is kept by a LoRA of rank {findings.loras[-1].rank}"
@@ -66,7 +67,7 @@ def _curve(findings: Findings) -> str:
         return "The curve over the strengths does not rise for sure."
     text = f"The curve rises up to strength {best:g}, {points(findings.rise)}"
     if best == last:
-        return f"{text}, and ends there."
+        return f"{text}, the highest that was tried."
     if findings.fall.falls:
         return f"{text}, and falls from there to strength {last:g}, {points(findings.fall)}."
     return f"{text}; up to strength {last:g} it does not fall for sure, {points(findings.fall)}."

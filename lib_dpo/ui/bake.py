@@ -103,14 +103,18 @@ def foresee(session: Session, offset: str | None, blocks: str | None) -> str:
         return markup.card(title, str(error), mood="bad")
     except Exception as error:  # noqa: BLE001  # the edge
         return parts.error_html(error)
+    status = session.status()
+    inside = " and ".join(map(str, status.in_file))
     kind = "a LoRA" if patch.lora else "an offset file"
     family = patch.architecture.title
     return markup.card(
         title,
         f"{patch.name} is {kind} for {family}, as the loaded model is: it can be baked.",
         f"Undo needs {markup.size(needed)} of memory, for the {len(patch.changed_keys()):,} weights that change.",
+        f"The loaded file has {inside} baked in already: this comes on top." if inside else "",
+        f"It takes the place of {status.baked.offset}, which is baked in now." if status.baked else "",
         "Whether your model is near enough to the base for it, the page Inspect says: Does it fit?",
-        mood="good",
+        mood="doubt" if inside else "good",
     )
 
 
@@ -152,6 +156,7 @@ def save(
     body = markup.facts([
         ("File", found.path), ("Offset", offset), ("Strength", f"{found.strength:g}"), ("Blocks", found.blocks or "everything"),
         ("Changed", f"{found.changed:,} tensors"), ("Kept as they were", f"{found.kept:,} tensors"),
+        *([("In it before", ", ".join(map(str, found.already)))] if found.already else []),
         *([("Configuration", found.sidecar_text)] if found.sidecar_text else []),
     ])  # fmt: skip
     return markup.card(f"{found.path.stem} is saved", lost, not_applied, mood="good", body=body)

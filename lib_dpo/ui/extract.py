@@ -285,7 +285,7 @@ def _extracted_html(found: Extracted, in_webui: bool) -> str:
     body += markup.note(("Or choose" if in_webui else "Choose") + f" it {_places(in_webui)}.")
     cards = markup.card(f"{found.name} is written", *sentences, mood=mood, body=body)
     if report.verdict.level != "fits":
-        cards += markup.card("But look at the base", report.verdict.text, mood=_MOODS[report.verdict.level])
+        cards = markup.card("Look at the base first", report.verdict.text, mood=_MOODS[report.verdict.level]) + cards
     return cards
 
 
@@ -298,7 +298,7 @@ def _offset_html(found: OffsetReport, in_webui: bool) -> str:
         left_out, mood="good", body=body,
     )  # fmt: skip
     if found.verdict.level != "fits":
-        cards += markup.card("But look at the base", found.verdict.text, mood=_MOODS[found.verdict.level])
+        cards = markup.card("Look at the base first", found.verdict.text, mood=_MOODS[found.verdict.level]) + cards
     return cards
 
 
