@@ -6,7 +6,7 @@ Of a diffusers folder the UNet alone is written, as one file under diffusers' na
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,20 +103,13 @@ def bake(
     run = _Run(target, offset, strength, blocks, precision)
     unet_only, prefix = _is_folder(target), _written_prefix(target)
     infos = {key: info for key, info in target.checkpoint.infos.items() if key.startswith(prefix)}
-    output_dtypes = {key: run.output_dtype(key, plan.get(key)) for key in infos}
-    order = list(infos)
+    dtypes = {key: run.output_dtype(key, plan.get(key)) for key in infos}
     if precision != "keep" or unet_only:  # widest numbers first, so that every tensor stays aligned
-        order.sort(key=lambda key: -_item_bytes(output_dtypes[key]))
-    expected = sum(_item_bytes(output_dtypes[key]) * max(1, math.prod(infos[key].shape)) for key in infos)
+        dtypes = dict(sorted(dtypes.items(), key=lambda item: -_item_bytes(item[1])))
+    expected = sum(_item_bytes(dtypes[key]) * max(1, math.prod(infos[key].shape)) for key in infos)
     steps = Steps(expected, on_progress)
     with SafetensorsWriter(output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(infos)) as writer:
-        for key in order:
-            canonical = plan.get(key)
-            if canonical is None and output_dtypes[key] == infos[key].dtype:
-                writer.add_raw(key.removeprefix(prefix), infos[key].dtype, infos[key].shape, target.checkpoint.raw(key))
-            else:
-                writer.add(key.removeprefix(prefix), run.tensor(key, canonical, output_dtypes[key]))
-            steps.advance(infos[key].nbytes, key)
+        _write_tensors(writer, run, plan, dtypes, steps)
         metadata = with_recipe(
             target.checkpoint.metadata,
             Ingredient(offset.name, strength, str(blocks)),
@@ -140,6 +133,20 @@ def bake(
         unet_only=unet_only,
         already=baked_in(target.checkpoint.metadata),
     )
+
+
+def _write_tensors(
+    writer: SafetensorsWriter, run: _Run, plan: Mapping[str, str], dtypes: Mapping[str, str], steps: Steps
+) -> None:
+    """All tensors in the order of `dtypes`; byte for byte where nothing changes."""
+    checkpoint, prefix = run.target.checkpoint, _written_prefix(run.target)
+    for key, dtype in dtypes.items():
+        info, canonical = checkpoint.infos[key], plan.get(key)
+        if canonical is None and dtype == info.dtype:
+            writer.add_raw(key.removeprefix(prefix), dtype, info.shape, checkpoint.raw(key))
+        else:
+            writer.add(key.removeprefix(prefix), run.tensor(key, canonical, dtype))
+        steps.advance(info.nbytes, key)
 
 
 def _plan(target: Model, offset: Offset) -> tuple[dict[str, str], tuple[str, ...]]:

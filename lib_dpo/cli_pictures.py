@@ -12,7 +12,7 @@ from lib_dpo.errors import OutputError
 from lib_dpo.settings import BUNDLED_MODEL, FIELDS
 
 if TYPE_CHECKING:
-    from lib_dpo.session import Comparison
+    from lib_dpo.answers import Comparison
 
 LOOPBACK = "127.0.0.1"
 TOKENIZER = BUNDLED_MODEL / "clip"

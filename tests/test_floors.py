@@ -21,7 +21,7 @@ FLOOR = {
     "offset": 3,
     "analyse": 4, "bake": 4, "compat": 4, "decompose": 4, "dense": 4, "extract": 4, "figures": 4, "hosts": 4,
     "inspection": 4, "layers": 4, "lora": 4, "patch": 4, "pipeline": 4, "rank_plan": 4, "recipe": 4, "resize": 4, "verify": 4,
-    "effects": 5, "grid": 5, "jobs": 5, "lettering": 5, "library": 5, "pictures": 5, "plots": 5, "report": 5,
+    "answers": 5, "effects": 5, "grid": 5, "jobs": 5, "lettering": 5, "library": 5, "pictures": 5, "plots": 5, "report": 5,
     "session": 6, "toy": 6,
     "api": 7, "axes": 7, "cli": 8, "cli_arguments": 8, "cli_pictures": 7,
     "cli_reports": 7, "app": 7, "demo": 7, "generation": 7, "ui": 7,

@@ -7,8 +7,9 @@ import io
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lib_dpo.answers import Comparison
 from lib_dpo.errors import NotFoundError, SettingError
-from lib_dpo.session import Comparison, Session
+from lib_dpo.session import Session
 from lib_dpo.settings import FIELDS
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.markup import Mood

@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from lib_dpo.answers import Analysis, Extracted
 from lib_dpo.errors import SettingError
 from lib_dpo.keymap import block_labels
-from lib_dpo.session import Analysis, Extracted, Session
+from lib_dpo.session import Session
 from lib_dpo.settings import DEFAULT_RANK, FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, Method, RankPolicy
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.markup import Mood

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lib_dpo.answers import Status
 from lib_dpo.errors import Cancelled, DpoError
-from lib_dpo.session import Session, Status
+from lib_dpo.session import Session
 from lib_dpo.settings import FIELDS
 from lib_dpo.ui import markup
 
