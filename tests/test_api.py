@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,6 +172,21 @@ def test_damaged_and_vanished_offsets(session: Session, client: TestClient):
     fake(session).loras = lambda: entries  # type: ignore[method-assign]
     (fake(session).lora_dir / "xl.safetensors").unlink()
     refused(client, "/bake", {"offset": "xl"}, 404, "has vanished")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/extract", {"rank": 4}), ("/offset", {}), ("/save", {"offset": "dpo", "strength": 1})]
+)
+def test_a_full_disk_is_said_and_leaves_nothing(
+    session: Session, client: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+):
+    post(client, "/extract", PAIR | {"name": "dpo", "rank": 4})
+    folders = (session.host.lora_dir, session.host.checkpoint_dir, session.host.reference_dir)
+    before = [sorted(folder.rglob("*")) for folder in folders]
+    monkeypatch.setattr("lib_dpo.writer.shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
+    sources = {} if path == "/save" else PAIR
+    refused(client, path, {**sources, **body, "name": "new"}, 422, "free some space")
+    assert [sorted(folder.rglob("*")) for folder in folders] == before
 
 
 def test_a_job_can_be_polled_and_cancelled(session: Session, client: TestClient):
