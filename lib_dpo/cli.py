@@ -16,7 +16,7 @@ from lib_dpo import __version__
 from lib_dpo.cli_arguments import REFUSED, Runs, make_parser
 from lib_dpo.cli_reports import check_reports, progress_bar, write_json
 from lib_dpo.errors import Cancelled, DpoError, SettingError, printable
-from lib_dpo.settings import ExtractSettings, RankPolicy, check
+from lib_dpo.settings import ExtractSettings, RankPolicy, check, strength_to_bake
 
 logger = logging.getLogger(__name__)
 
@@ -204,20 +204,22 @@ def _verify(args: argparse.Namespace) -> Result:
 def _bake(args: argparse.Namespace) -> Result:
     from lib_dpo.bake import bake, check_sidecar
     from lib_dpo.checkpoint import sha256_in_background
-    from lib_dpo.keymap import parse_blocks
+    from lib_dpo.keymap import check_blocks, parse_blocks
     from lib_dpo.lora import open_offset
     from lib_dpo.model import open_model
+    from lib_dpo.patch import check_changes
     from lib_dpo.report import bake_text
     from lib_dpo.writer import check_output, check_safetensors_output
 
-    check("strength", args.strength)
-    blocks = parse_blocks(args.blocks)
+    strength, blocks = strength_to_bake(args.strength), parse_blocks(args.blocks)
     check_safetensors_output(args.output, overwrite=args.overwrite)
     check_sidecar(Path(args.target), args.output, overwrite=args.overwrite)  # what a hub: name stands for has none
     with ExitStack() as stack:
         target = stack.enter_context(open_model(_path(args, args.target)))
         checkpoint, offset = open_offset(_path(args, args.offset), target.architecture)
         stack.enter_context(checkpoint)
+        check_blocks(blocks, offset.architecture)  # a block that it lacks first, then blocks that leave nothing
+        check_changes(offset, blocks)
         tell = stack.enter_context(progress_bar("baking"))
         check_output(args.output, overwrite=args.overwrite, inputs=(*target.checkpoint.files, *checkpoint.files))
         waiting = [sha256_in_background(file) for file in (target.checkpoint, checkpoint)]
@@ -225,7 +227,7 @@ def _bake(args: argparse.Namespace) -> Result:
             target,
             offset,
             args.output,
-            strength=args.strength,
+            strength=strength,
             blocks=blocks,
             precision=args.precision,
             overwrite=args.overwrite,

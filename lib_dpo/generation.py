@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ from lib_dpo.errors import DpoError, NotFoundError, SettingError
 from lib_dpo.library import FileKind
 from lib_dpo.patch import Patch
 from lib_dpo.session import Session
+from lib_dpo.settings import strength_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,6 @@ INFOTEXT: Mapping[str, str] = {
     "error": "DPO error",
 }
 AXES, _ACTIVE = "dpo_axes", "dpo_active"  # attributes that we set on the host's `p`
-_WIDEST = 100.0  # a strength beyond it is a slip of the finger
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,10 @@ def wish_of(
     Raises:
         SettingError: a strength or rank that is no number, or absurd.
     """
-    wish = Wish(bool(enabled), str(offset or NO_OFFSET), _strength(strength), str(blocks or ""), _rank(rank))
     axes: Mapping[str, Any] = getattr(p, AXES, {})
+    if not enabled and not axes:  # off: what stands in its fields does not matter
+        return Wish()
+    wish = Wish(bool(enabled), str(offset or NO_OFFSET), strength_of(strength), str(blocks or ""), _rank(rank))
     if not axes:
         return wish
     return replace(wish, **axes, enabled=axes.get("offset") != NO_OFFSET)
@@ -72,16 +73,6 @@ def wish_of(
 def set_axis(p: Any, name: str, value: Any) -> None:
     """Let an XYZ axis decide one field of the wish. The host copies `p` shallowly for each cell: never change the dict."""
     setattr(p, AXES, {**getattr(p, AXES, {}), name: value})
-
-
-def _strength(value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise SettingError(f"strength {str(value)[:40]!r} is not a number; expected one such as 0.5 or 1") from None
-    if not math.isfinite(number) or abs(number) > _WIDEST:
-        raise SettingError(f"strength {number:g} is too large; expected a number between {-_WIDEST:g} and {_WIDEST:g}")
-    return number
 
 
 def _rank(value: Any) -> int | None:

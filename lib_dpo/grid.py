@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_dpo.errors import SettingError
 from lib_dpo.hosts.base import Job
+from lib_dpo.settings import strength_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,12 +42,9 @@ def strength_variants(strengths: Iterable[float]) -> tuple[Variant, ...]:
     """Strengths as variants; 0 is the untouched model.
 
     Raises:
-        SettingError: a strength that is no finite number.
+        SettingError: a strength that is no finite number, or too large to be meant.
     """
-    strengths = list(strengths)
-    if bad := [strength for strength in strengths if not math.isfinite(strength)]:
-        raise SettingError(f"strength {bad[0]} is not a finite number; expected such as 0.5 or 1")
-    return tuple(Variant(f"strength {value:g}", float(value)) if value else UNTOUCHED for value in strengths)
+    return tuple(Variant(f"strength {value:g}", value) if value else UNTOUCHED for value in map(strength_of, strengths))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lib_dpo.arch import Architecture
 from lib_dpo.checkpoint import Checkpoint
-from lib_dpo.errors import BadTensorError, SettingError
+from lib_dpo.errors import BadTensorError, NothingToDoError, SettingError
 from lib_dpo.keymap import EVERYWHERE, UNET, BlockWeights, block_of, check_blocks
 from lib_dpo.lora import LoraFile, LoraLayer, lora_offset, open_lora, truncated_factors
 from lib_dpo.model import Model
@@ -160,6 +160,19 @@ def open_patch(
         checkpoint.close()
         raise
     return Patch(offset, blocks, rank, _content_id(checkpoint, blocks, rank), checkpoint, lora)
+
+
+def check_changes(offset: Offset, blocks: BlockWeights) -> None:
+    """Refuse block weights that leave nothing of an offset.
+
+    Raises:
+        NothingToDoError: every tensor that it changes lies in a block of weight 0.
+    """
+    if all(blocks.of(block_of(offset.architecture, key)) == 0 for key in offset.shapes):
+        raise NothingToDoError(
+            f"the block weights {blocks} leave nothing of {offset.name}: nothing would change; give a block that it changes "
+            "another weight than 0"
+        )
 
 
 def _content_id(checkpoint: Checkpoint, blocks: BlockWeights, rank: int | None) -> str:

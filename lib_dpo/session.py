@@ -24,9 +24,9 @@ from lib_dpo.keymap import parse_blocks
 from lib_dpo.library import Library
 from lib_dpo.model import Model, open_model
 from lib_dpo.offset import Pair, open_pair
-from lib_dpo.patch import Patch, open_patch
+from lib_dpo.patch import Patch, check_changes, open_patch
 from lib_dpo.recipe import Ingredient, baked_in
-from lib_dpo.settings import ExtractSettings, check
+from lib_dpo.settings import ExtractSettings, check, strength_to_bake
 from lib_dpo.writer import check_output
 
 if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts without it
@@ -40,7 +40,6 @@ if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts wit
 
 logger = logging.getLogger(__name__)
 
-_LARGEST_STRENGTH = 100.0
 _PATCHES_KEPT = 4  # open offsets: their files are mapped, which costs no memory of its own
 
 
@@ -183,9 +182,9 @@ class Session:
         """Write the loaded checkpoint's file plus strength x offset as a new checkpoint: never from the live weights."""
         from lib_dpo.bake import bake
 
-        _check_strength(strength)
+        strength = strength_to_bake(strength)
         self.host.live.ready()
-        output, patch = self.library.new_checkpoint(name), self.patch(offset, blocks=blocks, rank=rank)
+        output, patch = self.library.new_checkpoint(name), self._to_add(offset, blocks, rank)
         with open_model(self.loaded().path) as target:
             check_output(output, overwrite=overwrite, inputs=(*target.checkpoint.files, *patch.checkpoint.files))
             hashes = [sha256_in_background(target.checkpoint), sha256_in_background(patch.checkpoint)]
@@ -231,7 +230,7 @@ class Session:
         if sampler and sampler not in self.host.samplers():
             raise SettingError(f"sampler {sampler!r} is unknown; expected one of {', '.join(self.host.samplers())}")
         plan = Plan(prompts, parse_seeds(seeds), strength_variants(parse_strengths(strengths)), width, height)
-        patch, model = self.patch(offset, blocks=blocks, rank=rank), self.loaded()
+        patch, model = self._to_add(offset, blocks, rank), self.loaded()
         baked = self.host.live.baked()
         if baked:
             raise HostError(
@@ -259,16 +258,26 @@ class Session:
     # ---- the live model ----
 
     def bake(self, job: Job, *, offset: str, strength: float, blocks: str = "", rank: int | None = None) -> Baked:
-        """Add strength x offset to the loaded model until `unbake`."""
-        _check_strength(strength)
+        """Add strength x offset to the loaded model until `unbake`.
+
+        Raises:
+            SettingError, NothingToDoError: a strength or blocks that make no sense or change nothing.
+        """
+        strength = strength_to_bake(strength)
         self.host.live.ready()
-        return self.host.live.bake(self.patch(offset, blocks=blocks, rank=rank), strength, job.progress)
+        return self.host.live.bake(self._to_add(offset, blocks, rank), strength, job.progress)
 
     def unbake(self, job: Job) -> bool:
         """Put the loaded model back as it was, bit for bit; False where nothing was baked."""
         return self.host.live.unbake(job.progress)
 
     # ---- helpers ----
+
+    def _to_add(self, offset: str, blocks: str, rank: int | None) -> Patch:
+        """As `patch`, of which the blocks leave something."""
+        patch = self.patch(offset, blocks=blocks, rank=rank)
+        check_changes(patch.offset, patch.blocks)
+        return patch
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
         """Of the pictures to make; what the loaded model was made for in the place of 0."""
@@ -330,13 +339,6 @@ class Session:
     def _fits_loaded(self, architecture: str) -> bool:
         model = self.host.live.loaded()
         return model is not None and self._file(model.path).architecture is ARCHITECTURES[architecture]
-
-
-def _check_strength(strength: float) -> None:
-    """Refuse what is no number, and what is a slip of the finger."""
-    check("strength", strength)
-    if abs(strength) > _LARGEST_STRENGTH:
-        raise SettingError(f"strength {strength:g} is too large; expected -{_LARGEST_STRENGTH:g} to {_LARGEST_STRENGTH:g}")
 
 
 def _sendable(text: str) -> str:

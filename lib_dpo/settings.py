@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from lib_dpo.errors import SettingError
+from lib_dpo.errors import NothingToDoError, SettingError
 
 Method = Literal["auto", "exact", "randomized"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -59,6 +60,7 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
     }
 )
 DEFAULT_RANK = 64
+LARGEST_STRENGTH = 10.0  # beyond it, either way, a strength is a slip of the finger: percent, or a lost decimal point
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "bundled"  # the small model that ships with the project
 
 
@@ -79,6 +81,39 @@ def check(name: str, value: Any) -> None:
         raise SettingError(f"{name} {value} is too small; expected at least {field.minimum:g}")
     if field.maximum is not None and value > field.maximum:
         raise SettingError(f"{name} {value} is too large; expected at most {field.maximum:g}")
+
+
+def strength_of(value: Any) -> float:
+    """A strength as somebody gave it, as a number; 0 is the untouched model. One rule for every front end.
+
+    Raises:
+        SettingError: nothing, no number, not finite, or beyond LARGEST_STRENGTH.
+    """
+    if value is None or value == "":
+        raise SettingError("the strength is missing; give a number such as 0.5 or 1")
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise SettingError(f"strength {repr(value)[:40]} is not a finite number; expected one such as 0.5 or 1")
+    if abs(number) > LARGEST_STRENGTH:
+        percent = number / 100
+        meant = f"; did you mean {percent:g}?" if abs(percent) <= LARGEST_STRENGTH else ""
+        raise SettingError(f"strength {number:g} is too large; expected {-LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}{meant}")
+    return number
+
+
+def strength_to_bake(value: Any) -> float:
+    """A strength that is to change something: as `strength_of`, and 0 is refused.
+
+    Raises:
+        SettingError: as `strength_of`. NothingToDoError: 0.
+    """
+    number = strength_of(value)
+    if not number:
+        raise NothingToDoError("strength 0 changes nothing; choose one such as 0.5 or 1")
+    return number
 
 
 def _limits(field: Field) -> str:

@@ -97,8 +97,8 @@ def test_a_bake_is_in_the_infotext(session: Session):
         ((True, "None", 1.0, ""), "no offset is chosen"),
         ((True, "gone", 1.0, ""), "no offset named 'gone'"),
         ((True, "xl", 1.0, ""), "is an offset for SDXL"),
-        ((True, "dpo", "much", ""), "is not a number"),
-        ((True, "dpo", float("inf"), ""), "too large"),
+        ((True, "dpo", "much", ""), "strength 'much' is not a finite number"),
+        ((True, "dpo", float("inf"), ""), "strength inf is not a finite number"),
         ((True, "dpo", 1.0, "HEAD=1"), "block weight 'HEAD=1'"),
     ],
 )

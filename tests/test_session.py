@@ -237,7 +237,7 @@ def test_a_checkpoint_that_is_chosen_but_not_loaded_yet_is_the_one_that_counts(s
     live, folder = fake(session).live, fake(session).checkpoint_dir
     live.later = folder / "other.safetensors"
     assert session.status().text == "base · SD 1.x · clean · other is loaded for the next picture"
-    report = session.jobs.run("save", lambda job: session.save(job, name="mine", offset="dpo", strength=0.0))
+    report = session.jobs.run("save", lambda job: session.save(job, name="mine", offset="dpo", strength=1.0, blocks="OUT=0"))
     assert session.status().text == "other · SD 1.x · clean"
     key = f"{UNET}out.2.weight"
     assert torch.equal(load_file(report.path)[key], tiny.base(seed=5)[key].half())

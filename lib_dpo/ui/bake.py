@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lib_dpo.errors import DpoError, NothingToDoError, SettingError
+from lib_dpo.errors import DpoError
 from lib_dpo.hosts.base import Baked
+from lib_dpo.patch import check_changes
 from lib_dpo.session import Session
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.parts import Tab, field_options
@@ -98,6 +98,7 @@ def foresee(session: Session, offset: str | None, blocks: str | None) -> str:
         return ""
     try:
         patch = session.patch(offset, blocks=blocks or "")
+        check_changes(patch.offset, patch.blocks)
         needed = session.host.live.bake_bytes(patch)
     except DpoError as error:
         return markup.card(title, str(error), mood="bad")
@@ -120,7 +121,6 @@ def foresee(session: Session, offset: str | None, blocks: str | None) -> str:
 
 def bake(session: Session, task: str | None, offset: str, strength: float, blocks: str) -> str:
     """Into the loaded model."""
-    strength = _strength(strength)
     found = session.jobs.run(
         "Bake",
         lambda job: session.bake(job, offset=offset or "", strength=strength, blocks=blocks or ""),
@@ -140,9 +140,6 @@ def save(
     session: Session, task: str | None, offset: str, strength: float, blocks: str, name: str, overwrite: bool
 ) -> str:  # fmt: skip
     """A new checkpoint from the loaded one's file."""
-    strength = _strength(strength)
-    if not strength:
-        raise NothingToDoError("strength 0 would copy the checkpoint as it is; choose another strength")
     new = (name or "").strip() or f"{Path(session.loaded().name).stem}-dpo"
     found = session.jobs.run(
         "Save as checkpoint",
@@ -152,6 +149,9 @@ def save(
         task_id=task,
     )
     lost = f"Rounding to the file's number format took {markup.percent(found.rounding_loss)} of the change."
+    unchanged = (
+        "" if found.changed else f"No number of it changed: {offset} holds nothing but zeros, or too little to round to."
+    )
     not_applied = f"{len(found.not_applied):,} parts of the offset have no place in it." if found.not_applied else ""
     body = markup.facts([
         ("File", found.path), ("Offset", offset), ("Strength", f"{found.strength:g}"), ("Blocks", found.blocks or "everything"),
@@ -159,13 +159,8 @@ def save(
         *([("In it before", ", ".join(map(str, found.already)))] if found.already else []),
         *([("Configuration", found.sidecar_text)] if found.sidecar_text else []),
     ])  # fmt: skip
-    return markup.card(f"{found.path.stem} is saved", lost, not_applied, mood="good", body=body)
-
-
-def _strength(value: float | None) -> float:
-    if value is None or not math.isfinite(value):
-        raise SettingError("the strength is missing; give a number such as 0.5 or 1")
-    return float(value)
+    told = (unchanged or lost, not_applied)
+    return markup.card(f"{found.path.stem} is saved", *told, mood="doubt" if unchanged else "good", body=body)
 
 
 def _baked_html(found: Baked) -> str:
