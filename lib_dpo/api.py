@@ -9,17 +9,32 @@ from __future__ import annotations
 import base64
 import os
 import secrets
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from inspect import isclass
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from fastapi import Depends, FastAPI, HTTPException
+from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.security import HTTPBasic, HTTPBasicCredentials
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 
+from lib_dpo.api_requests import (
+    AnalyseRequest,
+    BakeRequest,
+    Body,
+    CompareRequest,
+    CompatRequest,
+    ExtractRequest,
+    OffsetRequest,
+    Refusal,
+    SaveRequest,
+    WaitRequest,
+    check_body,
+    check_names,
+)  # fmt: skip
 from lib_dpo.errors import BusyError, Cancelled, DpoError, NoMemoryError, NoModelError, NotAllowedError, NotFoundError
 from lib_dpo.jobs import Record, Work
 from lib_dpo.session import Session
-from lib_dpo.settings import FIELDS, ExtractSettings, RankPolicy
+from lib_dpo.settings import ExtractSettings, RankPolicy
 
 PREFIX = "/dpo/v1"
 Result = TypeVar("Result")
@@ -32,113 +47,14 @@ _STATUS: Mapping[type[DpoError], int] = {
     NoMemoryError: 503,
 }
 _UNPROCESSABLE = 422
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    code: {"model": Refusal, "description": text}
+    for code, text in (
+        (403, "not allowed"), (404, "a name that is in no list"), (409, "nothing is loaded, or busy"),
+        (_UNPROCESSABLE, "refused: detail says why"), (503, "no memory is left"),
+    )
+}  # fmt: skip
 _CREDENTIALS = Depends(HTTPBasic())
-
-_BASE = Field("", description="checkpoint before tuning, by name; empty: the loaded one")
-_REFERENCE = Field(..., description="DPO reference, by name")
-_NAME = Field(..., description="name of the file to write, without folders")
-_OFFSET = Field(..., description="LoRA or offset file, by name")
-_STRENGTH = Field(1.0, description=FIELDS["strength"].help)
-_BLOCKS = Field("", description=FIELDS["blocks"].help)
-_SIDE = FIELDS["side"].help + "; 0: what the model was made for"
-_RANK = Field(None, description="keep the strongest components of each layer of a LoRA only")
-_OVERWRITE = Field(False, description="replace an existing file of that name")
-_WAIT = Field(True, description="answer when the job is over; false: at once, then ask for jobs/{id}")
-
-
-class AnalyseRequest(BaseModel):
-    """A pair to look at."""
-
-    base: str = _BASE
-    reference: str = _REFERENCE
-    spectra: bool = Field(False, description="all singular values too: what a LoRA of a given rank or size can keep")
-    wait: bool = _WAIT
-
-
-class ExtractRequest(BaseModel):
-    """A LoRA to extract; one of rank, energy, size_mb."""
-
-    base: str = _BASE
-    reference: str = _REFERENCE
-    name: str = _NAME
-    rank: int | None = Field(None, description=FIELDS["rank"].help)
-    energy: float | None = Field(None, description=FIELDS["energy"].help)
-    size_mb: float | None = Field(None, description=FIELDS["size_mb"].help)
-    conv_rank: int | None = Field(None, description=FIELDS["conv_rank"].help)
-    method: str = Field("auto", description=FIELDS["method"].help)
-    profile: str = Field("portable", description=FIELDS["profile"].help)
-    precision: str = Field("fp16", description=FIELDS["precision"].help)
-    device: str = Field("auto", description=FIELDS["device"].help)
-    seed: int = Field(0, description=FIELDS["seed"].help)
-    overwrite: bool = _OVERWRITE
-    wait: bool = _WAIT
-
-
-class OffsetRequest(BaseModel):
-    """A dense offset file to write into the reference folder."""
-
-    base: str = _BASE
-    reference: str = _REFERENCE
-    name: str = _NAME
-    precision: str = Field("fp32", description=FIELDS["precision"].help)
-    overwrite: bool = _OVERWRITE
-    wait: bool = _WAIT
-
-
-class BakeRequest(BaseModel):
-    """An offset to add to the loaded model."""
-
-    offset: str = _OFFSET
-    strength: float = _STRENGTH
-    blocks: str = _BLOCKS
-    rank: int | None = _RANK
-    wait: bool = _WAIT
-
-
-class WaitRequest(BaseModel):
-    """Nothing but whether to wait."""
-
-    wait: bool = _WAIT
-
-
-class SaveRequest(BaseModel):
-    """A checkpoint to write: the loaded one's file plus strength x offset."""
-
-    name: str = _NAME
-    offset: str = _OFFSET
-    strength: float = _STRENGTH
-    blocks: str = _BLOCKS
-    rank: int | None = _RANK
-    overwrite: bool = _OVERWRITE
-    wait: bool = _WAIT
-
-
-class CompareRequest(BaseModel):
-    """A grid of pictures: prompts x seeds down, the untouched model and the strengths across."""
-
-    offset: str = _OFFSET
-    prompts: list[str] = Field(..., description="one row of pictures for each prompt and seed")
-    negative: str = ""
-    seeds: str = Field("1", description="such as 1, 2 or 100-103; -1 is random")
-    strengths: str = Field("0.5, 1, 1.5", description="such as 0.5, 1 or 0-2 (+0.5)")
-    blocks: str = _BLOCKS
-    rank: int | None = _RANK
-    steps: int = Field(20, description=FIELDS["steps"].help)
-    cfg_scale: float = Field(7.0, description=FIELDS["cfg"].help)
-    sampler: str = Field("", description="empty: the host's first")
-    width: int = Field(0, description=_SIDE)
-    height: int = Field(0, description=_SIDE)
-    wait: bool = _WAIT
-
-
-class CompatRequest(BaseModel):
-    """Does the offset of a pair fit a checkpoint?"""
-
-    target: str = Field("", description="checkpoint by name; empty: the loaded one")
-    base: str = _BASE
-    reference: str = _REFERENCE
-    wait: bool = _WAIT
-
 
 _ROUTES = (  # method, path, which of the handlers below, what it does
     ("GET", "/status", "status", "what is loaded, what is baked into it, which hooks of the host were found"),
@@ -171,7 +87,8 @@ def add_routes(app: FastAPI, session: Session) -> None:
             methods=[method],
             summary=f"DPO: {summary}",
             tags=["dpo"],
-            dependencies=guards,
+            dependencies=[*guards, Depends(_nothing_guessed(getattr(handlers, handler), f"{method} {path}"))],
+            responses=_REFUSALS,
             operation_id=f"dpo_{method.lower()}_{slug}",
         )
 
@@ -309,6 +226,27 @@ class _Handlers:
 
 def _fields(req: BaseModel, *names: str) -> dict[str, Any]:
     return {name: getattr(req, name) for name in names}
+
+
+def _nothing_guessed(handler: Callable[..., Any], what: str) -> Callable[[Request], Awaitable[None]]:
+    """A dependency that refuses what a request should not hold, before pydantic drops or converts it."""
+    hints = {name: kind for name, kind in get_type_hints(handler).items() if name != "return"}
+    models = {name: each for name, kind in hints.items() for each in (kind, *get_args(kind)) if _is_body(each)}
+    model = next(iter(models.values()), None)
+
+    async def check(request: Request) -> None:
+        queries = [name for name in hints if name not in models and name not in request.path_params]
+        try:
+            check_names((name for name, _ in request.query_params.multi_items()), queries, f"{what}, parameters")
+            check_body(model, await request.body(), what)
+        except DpoError as error:
+            raise HTTPException(status_code=_UNPROCESSABLE, detail=str(error)) from error
+
+    return check
+
+
+def _is_body(kind: Any) -> bool:
+    return isclass(kind) and issubclass(kind, Body)
 
 
 def _guard(session: Session) -> Callable[..., None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
@@ -75,8 +76,12 @@ def check(name: str, value: Any) -> None:
         return
     if field.choices and value not in field.choices:
         raise SettingError(f"{name} {value!r} is unknown; expected one of {', '.join(field.choices)}")
-    if field.kind in (int, float) and (isinstance(value, bool) or value != value or abs(value) == float("inf")):
+    if field.kind is str and not isinstance(value, str):
+        raise SettingError(f"{name} {value!r} is no text; expected {field.help}")
+    if field.kind in (int, float) and not is_finite(value):
         raise SettingError(f"{name} {value!r} is not a finite number; expected one{_limits(field)}")
+    if field.kind is int and value != int(value):
+        raise SettingError(f"{name} {value!r} is not a whole number; expected one{_limits(field)}")
     if field.minimum is not None and value < field.minimum:
         raise SettingError(f"{name} {value} is too small; expected at least {field.minimum:g}")
     if field.maximum is not None and value > field.maximum:
@@ -114,6 +119,14 @@ def strength_to_bake(value: Any) -> float:
     if not number:
         raise NothingToDoError("strength 0 changes nothing; choose one such as 0.5 or 1")
     return number
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number that can be counted with; `True` is none."""
+    try:
+        return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _limits(field: Field) -> str:

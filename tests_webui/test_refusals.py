@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("lora", "exact")
 )  # fmt: skip
 def test_bad_offsets(server: Server, offset: str, status: int) -> None:
     before = known_fingerprint(server)
-    for path in ("bake", "save"):
-        answer = server.ask("POST", path, {"offset": offset, "name": "never"})
+    for path, body in (("bake", {}), ("save", {"name": "never"})):
+        answer = server.ask("POST", path, {"offset": offset} | body)
         assert answer.status_code == status, answer.text
         assert len(answer.json()["detail"]) > 20
     assert fingerprint(server) == before
@@ -40,6 +40,7 @@ def test_bad_names(server: Server, name: str) -> None:
     "body",
     [
         {"strength": 1e39}, {"strength": "much"}, {"blocks": "NOWHERE=1"}, {"blocks": "IN"}, {"rank": 0}, {"rank": -1},
+        {"strenght": 0.2}, {"strength": True}, {"strength": None}, {"rank": 1.5}, {"rank": "4"},
     ],
 )  # fmt: skip
 def test_bad_numbers(server: Server, body: dict) -> None:
@@ -51,8 +52,14 @@ def test_bad_numbers(server: Server, body: dict) -> None:
 
 
 def test_files_are_not_overwritten_unasked(server: Server) -> None:
-    for path, body in (("extract", {"name": LORA}), ("offset", {"name": EXACT}), ("save", {"name": "other", "offset": LORA})):
-        answer = server.ask("POST", path, {"reference": REFERENCE} | body)
+    pair = {"reference": REFERENCE}
+    taken = (
+        ("extract", pair | {"name": LORA}),
+        ("offset", pair | {"name": EXACT}),
+        ("save", {"name": "other", "offset": LORA}),
+    )
+    for path, body in taken:
+        answer = server.ask("POST", path, body)
         assert 400 <= answer.status_code < 500
         assert "exists" in answer.json()["detail"]
 
