@@ -7,7 +7,6 @@ plain functions, so that they run in threads and never hold up the server.
 from __future__ import annotations
 
 import base64
-import os
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
 from inspect import isclass
@@ -206,7 +205,7 @@ class _Handlers:
 
     def _told(self, record: Record, *, with_result: bool = True) -> dict[str, Any]:
         found = record.as_json(with_result=with_result)
-        return found | {"error": self._names_only(found["error"])}
+        return found | {"error": self._session.library.names_only(found["error"])}
 
     def _refusing(self, work: Callable[[], Result]) -> Result:
         """Turn what people are to read into an HTTP error with the sentence as its detail."""
@@ -214,14 +213,7 @@ class _Handlers:
             return work()
         except DpoError as error:
             status = next((code for kind, code in _STATUS.items() if isinstance(error, kind)), _UNPROCESSABLE)
-            raise HTTPException(status_code=status, detail=self._names_only(str(error))) from error
-
-    def _names_only(self, text: str) -> str:
-        """A message without the server's folders: callers know files by the names of the lists."""
-        host = self._session.host
-        for folder in (host.checkpoint_dir, host.lora_dir, host.reference_dir):
-            text = text.replace(f"{folder}{os.sep}", "").replace(str(folder), folder.name)
-        return text
+            raise HTTPException(status_code=status, detail=self._session.library.names_only(str(error))) from error
 
 
 def _fields(req: BaseModel, *names: str) -> dict[str, Any]:

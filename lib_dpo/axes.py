@@ -59,7 +59,9 @@ class _Axes:
                 try:
                     self._check(p, name, value)
                 except DpoError as error:
-                    raise RuntimeError(f"[DPO] {name.capitalize()} {value!r}: {error}") from None
+                    raise RuntimeError(
+                        f"[DPO] {name.capitalize()} {value!r}: {self._session.library.names_only(str(error))}"
+                    ) from None
 
         return confirm
 

@@ -248,7 +248,7 @@ class _Run:
             check_finite(self.target, canonical)
             raise BadTensorError(
                 f"{self.target.path.name}: {key} would hold NaN or Inf as {dtype} after adding {weight:g} x the offset; use "
-                "a smaller strength, or --precision fp32"
+                "a smaller strength, or the precision fp32"
             )
         self.changed += 1
         return result

@@ -15,6 +15,7 @@ from typing import Any
 from lib_dpo import __version__
 from lib_dpo.cli_arguments import REFUSED, Runs, make_parser
 from lib_dpo.cli_reports import check_reports, progress_bar, write_json
+from lib_dpo.cli_words import with_flags
 from lib_dpo.errors import Cancelled, DpoError, SettingError, printable
 from lib_dpo.settings import ExtractSettings, RankPolicy, check, strength_to_bake
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DpoError as error:
         if args.debug:
             raise
-        print(_error_line(str(error)), file=sys.stderr)
+        print(_error_line(with_flags(str(error))), file=sys.stderr)
         return REFUSED
     except BrokenPipeError:  # the reader of our output went away, as `| head` does; Python flushes once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -74,7 +74,7 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     _check_picture(args)
     check_output(args.output, overwrite=args.overwrite)
     if args.each and args.each.exists() and any(args.each.glob("*.png")) and not args.overwrite:
-        raise OutputError(f"{args.each}: holds pictures already; choose another folder, or allow overwriting (--overwrite)")
+        raise OutputError(f"{args.each}: holds pictures already; choose another folder, or allow it to be replaced")
     host = Standalone(args.output.absolute().parent, args.tokenizer, device=args.device)
     host.live.load(args.model)
     session = Session(host)

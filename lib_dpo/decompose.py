@@ -159,7 +159,7 @@ class Decomposer:
             raise NoMemoryError(f"{name}: the machine is out of memory; close other programs, or choose a lower rank") from last
         raise BadTensorError(
             f"{self._pair.file_names[1]}: the offset of {name} could not be decomposed, not even on the CPU in float64; "
-            "check both files with `inspect`, and get them again if they are damaged"
+            "inspect both files, and get them again if they are damaged"
         ) from last
 
     def _count(self, method: Method, layers: int) -> None:

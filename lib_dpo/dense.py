@@ -87,7 +87,7 @@ def write_offset(
                 stored = delta.to(dtype)
                 row.residual = energy(delta - stored.float())
                 if not row.residual < float("inf"):  # NaN too
-                    raise SettingError(f"the offset of {name} does not fit into {precision}; choose --precision fp32")
+                    raise SettingError(f"the offset of {name} does not fit into {precision}; choose the precision fp32")
                 writer.add(name, stored)
             tally.add(key, row)
             steps.advance(numel[key], key)

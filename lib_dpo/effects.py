@@ -41,9 +41,9 @@ WORDS: dict[Level, str] = {
 }
 CAVEAT = "The figures say how much changes, not which picture is better: that is for your eyes."
 NO_EFFECT = (
-    "Three usual reasons: the offset is small in your file (`verify` shows how much of the change a LoRA holds; take a "
-    "higher rank or the exact method), your model has DPO in it already or is far from its base (`compat` says), or the "
-    "strength is too low (try 1.5 and 2). Compare on several seeds, with prompts that name several things."
+    "Three usual reasons: your file holds little of the offset (take a LoRA of higher rank, or an offset file, which holds all "
+    "of it), your model has DPO in it already or is far from its base (ask whether the offset fits it), or the strength is "
+    "too low (try 1.5 and 2). Compare on several seeds, with prompts that name several things."
 )
 
 

@@ -162,7 +162,7 @@ class _Run:
             if not self.written:
                 raise NothingToDoError(
                     f"{self.pair.file_names[1]} changes nothing that the profile {self.settings.profile} carries; choose "
-                    "--profile webui or full, or write an offset file"
+                    "the profile webui or full, or write an offset file"
                 )
             verdict = self._verdict(encoders)
             self.writer.finish({**self._metadata(verdict), **source()}, check=self._check_written)
@@ -245,7 +245,7 @@ class _Run:
 
     def _check_fits(self, layer: Layer, residual: float) -> None:
         if not residual < float("inf"):  # NaN too
-            raise SettingError(f"{layer.module.name} does not fit into {self.settings.precision}; choose --precision fp32")
+            raise SettingError(f"{layer.module.name} does not fit into {self.settings.precision}; choose the precision fp32")
 
     def _write_whole(self, layer: Layer) -> None:
         """Write a norm or a dense layer: the rounded deltas of its weight and its bias, where either changed."""

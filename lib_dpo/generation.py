@@ -160,6 +160,7 @@ class Generation:
             self._abort(p, f"this should not happen: {type(error).__name__}: {error}")
 
     def _abort(self, p: Any, why: str) -> None:
+        why = self._session.library.names_only(why)  # pictures are passed on
         p.extra_generation_params[INFOTEXT["error"]] = why  # API callers see the infotext, not the page's comments
         self._session.host.abort(p, f"{TITLE}: {why}")
 

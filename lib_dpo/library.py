@@ -7,6 +7,8 @@ reference folder, the checkpoints, or what lies among the LoRAs without being on
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
@@ -27,6 +29,9 @@ _MODEL_SUFFIXES = (".safetensors", ".ckpt")
 _FOLDER_MARKS = ("unet", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 _LARGER_THAN_A_LORA = 1_000_000_000  # bytes from which a file among the LoRAs is looked at: a UNet of SD 1.5 in fp16 has 1.7 GB
 _PICKLES = (".ckpt",)
+_FOLDERS = re.compile(
+    r"(?<![\w./\\:])(?:[A-Za-z]:[\\/]|[\\/])(?:[^\s\\/:;,'\"()]+[\\/])+(?=[^\s\\/:;,'\"()])"
+)  # of an absolute path
 _DEPTH = 3  # folders below the reference folder that are looked into
 
 
@@ -111,6 +116,17 @@ class Library:
         if key not in self._kinds:
             self._kinds[key] = _kind(path)
         return self._kinds[key]
+
+    def names_only(self, text: str) -> str:
+        """A message without the server's folders: people know files by the names of the lists."""
+        for folder in (self._host.checkpoint_dir, self._host.lora_dir, self._host.reference_dir):
+            for written in (str(folder), str(folder.absolute())):
+                text = text.replace(f"{written}{os.sep}", "").replace(written, folder.name)
+        return _FOLDERS.sub("", text)
+
+    def place(self, path: Path) -> str:
+        """Where a file that was written lies: its name behind that of the folder."""
+        return f"{path.parent.name}/{path.name}"
 
     def _find(self, name: str, what: str, entries: Callable[[], Iterable[FileEntry]]) -> Path:
         wanted = name.strip()

@@ -219,8 +219,8 @@ def dense_offset(model: Model) -> Offset:
     """
     if not is_offset_file(model):
         raise MismatchError(
-            f"{model.path.name} holds the weights of a model, not an offset; expected a LoRA or an offset file: make one "
-            "with `extract` or `offset` from this file and its base"
+            f"{model.path.name} holds the weights of a model, not an offset; expected a LoRA or an offset file: "
+            "extract one from this file and its base"
         )
     keys = model.keys()
     read = {name for key in keys for name in model.sources[key].keys}

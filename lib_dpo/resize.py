@@ -221,7 +221,7 @@ def _write(
                 down_factor, up_factor = (root[:, None] * Vh[:rank]).to(dtype), (U[:, :rank] * root).to(dtype)
                 if not all(bool(torch.isfinite(factor.float()).all()) for factor in (down_factor, up_factor)):
                     raise SettingError(
-                        f"{lora.path.name}: {name} does not fit into {dtype_name(dtype)}; choose --precision fp32"
+                        f"{lora.path.name}: {name} does not fit into {dtype_name(dtype)}; choose the precision fp32"
                     )
                 writer.add(core.parts["down"], down_factor.reshape(rank, *down.shape[1:]))
                 scale = core.scale if "alpha" in core.parts else 1.0

@@ -322,7 +322,7 @@ class Session:
                     self._files[key] = _File(model.architecture, baked_in=baked_in(model.checkpoint.metadata))
             return self._files[key]
         except DpoError as error:
-            self._files[key] = _File(None, str(error))
+            self._files[key] = _File(None, self.library.names_only(str(error)))
             return self._files[key]
         except OSError as error:
             return _File(None, f"{path.name}: cannot be read ({error.strerror}); it may have been moved: refresh the list")

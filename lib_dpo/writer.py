@@ -56,7 +56,7 @@ def check_output(path: str | Path, *, overwrite: bool, inputs: Iterable[Path] = 
         if _same_file(path, source):
             raise OutputError(f"{path}: is one of the inputs, expected another name; choose one")
     if os.path.lexists(path) and not overwrite:
-        raise OutputError(f"{path}: exists already; choose another name, or allow overwriting (--overwrite)")
+        raise OutputError(f"{path}: exists already; choose another name, or allow it to be replaced")
     folder = next((parent for parent in Path(os.path.abspath(path)).parents if parent.exists()), None)
     if folder is None or not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: cannot be created, {folder} is no folder that may be written to; choose another one")
@@ -280,7 +280,7 @@ def _explained(path: Path) -> Iterator[None]:
     try:
         yield
     except FileExistsError as error:
-        raise OutputError(f"{path}: exists already; choose another name, or allow overwriting (--overwrite)") from error
+        raise OutputError(f"{path}: exists already; choose another name, or allow it to be replaced") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise OutputError(f"{path}: the disk is full ({error.strerror}); free some space") from error

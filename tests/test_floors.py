@@ -24,7 +24,7 @@ FLOOR = {
     "answers": 5, "effects": 5, "grid": 5, "jobs": 5, "lettering": 5, "library": 5, "pictures": 5, "plots": 5, "report": 5,
     "session": 6, "toy": 6,
     "api": 7, "api_requests": 6, "axes": 7, "cli": 8, "cli_arguments": 8, "cli_pictures": 7,
-    "cli_reports": 7, "app": 7, "demo": 7, "generation": 7, "ui": 7,
+    "cli_reports": 7, "cli_words": 7, "app": 7, "demo": 7, "generation": 7, "ui": 7,
     "__main__": 9,
 }  # fmt: skip
 OPTIONAL = ["modules", "modules_forge", "backend", "ldm_patched", "networks", "diffusers", "huggingface_hub", "gradio"]

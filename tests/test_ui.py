@@ -276,8 +276,8 @@ def test_what_nobody_foresaw_is_logged_and_said_in_a_sentence(session: Session, 
     assert "Traceback" in caplog.text
 
 
-def test_an_interrupt_is_news_and_no_error():
-    html = parts.error_html(Cancelled("stopped by Interrupt; nothing was left behind"))
+def test_an_interrupt_is_news_and_no_error(session: Session):
+    html = parts.error_html(session, Cancelled("stopped by Interrupt; nothing was left behind"))
     assert "Stopped by Interrupt" in html
     assert "alert" not in html
 
@@ -447,14 +447,14 @@ def test_compare_shows_grid_verdict_and_a_pair(with_lora: Session):
     assert wipe.count("data:image/jpeg;base64,") == 2
     assert 'type="range"' in wipe
     assert where["visible"] is True
-    other, _ = compare.look(made, pair["choices"][-1])
+    other, _ = compare.look(with_lora, made, pair["choices"][-1])
     assert "strength 1" in other
     assert tags(html) <= {"section", "h4", "span", "p", "div", "table", "caption", "thead", "tbody", "tr", "th", "td"}
 
 
 def test_pictures_that_are_gone_are_said(with_lora: Session):
     for made, label in ((None, "1. x"), (compared(with_lora)[5], "nothing")):
-        html, where = compare.look(made, label)
+        html, where = compare.look(with_lora, made, label)
         assert "compare again" in html
         assert where["visible"] is False
 

@@ -101,9 +101,9 @@ def foresee(session: Session, offset: str | None, blocks: str | None) -> str:
         check_changes(patch.offset, patch.blocks)
         needed = session.host.live.bake_bytes(patch)
     except DpoError as error:
-        return markup.card(title, str(error), mood="bad")
+        return markup.card(title, session.library.names_only(str(error)), mood="bad")
     except Exception as error:  # noqa: BLE001  # the edge
-        return parts.error_html(error)
+        return parts.error_html(session, error)
     status = session.status()
     inside = " and ".join(map(str, status.in_file))
     kind = "a LoRA" if patch.lora else "an offset file"
@@ -154,10 +154,11 @@ def save(
     )
     not_applied = f"{len(found.not_applied):,} parts of the offset have no place in it." if found.not_applied else ""
     body = markup.facts([
-        ("File", found.path), ("Offset", offset), ("Strength", f"{found.strength:g}"), ("Blocks", found.blocks or "everything"),
+        ("File", session.library.place(found.path)), ("Offset", offset),
+        ("Strength", f"{found.strength:g}"), ("Blocks", found.blocks or "everything"),
         ("Changed", f"{found.changed:,} tensors"), ("Kept as they were", f"{found.kept:,} tensors"),
         *([("In it before", ", ".join(map(str, found.already)))] if found.already else []),
-        *([("Configuration", found.sidecar_text)] if found.sidecar_text else []),
+        *([("Configuration", session.library.names_only(found.sidecar_text))] if found.sidecar_text else []),
     ])  # fmt: skip
     told = (unchanged or lost, not_applied)
     return markup.card(f"{found.path.stem} is saved", *told, mood="doubt" if unchanged else "good", body=body)

@@ -74,7 +74,7 @@ def page(tab: Tab) -> None:
         tab, go, partial(compare, session), [offset, strengths, prompts, negative, seeds, *rest, blocks],
         [place, grid, pair, wipe, where, made],
     )  # fmt: skip
-    parts.on(pair.input, look, [made, pair], [wipe, where], show_progress="hidden")
+    parts.on(pair.input, partial(look, session), [made, pair], [wipe, where], show_progress="hidden")
     taken = [prompts, negative, seeds, *rest]
     own = f"values.slice(0, {len(taken)})"
     parts.on(take.click, None, taken, taken, js=f"(...values) => window.dpoFromTxt2img ? dpoFromTxt2img({own}) : {own}")
@@ -138,7 +138,7 @@ def compare(
     )  # fmt: skip
     grid = found.grid.image
     grid.info["parameters"] = found.grid.infotext  # the WebUI writes it into the file that the page shows
-    wipe, where = look(found, start)
+    wipe, where = look(session, found, start)
     return [
         _report_html(found.report),
         parts.update(value=grid, visible=True),
@@ -149,7 +149,7 @@ def compare(
     ]
 
 
-def look(found: Comparison | None, label: str | None) -> list[Any]:
+def look(session: Session, found: Comparison | None, label: str | None) -> list[Any]:
     """One picture before and after, and where they differ."""
     from lib_dpo.pictures import difference_map
 
@@ -159,7 +159,7 @@ def look(found: Comparison | None, label: str | None) -> list[Any]:
         before, after = _pair(found, labels[label])
         where = difference_map(before, after)
     except Exception as error:  # noqa: BLE001  # the edge
-        return [parts.error_html(error), parts.update(value=None, visible=False)]
+        return [parts.error_html(session, error), parts.update(value=None, visible=False)]
     return [wipe_html(before, after, labels[label].variant.label), parts.update(value=where, visible=True)]
 
 

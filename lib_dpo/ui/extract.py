@@ -151,7 +151,7 @@ def extract(
         ),
         task_id=task,
     )  # fmt: skip
-    return _extracted_html(found, session.in_webui)
+    return _extracted_html(session, found)
 
 
 def write_offset(session: Session, task: str | None, base: str, reference: str, name: str, overwrite: bool) -> str:
@@ -164,7 +164,7 @@ def write_offset(session: Session, task: str | None, base: str, reference: str, 
         ),
         task_id=task,
     )  # fmt: skip
-    return _offset_html(found, session.in_webui)
+    return _offset_html(session, found)
 
 
 def _policy(by: str, rank: float | None, conv_rank: float | None, size: float | None, energy: float | None) -> RankPolicy:
@@ -258,7 +258,8 @@ def _figures(report: DiffReport) -> str:
     return markup.folded("The figures", body)
 
 
-def _extracted_html(found: Extracted, in_webui: bool) -> str:
+def _extracted_html(session: Session, found: Extracted) -> str:
+    in_webui = session.in_webui
     report = found.report
     kept = report.tally.total.energy_kept
     used = [rank for rank in report.ranks.values() if rank]
@@ -270,7 +271,7 @@ def _extracted_html(found: Extracted, in_webui: bool) -> str:
             "themselves. An offset file holds all of it."
         )
     rows: list[tuple[str, object]] = [
-        ("File", report.path), ("Size", markup.size(report.file_bytes)), ("Layers", report.layers),
+        ("File", session.library.place(report.path)), ("Size", markup.size(report.file_bytes)), ("Layers", report.layers),
         ("Ranks", ranks or "no pairs"),
     ]  # fmt: skip
     mood: Mood = "good"
@@ -290,12 +291,14 @@ def _extracted_html(found: Extracted, in_webui: bool) -> str:
     return cards
 
 
-def _offset_html(found: OffsetReport, in_webui: bool) -> str:
+def _offset_html(session: Session, found: OffsetReport) -> str:
     left_out = "The text encoders differ too; an offset file holds the UNet only." if found.text_encoder_left_out else ""
-    body = markup.facts([("File", found.path), ("Size", markup.size(found.file_bytes)), ("Tensors", found.tensors)])
+    body = markup.facts(
+        [("File", session.library.place(found.path)), ("Size", markup.size(found.file_bytes)), ("Tensors", found.tensors)]
+    )
     cards = markup.card(
         f"{found.path.stem} is written",
-        f"It holds all of what DPO changed. Choose it {_places(in_webui)}.",
+        f"It holds all of what DPO changed. Choose it {_places(session.in_webui)}.",
         left_out, mood="good", body=body,
     )  # fmt: skip
     if found.verdict.level != "fits":

@@ -35,7 +35,7 @@ def looked(session: Session, lists: Sequence[Listed], chosen: Sequence[Any], *, 
             session.host.refresh()
         offers = [listed.choices(session) for listed in lists]
     except Exception as error:  # noqa: BLE001  # a folder that cannot be read, a host that is not ready
-        return [parts.error_html(error), foot_html(session), *(parts.update() for _ in lists)]
+        return [parts.error_html(session, error), foot_html(session), *(parts.update() for _ in lists)]
     updates = [_offer(listed, offer, value) for listed, offer, value in zip(lists, offers, chosen, strict=True)]
     return [parts.status_html(session), foot_html(session), *updates]
 
@@ -51,7 +51,7 @@ def foot_html(session: Session) -> str:
     try:
         checks = list(host.self_test())
     except Exception as error:  # noqa: BLE001  # the page must stand without it
-        return parts.error_html(error)
+        return parts.error_html(session, error)
     missing = [check for check in checks if not check.ok]
     words = "everything that DPO needs was found" if not missing else f"{len(missing)} of {len(checks)} hooks missing"
     rows = "".join(

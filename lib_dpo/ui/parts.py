@@ -176,21 +176,28 @@ def guarded(session: Session, function: Callable[..., Any], outputs: int) -> Cal
         try:
             found = function(task or None, *values)
         except Exception as error:  # noqa: BLE001  # the edge: nothing may go further
-            found = error_html(error)
+            found = error_html(session, error)
         shown = list(found) if isinstance(found, (tuple, list)) else [found]
         return [*shown, *(update() for _ in range(outputs - len(shown))), status_html(session)]
 
     return event
 
 
-def error_html(error: Exception) -> str:
-    """An error as a sentence: ours as it is, the others with where to look."""
+def error_html(session: Session, error: Exception) -> str:
+    """An error as a sentence: ours as it is, the others with where to look; without the server's folders."""
+    words = _labelled(session.library.names_only(str(error)))
     if isinstance(error, Cancelled):
-        return markup.note(error)
+        return markup.note(words)
     if isinstance(error, DpoError):
-        return markup.alert(str(error).replace("allow overwriting (--overwrite)", "allow it to be replaced"))
+        return markup.alert(words)
     logger.exception("an action of the DPO tab failed", exc_info=error)
-    return markup.alert(f"this should not happen: {type(error).__name__}: {error}. The console has the details.")
+    return markup.alert(f"this should not happen: {type(error).__name__}: {words}. The console has the details.")
+
+
+def _labelled(message: str) -> str:
+    """A message about a setting with the label that the page has for it."""
+    name, space, rest = message.partition(" ")
+    return f"{FIELDS[name].label}{space}{rest}" if name in FIELDS else message
 
 
 # ---- the state of things ----
@@ -201,7 +208,7 @@ def status_html(session: Session) -> str:
     try:
         status = session.status()
     except Exception as error:  # noqa: BLE001  # the line must stand whatever the host says
-        return error_html(error)
+        return error_html(session, error)
     problem = f'<span class="dpo-problem">{markup.text(status.problem)}</span>' if status.problem else ""
     if status.model is None:
         problem = f'<span class="dpo-hint">{markup.text(_NOT_LOADED)}</span>'
