@@ -21,6 +21,7 @@ from lib_dpo.progress import Progress, Steps
 # Heuristics on drift, ||target - base|| / ||base|| of the UNet. Finetunes and merges of SD 1.5 and SDXL lie near 5 to
 # 25 %; Pony and Illustrious, trained for very long, beyond.
 _NEAR, _FAR = 0.02, 0.35
+_COULD_BE = 0.5  # a model in which so much of DPO may be, within three errors, is not called one without it
 _CONTAINED, _ERRORS = 0.15, 3.0  # DPO counts as contained from this strength on, if it is beyond three errors
 
 
@@ -181,11 +182,13 @@ def _judge(target: Model, pair: Pair, tensors: list[_Sums], blocks: Mapping[str,
             "do something else. Try strengths 0.3 to 1 and compare; a LoRA is easier to turn down than a bake."
         )
     elif total.relative_drift > _NEAR:
+        told = strength + _ERRORS * error <= _COULD_BE
+        without = f" without DPO in it ({inside})" if told else f"; whether DPO is in it, its weights cannot tell ({inside})"
         level, text = (
             "fits",
             (
-                f"{target.name} is a finetune of the base ({drift} of its size away) without DPO in it ({inside}): the offset "
-                "fits. Start at strength 1 and compare 0.5 to 1.5."
+                f"{target.name} is a finetune of the base ({drift} of its size away){without}: the offset fits. Start at "
+                "strength 1 and compare 0.5 to 1.5."
             ),
         )
     else:

@@ -280,5 +280,5 @@ def _growth(sound: list[Effect]) -> tuple[str, list[Effect]]:
             top = effect.variant.value
         strength, so_far, slope = effect.variant.value, max(so_far, effect.difference), effect.difference / effect.variant.value
     if top < strength:
-        return f"The effect grows up to {top:g} and no further", sound
+        return f"In these pictures the effect grows up to {top:g} and no further", sound
     return f"The effect grows steadily up to {strength:g}", sound

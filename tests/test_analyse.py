@@ -196,6 +196,18 @@ def test_the_verdicts_on_the_base_a_near_and_a_far_finetune(sd1: Files, tmp_path
     assert "Pony" in far.text
 
 
+def test_a_model_is_not_said_to_be_without_dpo_where_its_weights_cannot_tell(
+    sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune = finetuned(sd1, tmp_path / "f.safetensors", 0.05)
+    assert "without DPO in it" in judged(finetune, sd1).text
+    monkeypatch.setattr("lib_dpo.compat._jackknife", lambda tensors, total: 0.2)
+    unsure = judged(finetune, sd1)
+    assert unsure.level == "fits"
+    assert "without DPO" not in unsure.text
+    assert "whether DPO is in it, its weights cannot tell" in unsure.text
+
+
 def test_another_architecture_is_refused(sd1: Files, tmp_path: Path) -> None:
     sd2 = small_pair(tmp_path / "sd2", "sd2")
     with pytest.raises(MismatchError, match=r"SD 2\.x but the pair is SD 1\.x"):

@@ -38,7 +38,7 @@ def _curve(axes: Axes, findings: Findings) -> None:
     mean, low, high = (100 * np.array([getattr(one, name) for one in points]) for name in ("mean", "low", "high"))
     first, last = findings.plateau
     reach = 0.02 * (strengths[-1] - strengths[0])  # a plateau of one strength is still to be seen
-    axes.axvspan(first - reach, last + reach, color=_PLATEAU, linewidth=0, label="as good as the best")
+    axes.axvspan(first - reach, last + reach, color=_PLATEAU, linewidth=0, label="not told apart from the best")
     axes.axhline(mean[0], color=SOFT, linewidth=1, linestyle="--", label="without DPO")
     axes.axvline(findings.suggested, color=INK, linewidth=1, linestyle=":", label=f"suggested strength, {findings.suggested:g}")
     axes.fill_between(strengths, low, high, color=ACCENT, alpha=0.15, linewidth=0)

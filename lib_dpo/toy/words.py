@@ -75,12 +75,12 @@ def _curve(findings: Findings) -> str:
 
 def _suggested(findings: Findings) -> str:
     first, last = findings.plateau
-    plateau = f"Strengths {first:g} to {last:g} are" if first != last else f"Strength {first:g} is"
     where = "is among them" if findings.suggested_is_best else "is NOT among them"
+    found = f"{findings.points[0].n} pictures cannot tell strengths {first:g} to {last:g} apart"
     if first == last:
         where = "is just that" if findings.suggested_is_best else "is another one"
-    told = f"the suggested strength, {findings.suggested:g}, {where}"
-    return f"{plateau} as good as the best, as far as these pictures can tell; {told}."
+        found = f"The best of the strengths that were tried is {first:g}"
+    return f"{found}; the suggested strength, {findings.suggested:g}, {where}."
 
 
 def _loras(findings: Findings) -> list[str]:
