@@ -6,9 +6,17 @@
 const dpoLookEvery = 2000; // ms between two looks at the loaded model and the lists of files
 const dpoTickEvery = 3000; // ms between two looks at the loaded model alone, while the tab is shown
 
+// Buttons that fill the lists of the script «DPO offset» anew.
+const dpoScriptLists = ["script_txt2img_dpo_offset_refresh", "script_img2img_dpo_offset_refresh"];
+
 function dpoElement(id) {
     const root = typeof gradioApp === "function" ? gradioApp() : document;
     return root.querySelector(`[id="${id}"]`);
+}
+
+function dpoPress(id) {
+    const button = dpoElement(id);
+    if (button) button.click();
 }
 
 // Called by gradio before a long job: gives it an id under which the host shows how far it is.
@@ -25,6 +33,7 @@ function dpoStart(placeId, values) {
 // Called after it: a job that was refused before it began has left a bar that would wait for it.
 function dpoEnd(placeId) {
     const place = dpoElement(placeId);
+    dpoScriptLists.forEach(dpoPress); // a file may have been written
     if (!place) return;
     place.setAttribute("aria-busy", "false");
     const bar = place.previousElementSibling;
@@ -47,6 +56,7 @@ function dpoWatch() {
     if (!top) return false;
     dpoName();
     dpoHideTake();
+    dpoWatchScripts();
     new IntersectionObserver((entries) => {
         if (entries.some((entry) => entry.isIntersecting)) dpoLook();
     }).observe(top);
@@ -58,6 +68,20 @@ function dpoWatch() {
         if (top.offsetParent) dpoLook();
     });
     return true;
+}
+
+// The script's own lists: when it comes into sight, for files may have been written meanwhile, by the tab, the API or by hand.
+function dpoWatchScripts() {
+    for (const id of dpoScriptLists) {
+        const button = dpoElement(id);
+        if (!button) continue; // the app has no scripts
+        let pressed = 0;
+        new IntersectionObserver((entries) => {
+            if (!entries.some((entry) => entry.isIntersecting) || Date.now() - pressed < dpoLookEvery) return;
+            pressed = Date.now();
+            dpoPress(id);
+        }).observe(button);
+    }
 }
 
 // ---- before and after ----

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -134,6 +136,71 @@ def test_what_the_page_asks_by_itself_is_not_queued(session: Session):
             asked.append(row)
             assert row["queue"] is False, by_itself
     assert len(asked) >= 6
+
+
+def dependencies(blocks: Any) -> list[tuple[set[tuple[str, str]], list[str], list[str], dict[str, Any]]]:
+    """The events of a page: (elem_id, trigger) that start it, elem_ids of inputs and outputs, and all of it."""
+    config = blocks.get_config_file()
+    ids = {row["id"]: row["props"].get("elem_id", "") for row in config["components"]}
+    found = []
+    for row in config["dependencies"]:
+        targets = [(target, row["trigger"]) if isinstance(target, int) else tuple(target) for target in row["targets"]]
+        started = {(ids.get(n) or "", str(event)) for n, event in targets}
+        found.append((started, [ids.get(n) or "" for n in row["inputs"]], [ids.get(n) or "" for n in row["outputs"]], row))
+    return found
+
+
+def test_what_depends_on_a_saved_choice_follows_it_when_the_tab_is_shown(session: Session):
+    """The WebUI puts saved values into components after the tab was built, without a change event."""
+    blocks = build(session)
+    saved = {
+        block.elem_id for block in components(blocks)
+        if type(block).__name__ in ("Dropdown", "Radio", "Checkbox", "Slider", "Number", "Textbox")
+        and not getattr(block, "do_not_save_to_config", False)
+    }  # fmt: skip
+    found = dependencies(blocks)
+    followed = [row for row in found if {trigger for trigger in row[0] if trigger[0] in saved and trigger[1] == "change"}]
+    assert followed
+    for _, inputs, outputs, _ in followed:
+        assert any(("dpo_shown", "click") in row[0] and row[1:3] == (inputs, outputs) for row in found), inputs
+
+
+@pytest.mark.parametrize(("choice", "shown"), [
+    (extract.BY_RANK, [True, True, False, False]), (extract.BY_SIZE, [False, False, True, False]),
+    (extract.BY_ENERGY, [False, False, False, True]),
+])  # fmt: skip
+def test_the_field_of_a_restored_choice_is_shown(
+    session: Session, monkeypatch: pytest.MonkeyPatch, choice: str, shown: list[bool]
+):
+    tabs: list[parts.Tab] = []
+    monkeypatch.setattr(lists, "wire", lambda tab, *rest: tabs.append(tab))
+    build(session)
+    (follower,) = tabs[0].followers
+    assert [each.elem_id.removeprefix("dpo_extract_") for each in follower.components] == [
+        "rank",
+        "conv_rank",
+        "size",
+        "energy",
+    ]
+    assert [change["visible"] for change in follower.function(choice)] == shown
+
+
+def test_the_scripts_own_list_is_filled_without_the_queue(session: Session):
+    import gradio as gr
+
+    from lib_dpo.ui.script import script_controls
+
+    @contextmanager
+    def accordion(value: bool, **options: Any) -> Iterator[Any]:
+        yield gr.Checkbox(value, **options)
+
+    with gr.Blocks() as blocks:
+        script_controls(session, lambda item: f"script_txt2img_dpo_offset_{item}", accordion)
+    (row,) = [row for row in dependencies(blocks) if ("script_txt2img_dpo_offset_refresh", "click") in row[0]]
+    assert row[2] == ["script_txt2img_dpo_offset_offset"]
+    assert row[3]["queue"] is False
+    script = (Path(__file__).parent.parent / "javascript" / "dpo.js").read_text(encoding="utf-8")
+    assert '"script_txt2img_dpo_offset_refresh"' in script
 
 
 def test_building_opens_no_file_and_is_quick(session: Session, host: FakeHost):

@@ -56,6 +56,22 @@ def test_extract_by_a_click(tab: Tab, server: Server) -> None:
     assert distance(known(server), draw(server, f"{PROMPT} <lora:clicked:1>")) > 0
 
 
+def test_a_new_lora_is_in_the_scripts_list_at_once(tab: Tab) -> None:
+    """Without a refresh by hand: after the tab wrote it, and when the script comes into sight."""
+    tab.dpo("Extract")
+    tab.fill("dpo_extract_name", "listed-at-once")
+    tab.fill("dpo_extract_rank", "4")
+    tab.page.locator("#dpo_extract_overwrite input").first.check()
+    tab.click("dpo_extract_go")
+    tab.wait_for_text("dpo_extract_result", "listed-at-once is written")
+    for page, field in (("Bake", "dpo_bake_offset"), ("Compare", "dpo_compare_offset"), ("Inspect", "dpo_inspect_file")):
+        tab.dpo(page)
+        tab.choose(field, "listed-at-once")
+    tab.top("txt2img")
+    tab.page.locator(f"#{SCRIPT}_enabled .label-wrap").first.click()  # opens it
+    tab.choose(f"{SCRIPT}_offset", "listed-at-once")
+
+
 def test_analyse_by_a_click(tab: Tab) -> None:
     tab.dpo("Extract")
     tab.click("dpo_extract_analyse")

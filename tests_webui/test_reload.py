@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from conftest import EXACT
 from page import Tab, browser
 from pictures import Offset, axes, draw, known, same
@@ -31,3 +33,22 @@ def test_reload_keeps_the_bake_and_doubles_nothing(server: Server, exact: dict) 
     assert server.do("unbake") == {"undone": True}
     assert fingerprint(server) == before
     assert same(draw(server), plain)
+
+
+def test_a_saved_choice_shows_its_field(server: Server) -> None:
+    """Defaults that the user saved (ui-config.json) are put into the page without a change event."""
+    saved = server.data / "ui-config.json"
+    before = saved.read_text(encoding="utf-8")
+    settings = json.loads(before)
+    (key,) = [key for key in settings if key.endswith("Choose the LoRA's size by/value")]
+    saved.write_text(json.dumps({**settings, key: "File size"}), encoding="utf-8")
+    try:
+        with browser() as chromium:
+            tab = Tab(chromium, server)
+            tab.reload_ui()
+            tab.dpo("Extract")
+            tab.until(lambda: tab.page.locator("#dpo_extract_size").first.is_visible(), "the field of the saved choice")
+            assert not tab.page.locator("#dpo_extract_rank").first.is_visible()
+            tab.close()
+    finally:
+        saved.write_text(before, encoding="utf-8")

@@ -85,6 +85,7 @@ class WebUI:
                 finally:
                     progress.finish_task(task)
                     shared.state.end()
+                    shared.total_tqdm.clear()  # an interrupted grid leaves the console's total half full
                     shared.state.interrupted = shared.state.skipped = shared.state.stopping_generation = False
         finally:
             progress.pending_tasks.pop(task, None)

@@ -46,7 +46,7 @@ def page(tab: Tab) -> None:
                 spectra = gr.Checkbox(
                     False, label="With what each size keeps (slower)", elem_id="dpo_extract_spectra"
                 )  # fmt: skip
-            numbers = _size_controls()
+            numbers = _size_controls(tab)
             settings = _advanced_controls()
             name = gr.Textbox(
                 label="Name of the new file", placeholder="as the reference", lines=1, max_lines=1, elem_id="dpo_extract_name"
@@ -73,7 +73,7 @@ def page(tab: Tab) -> None:
     )  # fmt: skip
 
 
-def _size_controls() -> list[Any]:
+def _size_controls(tab: Tab) -> list[Any]:
     """How large the LoRA becomes: a choice, and the number that goes with it."""
     import gradio as gr
 
@@ -98,11 +98,7 @@ def _size_controls() -> list[Any]:
         visible=False, elem_id="dpo_extract_energy",
     )  # fmt: skip
     shown = {rank: BY_RANK, conv_rank: BY_RANK, size: BY_SIZE, energy: BY_ENERGY}
-    parts.on(
-        by.change,
-        lambda choice: [parts.update(visible=name == choice) for name in shown.values()],
-        [by], list(shown), **parts.UNASKED,
-    )  # fmt: skip
+    parts.follow(tab, by, lambda choice: [parts.update(visible=name == choice) for name in shown.values()], list(shown))
     return [by, rank, conv_rank, size, energy]
 
 

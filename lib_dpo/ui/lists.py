@@ -22,6 +22,8 @@ def wire(tab: Tab, shown: Any, foot: Any) -> None:
         return looked(tab.session, tab.lists, chosen, rescan=True)
 
     parts.on(shown.click, look, components, outputs, **parts.UNASKED)
+    for follower in tab.followers:
+        parts.on(shown.click, follower.function, [follower.leader], follower.components, **parts.UNASKED)
     for button in tab.rescans:
         parts.on(button.click, rescan, components, outputs, **parts.UNASKED)
     for event in tab.writers:

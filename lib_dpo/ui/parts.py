@@ -38,6 +38,15 @@ class Listed:
 
 
 @dataclass(frozen=True)
+class Follower:
+    """Components that look as the value of another one wants it."""
+
+    leader: Any
+    function: Callable[[Any], list[Any]]
+    components: list[Any]
+
+
+@dataclass(frozen=True)
 class Tab:
     """One tab while it is built: what its pages share, and what is wired when all of them stand."""
 
@@ -47,6 +56,7 @@ class Tab:
     lists: list[Listed] = field(default_factory=list)
     rescans: list[Any] = field(default_factory=list)  # buttons that look for new files
     writers: list[Any] = field(default_factory=list)  # events after which the lists are old
+    followers: list[Follower] = field(default_factory=list)
 
 
 # ---- components ----
@@ -120,6 +130,15 @@ def interrupt_button(tab: Tab, elem_id: str) -> None:
 
     button = gr.Button("Interrupt", elem_id=elem_id, elem_classes=["dpo-interrupt"])
     on(button.click, tab.session.jobs.interrupt, [], [], queue=False)
+
+
+def follow(tab: Tab, leader: Any, function: Callable[[Any], list[Any]], components: Sequence[Any]) -> None:
+    """Let components look as another one's value wants it: at every change of it, and when the tab is shown.
+
+    The WebUI restores values that its user saved after the tab was built, and tells nobody.
+    """
+    on(leader.change, function, [leader], components, **UNASKED)
+    tab.followers.append(Follower(leader, function, list(components)))
 
 
 # ---- events ----

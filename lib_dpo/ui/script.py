@@ -55,7 +55,8 @@ def script_controls(
             )
             rank = gr.Number(label="Rank of the LoRA (0: all)", value=0, precision=0, elem_id=elem_id("rank"))
     parts.unsaved(offset)
-    refresh.click(fn=lambda: gr.update(choices=_offsets(session)), inputs=[], outputs=[offset])
+    # dpo.js presses it too: when the script comes into sight, and after the tab has written a file
+    parts.on(refresh.click, lambda: gr.update(choices=_offsets(session)), [], [offset], **parts.UNASKED)
     fields = [
         (enabled, _is_on),  # a function: an infotext without our keys switches the script off
         (offset, INFOTEXT["offset"]),
