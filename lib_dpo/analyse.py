@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lib_dpo.coverage import LeftOut, left_out, nothing_changed
 from lib_dpo.decompose import Decomposer
 from lib_dpo.devices import resolve_device
-from lib_dpo.errors import NothingToDoError
 from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders, measure, right_base
 from lib_dpo.keymap import block_labels, block_of
 from lib_dpo.layers import plan_layers
@@ -80,6 +80,7 @@ class DiffReport:
     kinds: dict[str, dict[str, Row]]  # kind of layer -> block -> sums
     largest: list[tuple[str, float]]  # canonical keys of the largest relative changes
     vae: str
+    left_out: tuple[LeftOut, ...]
     spectra: Spectra | None
 
     def heat_map(self) -> dict[str, dict[str, float]]:
@@ -107,6 +108,7 @@ class DiffReport:
             "heat_map": self.heat_map(),
             "largest_relative_changes": [{"key": key, "relative_change": value} for key, value in self.largest],
             "vae": self.vae,
+            "left_out": [row.as_json() for row in self.left_out],
             "spectra": self.spectra.as_json() if self.spectra else None,
         }
 
@@ -134,7 +136,8 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
             relative.append((key, row.relative_change))
             steps.advance(delta.numel(), key)
         if not tally.total.offset:
-            raise NothingToDoError(f"{' and '.join(pair.file_names)} hold the same UNet and text encoders: there is no offset")
+            both = "UNet and text encoders" if len(tally.components) > 1 else "UNet"
+            raise nothing_changed(pair, both, "there is no offset")
         figures = _spectra(pair, tally, place, steps) if spectra else None
     relative.sort(key=lambda item: -item[1])
     return DiffReport(
@@ -146,6 +149,7 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
         kinds=kinds,
         largest=relative[:10],
         vae=_compare_vae(pair),
+        left_out=left_out(pair),
         spectra=figures,
     )
 

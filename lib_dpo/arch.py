@@ -197,8 +197,6 @@ def _notes(keys: Collection[str], in_channels: int) -> tuple[str, ...]:
     if in_channels != 4:
         what = {9: "an inpainting model", 8: "an instruct-pix2pix model"}.get(in_channels, "an unusual model")
         notes.append(f"{what}: its first convolution has {in_channels} input channels")
-    if any(key.startswith("model_ema.") for key in keys):
-        notes.append("an EMA copy of the UNet lies beside the weights; it is left as it is and never used")
     if any(key.endswith(("v_pred", "ztsnr")) for key in keys):
         notes.append("marked as a v-prediction model")
     return tuple(notes)

@@ -10,7 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lib_dpo.errors import MismatchError, NothingToDoError
+from lib_dpo.coverage import LeftOut, left_out_of_unets, nothing_changed
+from lib_dpo.errors import MismatchError
 from lib_dpo.figures import order_doubt, rounding_energy
 from lib_dpo.keymap import block_labels, block_of, component_of
 from lib_dpo.lowrank import energy, full_precision
@@ -77,6 +78,7 @@ class CompatReport:
     strength_error: float
     suggested_strength: float
     blocks: Mapping[str, _Sums] = field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -89,6 +91,7 @@ class CompatReport:
             "strength_inside_error": self.strength_error,
             "suggested_strength": self.suggested_strength,
             "blocks": {name: row.as_json() for name, row in self.blocks.items()},
+            "left_out": [row.as_json() for row in self.left_out],
         }
 
 
@@ -131,8 +134,9 @@ def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) ->
             blocks[block_of(pair.architecture, key) or ""].add(sums)
             steps.advance(1, key)
     if not any(sums.offset for sums in tensors):
-        raise NothingToDoError(f"{' and '.join(pair.file_names)} hold the same UNet: there is no offset")
-    return _judge(target, pair, tensors, {name: row for name, row in blocks.items() if row.base})
+        raise nothing_changed(pair, "UNet", "there is no offset")
+    rows = left_out_of_unets(pair, target, keys)
+    return _judge(target, pair, tensors, {name: row for name, row in blocks.items() if row.base}, rows)
 
 
 def _comparable(weight: Tensor, base: Tensor, key: str, target: Model) -> Tensor:
@@ -155,7 +159,9 @@ def _inner(a: Tensor, b: Tensor) -> float:
     return float(rows.double().sum())
 
 
-def _judge(target: Model, pair: Pair, tensors: list[_Sums], blocks: Mapping[str, _Sums]) -> CompatReport:
+def _judge(
+    target: Model, pair: Pair, tensors: list[_Sums], blocks: Mapping[str, _Sums], rows: tuple[LeftOut, ...]
+) -> CompatReport:
     total = _Sums()
     for sums in tensors:
         total.add(sums)
@@ -205,6 +211,7 @@ def _judge(target: Model, pair: Pair, tensors: list[_Sums], blocks: Mapping[str,
         strength_error=error,
         suggested_strength=0.5 if level == "weaker" else rest,
         blocks=blocks,
+        left_out=rows,
     )
 
 

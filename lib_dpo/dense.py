@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from lib_dpo import __version__
-from lib_dpo.errors import NothingToDoError, SettingError
+from lib_dpo.coverage import LeftOut, left_out, nothing_changed
+from lib_dpo.errors import SettingError
 from lib_dpo.figures import Tally, Verdict, changed_text_encoders, measure, right_base
 from lib_dpo.keymap import component_of, unet_to_diffusers
 from lib_dpo.lora import modelspec_metadata
@@ -35,6 +36,7 @@ class OffsetReport:
     kept: Tally  # what energy kept is told of, as for a LoRA: the UNet, and text encoders that changed, of which none is
     verdict: Verdict
     text_encoder_left_out: bool
+    left_out: tuple[LeftOut, ...]
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -48,6 +50,7 @@ class OffsetReport:
             "relative_change": self.tally.components["unet"].relative_change,
             "verdict": self.verdict.as_json(),
             "text_encoder_left_out": self.text_encoder_left_out,
+            "left_out": [row.as_json() for row in self.left_out],
         }
 
 
@@ -92,7 +95,7 @@ def write_offset(
             tally.add(key, row)
             steps.advance(numel[key], key)
         if not tally.components["unet"].offset:
-            raise NothingToDoError(f"{' and '.join(pair.file_names)} hold the same UNet: there is no offset to write")
+            raise nothing_changed(pair, "UNet", "there is no offset to write")
         verdict = right_base(pair, tally)
         kept = counted(tally, ("unet", *changed_text_encoders(tally)))
         writer.finish({**_metadata(pair, output, precision, tally, kept, verdict), **source()})
@@ -105,6 +108,7 @@ def write_offset(
         kept=kept,
         verdict=verdict,
         text_encoder_left_out=any(row.offset for name, row in tally.components.items() if name != "unet"),
+        left_out=left_out(pair),
     )
 
 

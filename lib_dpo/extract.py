@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from lib_dpo.checkpoint import tensor_bytes
+from lib_dpo.coverage import LeftOut, nothing_changed
+from lib_dpo.coverage import left_out as tensors_left_out
 from lib_dpo.decompose import Decomposer, Scratch, side_by_side
 from lib_dpo.devices import batch_size, resolve_device
 from lib_dpo.errors import NothingToDoError, OutputError, SettingError
@@ -45,6 +47,7 @@ class ExtractReport:
     methods: Mapping[str, int]
     fallbacks: Mapping[str, int]
     energy_wanted: float | None
+    left_out: tuple[LeftOut, ...]
     capped: int  # layers whose rank is below the one asked for, since larger factors outgrow the layer
 
     def as_json(self) -> dict[str, Any]:
@@ -66,6 +69,7 @@ class ExtractReport:
             "verdict": self.verdict.as_json(),
             "methods": dict(self.methods),
             "fallbacks": dict(self.fallbacks),
+            "left_out": [row.as_json() for row in self.left_out],
         }
 
 
@@ -158,7 +162,7 @@ class _Run:
                 row.residual = row.offset
                 self.tally.add(key, row)
             if not self.tally.total.offset:
-                raise NothingToDoError(f"{' and '.join(self.pair.file_names)} hold the same UNet: nothing to extract")
+                raise nothing_changed(self.pair, "UNet", "nothing to extract")
             if not self.written:
                 raise NothingToDoError(
                     f"{self.pair.file_names[1]} changes nothing that the profile {self.settings.profile} carries; choose "
@@ -179,6 +183,7 @@ class _Run:
             methods=self.decomposer.methods,
             fallbacks=self.decomposer.fallbacks,
             energy_wanted=self.settings.policy.energy,
+            left_out=tensors_left_out(self.pair),
             capped=self.capped,
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lib_dpo.arch import Architecture
+from lib_dpo.coverage import change_left_out, left_out
 from lib_dpo.keymap import block_labels, block_of, component_of
 from lib_dpo.lowrank import energy
 from lib_dpo.offset import Pair
@@ -237,6 +238,8 @@ def right_base(pair: Pair, tally: Tally) -> Verdict:
             f"Doubtful base: {base} has {' and '.join(map(str, inside))} baked in, says its metadata, so the difference is not "
             "what DPO changed. Choose the checkpoint it was made from.",
         )
+    if hidden := change_left_out(left_out(pair), {"base": base, "tuned": tuned}):
+        return Verdict("doubtful", f"Not the whole change: {hidden}, so the offset is less than what differs.")
     if unet.relative_change > _LARGER_THAN_DPO:
         return Verdict(
             "doubtful",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_dpo.checkpoint import Checkpoint, open_checkpoint
+from lib_dpo.coverage import LeftOut, contents, ema_text
 from lib_dpo.errors import MismatchError
 from lib_dpo.lora import is_lora, read_lora
 from lib_dpo.model import Model
@@ -39,6 +40,8 @@ class Inspection:
     dtypes: dict[str, int]
     components: tuple[str, ...]
     ranks: tuple[int, int] | None
+    contents: dict[str, int]  # tensors by component
+    left_out: tuple[LeftOut, ...]  # all others
     unmatched: tuple[str, ...]
     notes: tuple[str, ...]
     baked_in: tuple[Ingredient, ...]  # as its metadata says, the last one first
@@ -59,6 +62,8 @@ class Inspection:
             "dtypes": self.dtypes,
             "components": list(self.components),
             "ranks": {"min": self.ranks[0], "max": self.ranks[1]} if self.ranks else None,
+            "contents": self.contents,
+            "left_out": [row.as_json() for row in self.left_out],
             "unmatched": list(self.unmatched),
             "notes": list(self.notes),
             "baked_in": [asdict(ingredient) for ingredient in self.baked_in],
@@ -67,6 +72,11 @@ class Inspection:
             "autov2": self.sha256[:10].upper(),
             "data_sha256": self.data_sha256,
         }
+
+    @property
+    def beside(self) -> str:
+        """What lies beside the components and is no weight, for people; weights among it are in the notes."""
+        return ", ".join(row.text for row in self.left_out if not row.kind.weights)
 
     @property
     def title(self) -> str:
@@ -121,16 +131,19 @@ def _inspect_model(checkpoint: Checkpoint) -> Inspection:
     model = Model(checkpoint)
     components = model.components()
     kind = "offset" if is_offset_file(model) else "unet" if components == ("unet",) else "checkpoint"
-    mapped = {name for source in model.sources.values() for name in source.keys}
-    own = tuple(key for key in checkpoint.infos if key not in mapped and key.startswith("model.diffusion_model."))
+    found = contents(model)
+    odd = [row for row in found.beside if row.kind.weights]
+    ema = ema_text(model)
     return _describe(
         checkpoint,
         kind=kind,
         architecture=model.architecture.name,
         layout=model.recognised.layout,
         components=components,
-        unmatched=own,
-        notes=model.recognised.notes,
+        counts={name: len(keys) for name, keys in found.components.items()},
+        left_out=found.beside,
+        unmatched=tuple(key for row in odd for key in row.keys),
+        notes=(*model.recognised.notes, *([ema] if ema else []), *(f"it holds {row.text}" for row in odd)),
     )
 
 
@@ -142,6 +155,8 @@ def _describe(
     layout: str,
     components: tuple[str, ...] = (),
     ranks: tuple[int, int] | None = None,
+    counts: dict[str, int] | None = None,
+    left_out: tuple[LeftOut, ...] = (),
     unmatched: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
     data_sha256: str | None = None,
@@ -158,6 +173,8 @@ def _describe(
         dtypes=dict(Counter(info.dtype for info in infos)),
         components=components,
         ranks=ranks,
+        contents=counts or {},
+        left_out=left_out,
         unmatched=unmatched,
         notes=notes,
         baked_in=baked_in(checkpoint.metadata),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -48,7 +48,10 @@ class Model:
         self.checkpoint = checkpoint
         shapes = {key: info.shape for key, info in checkpoint.infos.items()}
         self.recognised: Recognised = recognise(shapes, name=checkpoint.path.name)
-        self.sources: Mapping[str, Source] = _sources(self.recognised, shapes)
+        found = _Found()
+        _find_sources(found, self.recognised, shapes)
+        self.sources: Mapping[str, Source] = found.sources
+        self.twice: frozenset[str] = frozenset(found.twice)  # keys of tensors that another key of the file stands for
         for source in self.sources.values():
             _check_parts(source, shapes, checkpoint.path.name)
 
@@ -147,15 +150,27 @@ def _check_parts(source: Source, shapes: Mapping[str, Shape], name: str) -> None
         raise BadTensorError(f"{name}: tensor {first} is {list(shapes[first])}, expected a matrix; get the file again")
 
 
-def _sources(recognised: Recognised, shapes: Mapping[str, Shape]) -> dict[str, Source]:
-    sources: dict[str, Source] = {}
+@dataclass
+class _Found:
+    """Where canonical tensors lie, as found key by key; of two keys for one tensor the later is read."""
+
+    sources: dict[str, Source] = field(default_factory=dict)
+    twice: set[str] = field(default_factory=set)
+
+    def add(self, canonical: str, source: Source) -> None:
+        before = self.sources.get(canonical)
+        if before:
+            self.twice.update(before.keys)
+        self.sources[canonical] = source
+
+
+def _find_sources(found: _Found, recognised: Recognised, shapes: Mapping[str, Shape]) -> None:
     for key in shapes:
         canonical = _unet_key(recognised, key) or _vae_key(key)
         if canonical is not None:
-            sources[canonical] = Source((key,))
+            found.add(canonical, Source((key,)))
     for encoder in recognised.architecture.text_encoders:
-        sources |= _text_encoder_sources(recognised.architecture, encoder, shapes)
-    return sources
+        _find_text_encoder(found, recognised.architecture, encoder, shapes)
 
 
 def _unet_key(recognised: Recognised, key: str) -> str | None:
@@ -174,8 +189,7 @@ def _vae_key(key: str) -> str | None:
     return vae_from_diffusers(key[len("vae.") :]) if key.startswith("vae.") else None
 
 
-def _text_encoder_sources(arch: Architecture, encoder: TextEncoder, shapes: Mapping[str, Shape]) -> Mapping[str, Source]:
-    sources: dict[str, Source] = {}
+def _find_text_encoder(found: _Found, arch: Architecture, encoder: TextEncoder, shapes: Mapping[str, Shape]) -> None:
     fused: dict[str, dict[str, str]] = {}  # canonical in_proj key -> q/k/v letter -> file key
     for key in shapes:
         inner = _after_prefix(key, (encoder.prefix, *_SAME_NAMING.get(arch.name, ())))
@@ -183,7 +197,7 @@ def _text_encoder_sources(arch: Architecture, encoder: TextEncoder, shapes: Mapp
             # a linear layer's weight is the transpose of open_clip's bare matrix
             linear = inner == "text_projection.weight"
             canonical = encoder.prefix + ("text_projection" if linear else inner)
-            sources[canonical] = Source((key,), transpose=linear)
+            found.add(canonical, Source((key,), transpose=linear))
             continue
         hf = _after_prefix(key, (encoder.folder + ".", *_HF_NAMING.get(arch.name, ())))
         if hf is None:
@@ -193,15 +207,18 @@ def _text_encoder_sources(arch: Architecture, encoder: TextEncoder, shapes: Mapp
         attention = _HF_QKV.fullmatch(hf) if encoder.naming == "open_clip" else None
         if attention:
             whole = f"{encoder.prefix}transformer.resblocks.{attention[1]}.attn.in_proj_{attention[3]}"
-            fused.setdefault(whole, {})[attention[2]] = key
+            parts = fused.setdefault(whole, {})
+            found.twice.update({parts.get(attention[2], key)} - {key})
+            parts[attention[2]] = key
         elif encoder.naming == "open_clip" and hf == "text_projection.weight":
-            sources[encoder.prefix + "text_projection"] = Source((key,), transpose=True)
+            found.add(encoder.prefix + "text_projection", Source((key,), transpose=True))
         else:
             known = text_encoder_from_hf(encoder, hf)
             if known is not None:
-                sources[known] = Source((key,))
-    sources |= {key: Source(tuple(parts[q] for q in QKV)) for key, parts in fused.items() if len(parts) == len(QKV)}
-    return sources
+                found.add(known, Source((key,)))
+    for whole, parts in fused.items():
+        if len(parts) == len(QKV):
+            found.add(whole, Source(tuple(parts[q] for q in QKV)))
 
 
 def _after_prefix(key: str, prefixes: Iterable[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -18,6 +19,7 @@ from lib_dpo.names import names_apart
 Kind = Literal["dense", "lora"]
 # A GroupNorm's weight lies near 1 in a model and near 0 in an offset; the smallest mean of SD's own norms is about 0.2.
 _NORM_WEIGHT_OF_A_MODEL = 0.05
+POSITIONS = r"(^|\.)position_ids$"  # 0, 1, 2, …: no weights, though some files hold them as floating-point numbers
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def open_pair(base: Model, tuned: Model) -> Pair:
         check_is_model(model, name)
     ours, shared = base.keys(), set(tuned.keys())
     keys = [key for key in ours if key in shared and block_of(base.architecture, key) not in (None, "VAE")]
+    keys = [key for key in keys if not re.search(POSITIONS, key)]
     for key in keys:
         if _squeezed(base.shape(key)) != _squeezed(tuned.shape(key)):
             raise MismatchError(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from lib_dpo.analyse import DiffReport
 from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.bake import BakeReport
 from lib_dpo.compat import CompatReport
+from lib_dpo.coverage import LeftOut, left_out_lines
 from lib_dpo.dense import OffsetReport
 from lib_dpo.errors import printable
 from lib_dpo.extract import ExtractReport
-from lib_dpo.figures import Row, Tally, Verdict
+from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders
 from lib_dpo.inspection import Inspection
 from lib_dpo.keymap import block_labels
 from lib_dpo.resize import ResizeReport
@@ -26,7 +27,7 @@ def diff_text(report: DiffReport) -> str:
             f"{name:<5} {row.numel / 1e6:8.1f} M parameters, changed by {_percent(row.relative_change)} of their size "
             f"(rms {row.rms:.1e}, noise floor {_percent(row.noise_floor)})"
         )
-    lines += [f"VAE   {report.vae}", "", "size of the change by block, in % of the weights"]
+    lines += [f"VAE   {report.vae}", *_left_out(report.left_out), "", "size of the change by block, in % of the weights"]
     rows = {name: row for name, row in _ordered(report.tally) if row.offset}
     most = max((row.relative_change for row in rows.values()), default=1.0)
     lines += [
@@ -50,6 +51,7 @@ def extract_text(report: ExtractReport) -> str:
         f"energy kept {_percent(total.energy_kept)} of the DPO change" + _missed(report.energy_wanted, total.energy_kept),
         *_kept_by_component(report.tally),
         f"noise floor {_percent(total.noise_floor)}: the share that rounding of the two files alone explains",
+        *_left_out(report.left_out),
     ]
     lines = _with_verdict(report.verdict, lines)
     if report.capped:
@@ -68,10 +70,13 @@ def offset_text(report: OffsetReport) -> str:
         f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.tensors} tensors)",
         f"energy kept {_percent(report.kept.total.energy_kept)} of the DPO change",
         *_kept_by_component(report.kept),
+        *_left_out(report.left_out),
     ]
     lines = _with_verdict(report.verdict, lines)
     if report.text_encoder_left_out:
-        lines.append("the text encoders differ too; an offset file holds the UNet only")
+        beyond = changed_text_encoders(report.tally)
+        much = "" if beyond else ", by no more than rounding"
+        lines.append(f"the text encoders differ too{much}; an offset file holds the UNet only")
     return "\n".join(lines)
 
 
@@ -90,6 +95,7 @@ def verify_text(report: VerifyReport) -> str:
     lines += [f"  {name:<6} {_percent(row.energy_kept):>8}  {_bar(row.energy_kept)}" for name, row in _ordered(report.tally)]
     if report.unmatched:
         lines.append(f"{len(report.unmatched)} keys of the file belong to no layer, first {report.unmatched[0]}")
+    lines += _left_out(report.left_out)
     return "\n".join(lines)
 
 
@@ -133,12 +139,14 @@ def inspect_text(found: Inspection) -> str:
         + ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items()),
     ]
     if found.components:
-        lines.append("holds " + ", ".join(found.components))
+        lines.append("holds " + ", ".join(_with_count(name, found.contents) for name in found.components))
+    if found.beside:
+        lines.append("beside them " + found.beside)
     if found.ranks:
         lines.append(_ranks(*found.ranks))
     lines += [f"an offset was baked in, says its metadata: {ingredient}" for ingredient in found.baked_in]
     lines += [f"note: {note}" for note in found.notes]
-    if found.unmatched:
+    if found.unmatched and not found.left_out:
         lines.append(f"{len(found.unmatched)} keys belong to no layer we know, first {found.unmatched[0]}")
     lines += [f"  {_short(key)}: {_short(text)}" for key, text in sorted(found.metadata.items())]
     lines.append(f"sha256 {found.sha256}")
@@ -158,12 +166,25 @@ def compat_text(report: CompatReport) -> str:
         f"  {name:<6} {_percent(row.relative_drift):>8}  {row.strength:+6.2f}  {_bar(row.relative_drift / most)}"
         for name, row in report.blocks.items()
     ]
+    lines += ["only UNets were compared", *_left_out([row for row in report.left_out if row.kind.weights])]
     return "\n".join(lines)
 
 
 def _with_verdict(verdict: Verdict, lines: list[str]) -> list[str]:
     """What was written, then the verdict on the pair; a doubtful one comes before all else."""
     return [*lines, verdict.text] if verdict.level == "fits" else [verdict.text, *lines]
+
+
+_HOLDERS = {"base": "the base", "tuned": "the tuned file", "target": "the target"}
+
+
+def _left_out(rows: Sequence[LeftOut]) -> list[str]:
+    """What of the two files is in no figure; names from files may hold anything."""
+    return [printable(line) for line in left_out_lines(rows, _HOLDERS)]
+
+
+def _with_count(name: str, contents: Mapping[str, int]) -> str:
+    return f"{name} ({contents[name]} tensors)" if name in contents else name
 
 
 def _kept_by_component(tally: Tally) -> list[str]:

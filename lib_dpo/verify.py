@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
+from lib_dpo.coverage import LeftOut, left_out, nothing_changed
+from lib_dpo.errors import BadTensorError, MismatchError
 from lib_dpo.figures import Tally, changed_text_encoders, measure
 from lib_dpo.keymap import component_of
 from lib_dpo.lowrank import energy, full_precision
@@ -23,6 +24,7 @@ class VerifyReport:
     components: tuple[str, ...]
     layers: int
     unmatched: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     claimed: float | None  # what the file's own metadata says
 
     def as_json(self) -> dict[str, Any]:
@@ -35,6 +37,7 @@ class VerifyReport:
             "noise_floor": self.tally.total.noise_floor,
             "tensors": self.layers,
             "unmatched": list(self.unmatched),
+            "left_out": [row.as_json() for row in self.left_out],
         }
 
 
@@ -72,12 +75,13 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
     touched = {component_of(pair.architecture, key) for key in offset.shapes}
     kept = counted(tally, {"unet", *changed_text_encoders(tally), *touched})
     if not kept.total.offset:
-        raise NothingToDoError(f"{' and '.join(pair.file_names)} hold the same weights: there is no change to keep")
+        raise nothing_changed(pair, "weights", "there is no change to keep")
     return VerifyReport(
         tally=kept,
         components=tuple(kept.components),
         layers=len(offset.shapes),
         unmatched=offset.unmatched + tuple(sorted(offset.shapes.keys() - numel.keys())),
+        left_out=left_out(pair),
         claimed=_claimed(offset.metadata),
     )
 

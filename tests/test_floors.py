@@ -19,7 +19,7 @@ FLOOR = {
     "shapes": 1, "writer": 1,
     "keymap": 2, "model": 2, "synthetic": 2,
     "offset": 3,
-    "analyse": 4, "bake": 4, "compat": 4, "decompose": 4, "dense": 4, "extract": 4, "figures": 4, "hosts": 4,
+    "analyse": 4, "bake": 4, "compat": 4, "coverage": 4, "decompose": 4, "dense": 4, "extract": 4, "figures": 4, "hosts": 4,
     "inspection": 4, "layers": 4, "lora": 4, "patch": 4, "pipeline": 4, "rank_plan": 4, "recipe": 4, "resize": 4, "verify": 4,
     "answers": 5, "effects": 5, "grid": 5, "jobs": 5, "lettering": 5, "library": 5, "pictures": 5, "plots": 5, "report": 5,
     "session": 6, "toy": 6,

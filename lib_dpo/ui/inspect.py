@@ -96,6 +96,8 @@ def _inspection_html(found: Inspection) -> str:
         ("Size", f"{markup.size(found.file_bytes)}, {found.tensors:,} tensors, {found.parameters / 1e6:,.1f} M values"),
         ("Numbers", ", ".join(f"{count:,} × {dtype}" for dtype, count in found.dtypes.items())),
     ]
+    if found.beside:
+        rows.insert(2, ("Beside them", found.beside))
     if found.ranks:
         low, high = found.ranks
         rows.append(("Ranks", low if low == high else f"{low} to {high}"))
@@ -103,7 +105,7 @@ def _inspection_html(found: Inspection) -> str:
         rows.append(("Baked in", ", ".join(map(str, found.baked_in)) + ", as its metadata says"))
     rows.append(("SHA-256", found.sha256))
     notes = [*found.notes]
-    if found.unmatched:
+    if found.unmatched and not found.left_out:
         notes.append(f"{len(found.unmatched):,} keys belong to no layer that is known here, first {found.unmatched[0]}")
     known = "plain" if found.kind != "unknown" else "doubt"
     answer = f"It is {found.title}, {family}." if found.kind != "unknown" else f"Not a model that is known here: {family}."
