@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lib_dpo.errors import MismatchError
+from lib_dpo.foreign import foreign_kind, mostly_lora
 
 Layout = Literal["ldm", "sgm", "diffusers"]
 Shape = tuple[int, ...]
@@ -121,6 +122,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (".comfy_quant", "a quantised checkpoint"),
     (".quant_state.", "a 4-bit quantised checkpoint"),
 )
+_MODEL = "a model"
 SUPPORTED = ", ".join(row.title for row in ARCHITECTURES.values())
 
 _UNET_PREFIXES: tuple[tuple[Layout, str], ...] = (
@@ -143,20 +145,23 @@ class Recognised:
     notes: tuple[str, ...] = ()
 
 
-def recognise(shapes: Mapping[str, Shape], *, name: str) -> Recognised:
+def recognise(shapes: Mapping[str, Shape], *, name: str, expected: str = _MODEL) -> Recognised:
     """Recognise a checkpoint, UNet file or dense offset file from its tensors' names and dimensions.
 
     Args:
         shapes: key -> shape, as in the file.
         name: the file, for messages.
+        expected: what it was to be, for messages.
 
     Raises:
-        MismatchError: another family of models, named where we know it, or nothing that holds a UNet.
+        MismatchError: another family of models, or something else than a model, named where we know it.
     """
+    if mostly_lora(shapes):  # of a family that we do not support too
+        raise _no_unet(shapes, name, expected)
     for mark, family in _REFUSED:
         if any(mark in key for key in shapes):
             raise MismatchError(f"{name}: this is {family}, which is not supported yet; expected one of {SUPPORTED}")
-    layout, prefix = _find_unet(shapes, name)
+    layout, prefix = _find_unet(shapes, name, expected)
     conv_in = shapes[prefix + ("input_blocks.0.0.weight" if layout == "ldm" else "conv_in.weight")]
     architecture = _architecture(shapes, layout, prefix, name)
     if layout == "ldm" and architecture.layout == "sgm":
@@ -164,16 +169,25 @@ def recognise(shapes: Mapping[str, Shape], *, name: str) -> Recognised:
     return Recognised(architecture, layout, prefix, conv_in[1], _notes(shapes, conv_in[1]))
 
 
-def _find_unet(shapes: Mapping[str, Shape], name: str) -> tuple[Layout, str]:
+def _find_unet(shapes: Mapping[str, Shape], name: str, expected: str) -> tuple[Layout, str]:
     for layout, prefix in _UNET_PREFIXES:
         mark = "input_blocks.0.0.weight" if layout == "ldm" else "conv_in.weight"
         second = "time_embed.0.weight" if layout == "ldm" else "time_embedding.linear_1.weight"
         shape = shapes.get(prefix + mark)
         if shape is not None and len(shape) == 4 and prefix + second in shapes:
             return layout, prefix
-    raise MismatchError(
-        f"{name}: no UNet found among its {len(shapes)} tensors; expected a Stable Diffusion checkpoint "
-        "(model.diffusion_model.*), a diffusers UNet (down_blocks.*) or a diffusers folder"
+    raise _no_unet(shapes, name, expected)
+
+
+def _no_unet(shapes: Mapping[str, Shape], name: str, expected: str) -> MismatchError:
+    found = foreign_kind(shapes)
+    if found:
+        advice = found.advice if expected == _MODEL else f"choose {expected}"
+        return MismatchError(f"{name}: is {found.title}, expected {expected}; {advice}")
+    first = ", ".join(list(shapes)[:3])
+    return MismatchError(
+        f"{name}: no UNet found among its {len(shapes)} tensors ({first}{', …' if len(shapes) > 3 else ''}); expected a Stable "
+        "Diffusion checkpoint (model.diffusion_model.*), a diffusers UNet (down_blocks.*) or a diffusers folder"
     )
 
 

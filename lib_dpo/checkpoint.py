@@ -22,6 +22,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from lib_dpo.errors import BadFileError, BadTensorError, UnsafeFileError
+from lib_dpo.foreign import pickled_kind
 from lib_dpo.hashes import file_sha256, in_background
 from lib_dpo.header import (
     TensorInfo,
@@ -254,6 +255,8 @@ class _PickledFile:
             for key, tensor in content.items()
             if isinstance(key, str) and isinstance(tensor, torch.Tensor)
         }
+        if found := pickled_kind(content):
+            raise BadFileError(f"{path}: is {found.title}, expected the tensors of a model; {found.advice}")
         if not self._tensors:
             raise BadFileError(f"{path}: holds no tensors, expected a state_dict; choose another file")
         self.path = path

@@ -12,6 +12,7 @@ from typing import Any
 from lib_dpo.checkpoint import Checkpoint, open_checkpoint
 from lib_dpo.coverage import LeftOut, contents, ema_text
 from lib_dpo.errors import MismatchError
+from lib_dpo.foreign import foreign_kind
 from lib_dpo.lora import is_lora, read_lora
 from lib_dpo.model import Model
 from lib_dpo.offset import is_offset_file
@@ -44,6 +45,7 @@ class Inspection:
     left_out: tuple[LeftOut, ...]  # all others
     unmatched: tuple[str, ...]
     notes: tuple[str, ...]
+    what: str  # what an unknown file is, where its keys tell
     baked_in: tuple[Ingredient, ...]  # as its metadata says, the last one first
     metadata: dict[str, str]
     sha256: str
@@ -81,7 +83,7 @@ class Inspection:
     @property
     def title(self) -> str:
         """The kind in words."""
-        return _TITLES[self.kind]
+        return self.what or _TITLES[self.kind]
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -96,7 +98,9 @@ def inspect(path: str | Path) -> Inspection:
         try:
             return _inspect_model(checkpoint)
         except MismatchError as error:
-            return _describe(checkpoint, kind="unknown", architecture=None, layout="unknown", notes=(str(error),))
+            found = foreign_kind({key: info.shape for key, info in checkpoint.infos.items()})
+            kind, what = (found.name, found.title) if found else ("unknown", "")
+            return _describe(checkpoint, kind=kind, architecture=None, layout="unknown", notes=(str(error),), what=what)
 
 
 def _inspect_lora(checkpoint: Checkpoint) -> Inspection:
@@ -160,6 +164,7 @@ def _describe(
     unmatched: tuple[str, ...] = (),
     notes: tuple[str, ...] = (),
     data_sha256: str | None = None,
+    what: str = "",
 ) -> Inspection:
     infos = checkpoint.infos.values()
     return Inspection(
@@ -177,6 +182,7 @@ def _describe(
         left_out=left_out,
         unmatched=unmatched,
         notes=notes,
+        what=what,
         baked_in=baked_in(checkpoint.metadata),
         metadata=dict(checkpoint.metadata),
         sha256=checkpoint.sha256(),

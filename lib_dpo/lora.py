@@ -280,7 +280,7 @@ def open_offset(path: str | Path, expected: Architecture | None = None) -> tuple
     """
     checkpoint, lora = open_lora(path, expected)
     try:
-        return checkpoint, lora_offset(lora) if lora else dense_offset(Model(checkpoint))
+        return checkpoint, lora_offset(lora) if lora else dense_offset(Model(checkpoint, expected="a LoRA or an offset file"))
     except BaseException:
         checkpoint.close()
         raise

@@ -44,10 +44,10 @@ class Source:
 class Model:
     """A checkpoint with its architecture, read by canonical keys. Close it, or use it in a `with` statement."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, expected: str = "a model") -> None:
         self.checkpoint = checkpoint
         shapes = {key: info.shape for key, info in checkpoint.infos.items()}
-        self.recognised: Recognised = recognise(shapes, name=checkpoint.path.name)
+        self.recognised: Recognised = recognise(shapes, name=checkpoint.path.name, expected=expected)
         found = _Found()
         _find_sources(found, self.recognised, shapes)
         self.sources: Mapping[str, Source] = found.sources

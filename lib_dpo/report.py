@@ -133,8 +133,9 @@ def resize_text(report: ResizeReport) -> str:
 def inspect_text(found: Inspection) -> str:
     """What a file is, a line per fact."""
     name = ARCHITECTURES[found.architecture].title if found.architecture else "unknown architecture"
+    family = "" if found.what else f", {name}, {found.layout} layout"
     lines = [
-        f"{found.path.name}: {found.title}, {name}, {found.layout} layout",
+        f"{found.path.name}: {found.title}{family}",
         f"{found.tensors} tensors, {found.parameters / 1e6:.1f} M values, {found.file_bytes / 1e6:.1f} MB, "
         + ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items()),
     ]

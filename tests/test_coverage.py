@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -147,7 +146,7 @@ def test_the_parts_of_any_file_are_all_of_its_keys(name: str, ours: dict[str, st
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A base, its tuned UNet, and the same as an LCM: with a guidance embedding."""
     folder = tmp_path_factory.mktemp("files")
     base, tuned = tiny.base(), tiny.in_diffusers("sd1", tiny.only_unet(tiny.tuned()))
@@ -159,7 +158,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]
     )
     both["lora"] = folder / "lora.safetensors"
     assert tiny.run("extract", "--base", both["base"], "--tuned", both["tuned"], "-o", both["lora"], "--rank", 2) == 0
-    yield both
+    return both
 
 
 def answers(

@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "lib_dpo"
 FLOOR = {
     "devices": 0, "errors": 0, "precision": 0, "progress": 0, "settings": 0,
-    "arch": 1, "checkpoint": 1, "hashes": 1, "header": 1, "hub": 1, "lowrank": 1, "names": 1, "ranks": 1,
+    "arch": 1, "foreign": 0, "checkpoint": 1, "hashes": 1, "header": 1, "hub": 1, "lowrank": 1, "names": 1, "ranks": 1,
     "shapes": 1, "writer": 1,
     "keymap": 2, "model": 2, "synthetic": 2,
     "offset": 3,

@@ -108,7 +108,13 @@ def _inspection_html(found: Inspection) -> str:
     if found.unmatched and not found.left_out:
         notes.append(f"{len(found.unmatched):,} keys belong to no layer that is known here, first {found.unmatched[0]}")
     known = "plain" if found.kind != "unknown" else "doubt"
-    answer = f"It is {found.title}, {family}." if found.kind != "unknown" else f"Not a model that is known here: {family}."
+    answer = (
+        f"It is {found.title}."
+        if found.what
+        else f"It is {found.title}, {family}."
+        if found.kind != "unknown"
+        else f"Not a model that is known here: {family}."
+    )
     html = markup.card(found.path.name, answer, mood=known, body=markup.facts(rows))  # type: ignore[arg-type]
     html += "".join(markup.card("Note", words) for words in notes)
     if found.metadata:
