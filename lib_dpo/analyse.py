@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from lib_dpo.keymap import block_labels, block_of
 from lib_dpo.layers import plan_layers
 from lib_dpo.lowrank import full_precision
 from lib_dpo.offset import Pair
+from lib_dpo.prediction import Prediction, predictions
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.ranks import Spectrum, break_even_rank, size_curve
 
@@ -81,6 +83,7 @@ class DiffReport:
     largest: list[tuple[str, float]]  # canonical keys of the largest relative changes
     vae: str
     left_out: tuple[LeftOut, ...]
+    predictions: Mapping[str, Prediction]
     spectra: Spectra | None
 
     def heat_map(self) -> dict[str, dict[str, float]]:
@@ -109,6 +112,7 @@ class DiffReport:
             "largest_relative_changes": [{"key": key, "relative_change": value} for key, value in self.largest],
             "vae": self.vae,
             "left_out": [row.as_json() for row in self.left_out],
+            "prediction": {name: found.as_json() for name, found in self.predictions.items()},
             "spectra": self.spectra.as_json() if self.spectra else None,
         }
 
@@ -150,6 +154,7 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
         largest=relative[:10],
         vae=_compare_vae(pair),
         left_out=left_out(pair),
+        predictions=predictions(pair),
         spectra=figures,
     )
 

@@ -6,7 +6,7 @@ with the structure of SD 1.5 is an SD 1.5.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,7 +166,7 @@ def recognise(shapes: Mapping[str, Shape], *, name: str, expected: str = _MODEL)
     architecture = _architecture(shapes, layout, prefix, name)
     if layout == "ldm" and architecture.layout == "sgm":
         layout = "sgm"
-    return Recognised(architecture, layout, prefix, conv_in[1], _notes(shapes, conv_in[1]))
+    return Recognised(architecture, layout, prefix, conv_in[1], _notes(conv_in[1]))
 
 
 def _find_unet(shapes: Mapping[str, Shape], name: str, expected: str) -> tuple[Layout, str]:
@@ -206,11 +206,8 @@ def _architecture(shapes: Mapping[str, Shape], layout: Layout, prefix: str, name
     return ARCHITECTURES["sd1" if len(proj_in) == 4 else "sd2"]
 
 
-def _notes(keys: Collection[str], in_channels: int) -> tuple[str, ...]:
-    notes = []
-    if in_channels != 4:
-        what = {9: "an inpainting model", 8: "an instruct-pix2pix model"}.get(in_channels, "an unusual model")
-        notes.append(f"{what}: its first convolution has {in_channels} input channels")
-    if any(key.endswith(("v_pred", "ztsnr")) for key in keys):
-        notes.append("marked as a v-prediction model")
-    return tuple(notes)
+def _notes(in_channels: int) -> tuple[str, ...]:
+    if in_channels == 4:
+        return ()
+    what = {9: "an inpainting model", 8: "an instruct-pix2pix model"}.get(in_channels, "an unusual model")
+    return (f"{what}: its first convolution has {in_channels} input channels",)

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lib_dpo.coverage import LeftOut, left_out_of_unets, nothing_changed
 from lib_dpo.errors import MismatchError
-from lib_dpo.figures import order_doubt, rounding_energy
+from lib_dpo.figures import baked_doubt, order_doubt, rounding_energy
 from lib_dpo.keymap import block_labels, block_of, component_of
 from lib_dpo.lowrank import energy, full_precision
 from lib_dpo.model import Model
 from lib_dpo.offset import Pair, check_finite, check_is_model
+from lib_dpo.prediction import Prediction, prediction_doubt, prediction_of, predictions, target_doubt
 from lib_dpo.progress import Progress, Steps
 
 # Heuristics on drift, ||target - base|| / ||base|| of the UNet. Finetunes and merges of SD 1.5 and SDXL lie near 5 to
@@ -24,6 +25,12 @@ from lib_dpo.progress import Progress, Steps
 _NEAR, _FAR = 0.02, 0.35
 _COULD_BE = 0.5  # a model in which so much of DPO may be, within three errors, is not called one without it
 _CONTAINED, _ERRORS = 0.15, 3.0  # DPO counts as contained from this strength on, if it is beyond three errors
+
+
+_SAME_FILE = (
+    "{} was given as the base too, so it was compared with itself: if DPO started from it, the offset fits exactly, at "
+    "strength 1. If it is a finetune or merge, give as the base the checkpoint that DPO started from."
+)
 
 
 @dataclass
@@ -62,7 +69,7 @@ class _Sums:
         return {"drift": self.relative_drift, "cosine": self.cosine, "strength_inside": self.strength}
 
 
-Level = Literal["fits", "weaker", "contained", "base"]
+Level = Literal["fits", "weaker", "contained", "base", "other"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class CompatReport:
     suggested_strength: float
     blocks: Mapping[str, _Sums] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
+    predictions: Mapping[str, Prediction] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -92,6 +100,7 @@ class CompatReport:
             "suggested_strength": self.suggested_strength,
             "blocks": {name: row.as_json() for name, row in self.blocks.items()},
             "left_out": [row.as_json() for row in self.left_out],
+            "prediction": {name: found.as_json() for name, found in self.predictions.items()},
         }
 
 
@@ -172,8 +181,10 @@ def _judge(
     contained = strength > _CONTAINED and strength > _ERRORS * error
     rest = round(max(0.0, 1.0 - strength) / 0.05) * 0.05 if contained else 1.0
     level: Level
-    if total.relative_drift == 0:
-        level, text = "base", f"{target.name} is the base itself: the offset fits exactly. Start at strength 1."
+    if target.path.resolve() == pair.base.path.resolve():
+        level, text = "base", _SAME_FILE.format(target.name)
+    elif total.relative_drift == 0:
+        level, text = "base", f"{target.name} holds the same UNet as the base: the offset fits exactly. Start at strength 1."
     elif contained:
         level = "contained"
         advice = f"add {rest:.2f} more for the full change" if rest else "adding more would overdo it"
@@ -199,8 +210,10 @@ def _judge(
         )
     else:
         level, text = "fits", f"{target.name} is close to the base ({drift}): the offset fits. Start at strength 1."
-    if swapped := order_doubt(pair):
-        text = f"{swapped} As they are: {text}"
+    if other_kind := target_doubt(target, pair):
+        level, text = "other", f"{other_kind} By the weights: {text}"
+    if doubt := _pair_doubt(pair):
+        text = f"{doubt} As they are: {text}"
     return CompatReport(
         architecture=pair.architecture.name,
         level=level,
@@ -209,10 +222,16 @@ def _judge(
         cosine=total.cosine,
         strength_inside=strength,
         strength_error=error,
-        suggested_strength=0.5 if level == "weaker" else rest,
+        suggested_strength=0.5 if level == "weaker" or (level == "other" and not contained) else rest,
         blocks=blocks,
         left_out=rows,
+        predictions=predictions(pair) | {"target": prediction_of(target)},
     )
+
+
+def _pair_doubt(pair: Pair) -> str:
+    """A sentence where the two files are no pair of a base and its reference, else nothing."""
+    return prediction_doubt(pair)[0] or baked_doubt(pair) or order_doubt(pair)
 
 
 def _jackknife(tensors: list[_Sums], total: _Sums) -> float:

@@ -16,6 +16,7 @@ from lib_dpo.coverage import change_left_out, left_out
 from lib_dpo.keymap import block_labels, block_of, component_of
 from lib_dpo.lowrank import energy
 from lib_dpo.offset import Pair
+from lib_dpo.prediction import prediction_doubt
 from lib_dpo.recipe import baked_in
 
 # dtype -> (mantissa bits, exponent of the smallest step). IEEE 754, bfloat16, and OCP FP8 (arXiv 2209.05433).
@@ -218,6 +219,11 @@ def right_base(pair: Pair, tally: Tally) -> Verdict:
             f"Wrong base: the UNets differ by {percent} of their size, so {tuned} was not tuned from {base}. "
             "Look for the checkpoint it was tuned from.",
         )
+    other_kind, sure = prediction_doubt(pair)
+    if other_kind:
+        return Verdict("wrong" if sure else "doubtful", f"{'Wrong' if sure else 'Doubtful'} base: {other_kind}")
+    if baked := baked_doubt(pair):
+        return Verdict("doubtful", baked)
     if unet.noise_floor > _NOTHING_BUT_NOISE:
         return Verdict(
             "doubtful",
@@ -248,6 +254,18 @@ def right_base(pair: Pair, tally: Tally) -> Verdict:
         )
     rest = "and the text encoders agree" if len(tally.components) > 1 else "and only UNets were compared"
     return Verdict("fits", f"Right base: the UNets differ by {percent} of their size, little enough for DPO, {rest}.")
+
+
+def baked_doubt(pair: Pair) -> str:
+    """A sentence where the tuned file is a bake of our own and so no reference, else nothing."""
+    inside = baked_in(pair.tuned.checkpoint.metadata)
+    if not inside:
+        return ""
+    what = " and ".join(map(str, inside))
+    return (
+        f"No new reference: {pair.names[1]} has {what} baked in by this tool, says its metadata. The difference is that "
+        "offset, rounded, and whatever else was changed. Choose the reference that the offset was made from."
+    )
 
 
 def changed_text_encoders(tally: Tally) -> list[str]:

@@ -16,6 +16,7 @@ from lib_dpo.foreign import foreign_kind
 from lib_dpo.lora import is_lora, read_lora
 from lib_dpo.model import Model
 from lib_dpo.offset import is_offset_file
+from lib_dpo.prediction import prediction_of
 from lib_dpo.recipe import Ingredient, baked_in
 
 _TITLES = {
@@ -147,8 +148,19 @@ def _inspect_model(checkpoint: Checkpoint) -> Inspection:
         counts={name: len(keys) for name, keys in found.components.items()},
         left_out=found.beside,
         unmatched=tuple(key for row in odd for key in row.keys),
-        notes=(*model.recognised.notes, *([ema] if ema else []), *(f"it holds {row.text}" for row in odd)),
+        notes=(
+            *model.recognised.notes,
+            *_predicts(model, kind),
+            *([ema] if ema else []),
+            *(f"it holds {row.text}" for row in odd),
+        ),
     )
+
+
+def _predicts(model: Model, kind: str) -> tuple[str, ...]:
+    """What the model predicts, where something says it or nothing tells it."""
+    found = prediction_of(model)
+    return () if kind == "offset" or (not found.kind and found.assumed) else (f"it predicts {found.text}",)
 
 
 def _describe(

@@ -1,7 +1,9 @@
 """Which files a WebUI's user can choose: by name, from the host's own lists and the reference folder, never by path.
 
 A *checkpoint* is in the host's list. A *reference* is a tuned model: whole, UNet alone or a diffusers folder, from the
-reference folder, the checkpoints, or what lies among the LoRAs without being one. An *offset* is a LoRA or a dense offset file.
+reference folder, the checkpoints, or what lies among the LoRAs without being one. What this tool baked is no reference, for
+it holds an offset that there is already, rounded: it is not offered, and is found by its name all the same. An *offset* is
+a LoRA or a dense offset file.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from lib_dpo.lora import is_lora
 from lib_dpo.model import Model
 from lib_dpo.names import output_path
 from lib_dpo.offset import is_offset_file
+from lib_dpo.recipe import is_bake
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +39,27 @@ _DEPTH = 3  # folders below the reference folder that are looked into
 
 
 class Library:
-    """The lists of one host. Nothing is read for the checkpoints and LoRAs; files of the reference folder are opened once."""
+    """The lists of one host.
+
+    Of checkpoints the header is read once, for what was baked into them, and of LoRAs nothing; files of the reference folder
+    are opened once.
+    """
 
     def __init__(self, host: Host) -> None:
         self._host = host
         self._kinds: dict[tuple[str, int, int], FileKind] = {}
+        self._bakes: dict[tuple[str, int, int], bool] = {}
 
     def checkpoints(self) -> list[FileEntry]:
         """The host's own list."""
         return _distinct(self._host.checkpoints())
 
     def references(self) -> list[FileEntry]:
-        """Tuned models to diff against: the reference folder first, then checkpoints, then large files among the LoRAs."""
+        """Tuned models to diff against, without our own bakes."""
+        return [entry for entry in self._tuned() if not self._is_bake(entry.path)]
+
+    def _tuned(self) -> list[FileEntry]:
+        """Tuned models: the reference folder first, then checkpoints, then large files among the LoRAs."""
         own = [entry for entry in self._in_reference_dir() if self.kind(entry.path) == "model"]
         among_loras = [
             FileEntry(entry.path.name, entry.path)
@@ -67,7 +79,7 @@ class Library:
 
     def reference(self, name: str) -> Path:
         """The file or folder of a reference's name. Raises NotFoundError."""
-        return self._find(name, "DPO reference", self.references)
+        return self._find(name, "DPO reference", self._tuned)
 
     def offset(self, name: str) -> Path:
         """The file of an offset's name. Raises NotFoundError."""
@@ -79,7 +91,7 @@ class Library:
 
     def any(self, name: str) -> Path:
         """The file of a name from any of the lists. Raises NotFoundError."""
-        return self._find(name, "file", lambda: [*self.checkpoints(), *self.references(), *self.offsets()])
+        return self._find(name, "file", lambda: [*self.checkpoints(), *self._tuned(), *self.offsets()])
 
     def same_pair(self, name: str, kind: FileKind) -> FileEntry | None:
         """An offset of that kind made from the same base and reference as the named one: itself, where it is of that kind.
@@ -108,14 +120,21 @@ class Library:
 
     def kind(self, path: Path) -> FileKind:
         """What a file is, from its header; remembered until it changes."""
-        try:
-            stat = path.stat()
-        except OSError:
+        key = _state(path)
+        if key is None:
             return "other"
-        key = (str(path), stat.st_mtime_ns, stat.st_size)
         if key not in self._kinds:
             self._kinds[key] = _kind(path)
         return self._kinds[key]
+
+    def _is_bake(self, path: Path) -> bool:
+        """Whether we baked an offset into a file, says its header; remembered until it changes."""
+        key = _state(path)
+        if key is None:
+            return False
+        if key not in self._bakes:
+            self._bakes[key] = _says_bake(path)
+        return self._bakes[key]
 
     def names_only(self, text: str) -> str:
         """A message without the server's folders: people know files by the names of the lists."""
@@ -200,6 +219,22 @@ def _kind(path: Path) -> FileKind:
             return "offset" if is_offset_file(Model(checkpoint)) else "model"
     except DpoError:
         return "other"
+
+
+def _state(path: Path) -> tuple[str, int, int] | None:
+    """What tells whether a file has changed; None where it is gone."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return str(path), stat.st_mtime_ns, stat.st_size
+
+
+def _says_bake(path: Path) -> bool:
+    try:
+        return is_bake(path)
+    except DpoError:  # damaged: said when it is used
+        return False
 
 
 def _pair_hashes(path: Path) -> tuple[str, str] | None:

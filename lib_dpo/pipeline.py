@@ -20,11 +20,11 @@ from lib_dpo.arch import Architecture, TextEncoder
 from lib_dpo.errors import MismatchError, MissingExtraError
 from lib_dpo.keymap import QKV, VAE, fused_layer, text_encoder_to_hf, unet_to_diffusers, vae_to_diffusers
 from lib_dpo.model import Model
+from lib_dpo.prediction import prediction_of
 
 _HEAD_WIDTH = 64  # of CLIP, and of the UNets from SD 2 on; SD 1 has 8 heads whatever its widths
 _SD1_HEADS = 8
 _SD2_PENULTIMATE = 23  # layers of OpenCLIP ViT-H that SD 2 uses of 24
-_PREDICTS_V = ("v_pred", "model.v_pred")
 _NORM_GROUPS = 32
 _LATENTS = range(8, 257)  # sides of latent images that a model may be made for
 
@@ -59,7 +59,7 @@ def open_pipeline(model: Model, tokenizer: Path, *, dtype: torch.dtype = torch.f
     words = transformers.CLIPTokenizer.from_pretrained(str(tokenizer))
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1,
-        prediction_type="v_prediction" if _predicts_v(model, config) else "epsilon",
+        prediction_type="v_prediction" if prediction_of(model).kind == "v" else "epsilon",
     )  # fmt: skip
     parts = {"unet": unet, "vae": vae, "scheduler": scheduler, "text_encoder": encoders[0], "tokenizer": words}
     if arch.name == "sdxl":
@@ -130,17 +130,11 @@ def made_for(model: Model) -> int:
     except Exception:  # noqa: BLE001  # a damaged .yaml: whoever loads the model says so
         config = {}
     if model.architecture.name == "sd2" and config:
-        return model.architecture.side if _predicts_v(model, config) else 512
+        return model.architecture.side if prediction_of(model).kind == "v" else 512
     latent = config.get("image_size")
     if model.architecture.name == "sd1" and type(latent) is int and latent in _LATENTS:
         return 8 * latent
     return model.architecture.side
-
-
-def _predicts_v(model: Model, config: Mapping[str, Any]) -> bool:
-    if config.get("parameterization") == "v":
-        return True
-    return any(key in model.checkpoint.infos for key in _PREDICTS_V)
 
 
 def _unet_config(model: Model, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lib_dpo import __version__
 from lib_dpo.errors import printable
+from lib_dpo.header import MAX_HEADER_BYTES, read_header
 from lib_dpo.lora import STALE_METADATA
 
 _RECIPE, _MODELS = "sd_merge_recipe", "sd_merge_models"  # where the WebUI's own merger writes them (modules/extras.py there)
@@ -70,6 +72,20 @@ def baked_in(metadata: Mapping[str, str]) -> tuple[Ingredient, ...]:
         entry = history.pop(str(recipe.get("primary_model_hash")), None)  # each once: a recipe may name itself
         recipe = _object(entry.get(_RECIPE)) if isinstance(entry, dict) else {}
     return tuple(found)
+
+
+def is_bake(path: Path) -> bool:
+    """Whether a .safetensors file says that this tool baked an offset into it; of most files little is read."""
+    if path.suffix.lower() != ".safetensors" or not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > MAX_HEADER_BYTES or _TYPE.encode() not in file.read(length):
+                return False
+    except OSError:
+        return False
+    return bool(baked_in(read_header(path).metadata))
 
 
 def _text(value: object) -> str:

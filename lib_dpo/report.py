@@ -15,6 +15,7 @@ from lib_dpo.extract import ExtractReport
 from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders
 from lib_dpo.inspection import Inspection
 from lib_dpo.keymap import block_labels
+from lib_dpo.prediction import Prediction
 from lib_dpo.resize import ResizeReport
 from lib_dpo.verify import VerifyReport
 
@@ -27,7 +28,13 @@ def diff_text(report: DiffReport) -> str:
             f"{name:<5} {row.numel / 1e6:8.1f} M parameters, changed by {_percent(row.relative_change)} of their size "
             f"(rms {row.rms:.1e}, noise floor {_percent(row.noise_floor)})"
         )
-    lines += [f"VAE   {report.vae}", *_left_out(report.left_out), "", "size of the change by block, in % of the weights"]
+    lines += [
+        f"VAE   {report.vae}",
+        *_predictions(report.predictions),
+        *_left_out(report.left_out),
+        "",
+        "size of the change by block, in % of the weights",
+    ]
     rows = {name: row for name, row in _ordered(report.tally) if row.offset}
     most = max((row.relative_change for row in rows.values()), default=1.0)
     lines += [
@@ -167,13 +174,24 @@ def compat_text(report: CompatReport) -> str:
         f"  {name:<6} {_percent(row.relative_drift):>8}  {row.strength:+6.2f}  {_bar(row.relative_drift / most)}"
         for name, row in report.blocks.items()
     ]
-    lines += ["only UNets were compared", *_left_out([row for row in report.left_out if row.kind.weights])]
+    lines += [
+        "only UNets were compared",
+        *_predictions(report.predictions),
+        *_left_out([row for row in report.left_out if row.kind.weights]),
+    ]
     return "\n".join(lines)
 
 
 def _with_verdict(verdict: Verdict, lines: list[str]) -> list[str]:
     """What was written, then the verdict on the pair; a doubtful one comes before all else."""
     return [*lines, verdict.text] if verdict.level == "fits" else [verdict.text, *lines]
+
+
+def _predictions(found: Mapping[str, Prediction]) -> list[str]:
+    """What each file's model predicts, where any of them has a mark."""
+    if not any(prediction.kind for prediction in found.values()):
+        return []
+    return [printable(f"{_HOLDERS[name]} predicts {prediction.text}") for name, prediction in found.items()]
 
 
 _HOLDERS = {"base": "the base", "tuned": "the tuned file", "target": "the target"}

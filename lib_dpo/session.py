@@ -146,6 +146,7 @@ class Session:
 
         self.host.live.ready()
         with self._pair(base, reference) as pair, self._open_checkpoint(target) as model:
+            self._check_base(target, base)
             return compat(model, pair, on_progress=job.progress)
 
     # ---- writing files ----
@@ -300,6 +301,17 @@ class Session:
         """The file of a checkpoint; without a name that of the loaded one: live weights may carry a prompt's LoRAs."""
         with open_model(self.library.any(name) if name else self.loaded().path) as model:
             yield model
+
+    def _check_base(self, target: str, base: str) -> None:
+        """Refuse to hold the loaded checkpoint against itself because no base was chosen. Raises SettingError."""
+        if base:
+            return
+        loaded = self.loaded()
+        if not target or self.library.any(target).resolve() == loaded.path.resolve():
+            raise SettingError(
+                f"{loaded.path.stem} is the model and, as long as none is chosen, the base of the pair too; choose as the base "
+                "the checkpoint that DPO started from, such as SD 1.5 or SDXL 1.0"
+            )
 
     def _checked(self, output: Path, pair: Pair, overwrite: bool) -> Any:
         """Refuse the output early, let go of it where it is open, and start hashing beside the work."""

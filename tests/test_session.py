@@ -344,3 +344,21 @@ def test_memory_that_runs_out_is_a_sentence(session: Session):
 
     with pytest.raises(NoMemoryError, match=r"^bake: the GPU is out of memory; close other programs"):
         session.jobs.run("bake", fail)
+
+
+def test_a_saved_bake_is_not_offered_as_a_reference(session: Session):
+    webui_files.extract(session)
+    session.jobs.run("save", lambda job: session.save(job, name="mine", offset="dpo", strength=0.5))
+    names = [entry.name for entry in session.library.references()]
+    assert "mine.safetensors" in [entry.name for entry in session.library.checkpoints()]
+    assert names == ["dpo-sd1", "base.safetensors", "other.safetensors"]
+    report = session.jobs.run("analyse", lambda job: session.analyse(job, base="", reference="mine.safetensors"))
+    assert report.diff.verdict.text.startswith("No new reference: mine has dpo × 0.5 baked in by this tool")
+
+
+def test_the_loaded_model_is_not_held_against_itself(session: Session):
+    for target in ("", "base.safetensors"):
+        with pytest.raises(SettingError, match="choose as the base the checkpoint that DPO started from"):
+            session.jobs.run("fit", lambda job, t=target: session.compat(job, target=t, base="", reference="dpo-sd1"))
+    chosen = session.jobs.run("fit", lambda job: session.compat(job, target="", base="base.safetensors", reference="dpo-sd1"))
+    assert chosen.level == "base"

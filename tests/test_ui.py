@@ -542,9 +542,13 @@ def test_what_a_file_is(with_lora: Session):
 
 
 def test_a_model_that_is_its_own_base_is_asked_about(session: Session):
-    html = run(session, inspect.does_it_fit, parts.LOADED, parts.LOADED, "dpo-sd1")[0]
+    for target in (parts.LOADED, "base.safetensors"):
+        html = run(session, inspect.does_it_fit, target, parts.LOADED, "dpo-sd1")[0]
+        assert "dpo-alert" in html
+        assert "choose as the base the checkpoint that DPO started from" in html
+    html = run(session, inspect.does_it_fit, "base.safetensors", "base.safetensors", "dpo-sd1")[0]
     assert "dpo-doubt" in html
-    assert "choose as the base the checkpoint that DPO started from" in html
+    assert "so it was compared with itself" in html
 
 
 def test_does_it_fit(session: Session):

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 BY_RANK, BY_SIZE, BY_ENERGY = "Rank", "File size", "Share of the change"
 _MOODS: dict[str, Mood] = {
-    "fits": "good", "base": "good", "doubtful": "doubt", "weaker": "doubt", "contained": "doubt", "wrong": "bad",
+    "fits": "good", "base": "good", "doubtful": "doubt", "weaker": "doubt", "contained": "doubt", "other": "doubt",
+    "wrong": "bad",
 }  # fmt: skip
 _HINT = "Choose a base and a DPO reference, then Analyse: it says whether they belong together before anything is written."
 

@@ -15,12 +15,8 @@ if TYPE_CHECKING:
     from lib_dpo.compat import CompatReport
     from lib_dpo.inspection import Inspection
 
-_MOODS: dict[str, Mood] = {"base": "doubt", "fits": "good", "weaker": "doubt", "contained": "doubt"}
+_MOODS: dict[str, Mood] = {"base": "doubt", "fits": "good", "weaker": "doubt", "contained": "doubt", "other": "doubt"}
 _HINT = "Choose a file to see what it is, or three to see whether the offset of a pair fits a model."
-_OWN_BASE = (
-    "Your model and the base of the pair are the same here. Where yours is a finetune or merge, choose as the base the "
-    "checkpoint that DPO started from, such as SD 1.5 or SDXL 1.0."
-)
 _COMPONENTS = {
     "unet": "UNet", "te": "text encoder", "te1": "text encoder 1", "te2": "text encoder 2", "vae": "VAE",
 }  # fmt: skip
@@ -64,7 +60,7 @@ def page(tab: Tab) -> None:
 def everything(session: Session) -> list[str]:
     """The names of all lists, each once."""
     library = session.library
-    names = [entry.name for entry in (*library.references(), *library.offsets())]
+    names = [entry.name for entry in (*library.references(), *library.checkpoints(), *library.offsets())]
     return list(dict.fromkeys(names))
 
 
@@ -131,8 +127,7 @@ def _fit_html(report: CompatReport) -> str:
         ("DPO in it already", f"at strength {inside}"),
         ("Direction shared with the offset", f"{report.cosine:+.3f} (cosine: 1 the same, 0 unrelated)"),
     ])  # fmt: skip
-    own_base = _OWN_BASE if report.level == "base" else ""
-    card = markup.card("Does it fit?", report.text, own_base, mood=_MOODS[report.level], body=body)
+    card = markup.card("Does it fit?", report.text, mood=_MOODS[report.level], body=body)
     rows = [
         (name, markup.percent(row.relative_drift), f"{row.strength:+.2f}", f"{row.cosine:+.3f}")
         for name, row in report.blocks.items()
