@@ -15,7 +15,7 @@ from lib_dpo.coverage import LeftOut, left_out, nothing_changed
 from lib_dpo.errors import SettingError
 from lib_dpo.figures import Tally, Verdict, changed_text_encoders, measure, right_base
 from lib_dpo.keymap import component_of, unet_to_diffusers
-from lib_dpo.lora import modelspec_metadata
+from lib_dpo.lora_metadata import modelspec_metadata
 from lib_dpo.lowrank import energy, full_precision
 from lib_dpo.offset import Pair, licence
 from lib_dpo.precision import PRECISION

@@ -21,7 +21,7 @@ from lib_dpo.errors import NothingToDoError, OutputError, SettingError
 from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders, measure, right_base
 from lib_dpo.keymap import component_of
 from lib_dpo.layers import Layer, plan_layers
-from lib_dpo.lora import METADATA_BYTES, kohya_metadata
+from lib_dpo.lora_metadata import METADATA_BYTES, kohya_metadata
 from lib_dpo.lowrank import Factors, energy, full_precision
 from lib_dpo.offset import Pair, licence
 from lib_dpo.precision import PRECISION

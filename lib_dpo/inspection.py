@@ -5,19 +5,25 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.checkpoint import Checkpoint, open_checkpoint
 from lib_dpo.coverage import LeftOut, contents, ema_text
 from lib_dpo.errors import MismatchError
 from lib_dpo.foreign import foreign_kind
-from lib_dpo.lora import is_lora, read_lora
+from lib_dpo.lora_file import LoraFile, read_lora
+from lib_dpo.lora_keys import is_lora
+from lib_dpo.lora_scale import ADAPTER_CONFIG, ADAPTER_METADATA, Scale, unused_config
 from lib_dpo.model import Model
 from lib_dpo.offset import is_offset_file
 from lib_dpo.prediction import prediction_of
 from lib_dpo.recipe import Ingredient, baked_in
+from lib_dpo.resize_metadata import energy_claimed
+from lib_dpo.unplaced import unplaced_lines
 
 _TITLES = {
     "checkpoint": "a whole checkpoint",
@@ -51,6 +57,10 @@ class Inspection:
     metadata: dict[str, str]
     sha256: str
     data_sha256: str | None  # of a LoRA's data alone: what WebUIs write into infotexts
+    candidates: tuple[str, ...] = ()  # architectures that a LoRA fits alike; `architecture` is None then
+    scales: tuple[Scale, ...] = ()  # of a LoRA's pairs: each value and source once
+    twins: tuple[str, ...] = ()  # keys of a LoRA that say again what others say
+    energy_kept: float | None = None  # share of the change it was made from, as its metadata says
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -64,9 +74,13 @@ class Inspection:
             "file_bytes": self.file_bytes,
             "dtypes": self.dtypes,
             "components": list(self.components),
+            "architectures_possible": list(self.candidates),
             "ranks": {"min": self.ranks[0], "max": self.ranks[1]} if self.ranks else None,
             "contents": self.contents,
             "left_out": [row.as_json() for row in self.left_out],
+            "scales": [{"value": scale.value, "from": scale.source} for scale in self.scales],
+            "twins": list(self.twins),
+            "energy_kept_of_change": self.energy_kept,
             "unmatched": list(self.unmatched),
             "notes": list(self.notes),
             "baked_in": [asdict(ingredient) for ingredient in self.baked_in],
@@ -85,6 +99,21 @@ class Inspection:
     def title(self) -> str:
         """The kind in words."""
         return self.what or _TITLES[self.kind]
+
+    @property
+    def family(self) -> str:
+        """The architecture in words, or all that it may be; "" for an unknown one."""
+        names = [self.architecture] if self.architecture else self.candidates
+        return " or ".join(ARCHITECTURES[name].title for name in names)
+
+    @property
+    def scale_text(self) -> str:
+        """What pairs are multiplied by and whence; "" without pairs."""
+        return "; ".join(_scale_words(self.scales, source) for source in dict.fromkeys(scale.source for scale in self.scales))
+
+    def unplaced(self) -> list[str]:
+        """A sentence for each part of a model whose keys in a LoRA are not understood; a model's are told by `notes`."""
+        return [] if self.left_out else unplaced_lines(self.unmatched)
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -114,18 +143,45 @@ def _inspect_lora(checkpoint: Checkpoint) -> Inspection:
         return _describe(checkpoint, kind="lora", architecture=None, layout=_lora_layout(checkpoint), notes=(str(error),))
     infos = checkpoint.infos
     ranks = [infos[layer.parts["down"]].shape[0] for layer in lora.layers if "down" in layer.parts]
-    biases = sum("diff_b" in layer.parts for layer in lora.layers)
     return _describe(
         checkpoint,
         kind="lora",
-        architecture=lora.architecture.name,
+        architecture=None if lora.candidates else lora.architecture.name,
         layout=_lora_layout(checkpoint),
         components=tuple(sorted({"te" if "_te" in layer.module.name else "unet" for layer in lora.layers})),
         ranks=(min(ranks), max(ranks)) if ranks else None,
         unmatched=lora.unmatched,
-        notes=(f"{biases} layers carry biases (diff_b or b_norm): not every loader takes them",) if biases else (),
+        notes=tuple(_lora_notes(lora)),
         data_sha256=data.hexdigest(),
+        candidates=tuple(row.name for row in lora.candidates),
+        scales=tuple(sorted(set(lora.scales()), key=lambda scale: (scale.source, scale.value))),
+        twins=lora.twins,
     )
+
+
+def _lora_notes(lora: LoraFile) -> Iterator[str]:
+    if lora.candidates:
+        yield "its names and shapes fit all of these; where it is used decides"
+    biases = sum("diff_b" in layer.parts for layer in lora.layers)
+    if biases:
+        yield f"{biases} layers carry biases (diff_b or b_norm): not every loader takes them"
+    if lora.twins:
+        yield f"{len(lora.twins)} keys say again what others say, and count once, first {lora.twins[0]}"
+    if any(scale.source == "none" for scale in lora.scales()) and unused_config(lora.checkpoint, lora.settings):
+        yield f"{ADAPTER_CONFIG} beside it is not taken for its own: that goes with adapter_model.safetensors and PEFT's names"
+
+
+def _scale_words(scales: Iterable[Scale], source: str) -> str:
+    values = [scale.value for scale in scales if scale.source == source]
+    low, high = f"{min(values):.4g}", f"{max(values):.4g}"
+    words = low if low == high else f"{low} to {high}"
+    whence = {
+        "alpha": "alpha in the file",
+        "metadata": f"{ADAPTER_METADATA} in its metadata",
+        "adapter_config.json": f"{ADAPTER_CONFIG} beside it",
+        "none": "nothing says another",
+    }
+    return f"{words} ({whence[source]})"
 
 
 def _lora_layout(checkpoint: Checkpoint) -> str:
@@ -177,6 +233,9 @@ def _describe(
     notes: tuple[str, ...] = (),
     data_sha256: str | None = None,
     what: str = "",
+    candidates: tuple[str, ...] = (),
+    scales: tuple[Scale, ...] = (),
+    twins: tuple[str, ...] = (),
 ) -> Inspection:
     infos = checkpoint.infos.values()
     return Inspection(
@@ -199,4 +258,8 @@ def _describe(
         metadata=dict(checkpoint.metadata),
         sha256=checkpoint.sha256(),
         data_sha256=data_sha256,
+        candidates=candidates,
+        scales=scales,
+        twins=twins,
+        energy_kept=energy_claimed(checkpoint.metadata),
     )

@@ -307,6 +307,7 @@ class LoraModule:
     name: str  # lora_unet_..., without the suffix
     key: str  # canonical key of the weight
     part: int | None = None  # 0, 1, 2 for q, k, v of a fused in_proj; None for the whole weight
+    transposed: bool = False  # the weight is kept as (in, out): open_clip's text_projection
 
     @property
     def bias(self) -> str:
@@ -352,25 +353,3 @@ def _text_encoder_modules(encoder: TextEncoder, key: str) -> Iterable[LoraModule
     hf = text_encoder_to_hf(encoder, key)
     if hf is not None and _TE_LINEAR.fullmatch(hf):
         yield LoraModule(f"{encoder.kohya}_{hf[: -len('.weight')].replace('.', '_')}", key)
-
-
-def lora_aliases(arch: Architecture, module: LoraModule) -> tuple[str, ...]:
-    """Every spelling under which LoRA files name a module: kohya in both UNet styles, PEFT and diffusers dotted."""
-    dotted = module.key[: -len(".weight")]
-    names = [module.name]
-    if module.key.startswith(UNET):
-        sgm = dotted[len(UNET) :]
-        diffusers = unet_to_diffusers(arch, dotted) or sgm
-        names += ["lora_unet_" + sgm.replace(".", "_"), "lora_unet_" + diffusers.replace(".", "_")]
-        names += [prefix + diffusers for prefix in ("unet.", "base_model.model.unet.", "base_model.model.", "")]
-        names += ["diffusion_model." + sgm, "lycoris_" + diffusers.replace(".", "_")]
-        return tuple(dict.fromkeys(names))
-    for encoder in arch.text_encoders:
-        if module.key.startswith(encoder.prefix):
-            tail = module.name[len(encoder.kohya) + 1 :]
-            hf = re.sub(r"_layers_(\d+)_(self_attn|mlp)_", r".layers.\1.\2.", tail)
-            hf = hf.replace("text_model_encoder", "text_model.encoder")
-            names += [f"{encoder.folder}.{hf}", f"base_model.model.{encoder.folder}.{hf}"]
-            if encoder.kohya == "lora_te":  # some tools number a lone encoder
-                names.append("lora_te1_" + tail)
-    return tuple(dict.fromkeys(names))

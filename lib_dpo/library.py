@@ -18,7 +18,7 @@ from typing import Literal
 from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.errors import DpoError, NotFoundError, printable
 from lib_dpo.hosts.base import FileEntry, Host
-from lib_dpo.lora import is_lora
+from lib_dpo.lora_keys import is_lora
 from lib_dpo.model import Model
 from lib_dpo.names import output_path
 from lib_dpo.offset import is_offset_file

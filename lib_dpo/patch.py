@@ -14,7 +14,9 @@ from lib_dpo.arch import Architecture
 from lib_dpo.checkpoint import Checkpoint
 from lib_dpo.errors import BadTensorError, NothingToDoError, SettingError
 from lib_dpo.keymap import EVERYWHERE, UNET, BlockWeights, block_of, check_blocks
-from lib_dpo.lora import LoraFile, LoraLayer, lora_offset, open_lora, truncated_factors
+from lib_dpo.lora import lora_offset, open_lora, read_difference, truncated_factors
+from lib_dpo.lora_file import LoraFile, LoraLayer
+from lib_dpo.lora_scale import ADAPTER_CONFIG
 from lib_dpo.model import Model
 from lib_dpo.offset import Offset, dense_offset
 
@@ -100,15 +102,15 @@ class Patch:
 
     def _lora_row(self, lora: LoraFile, layer: LoraLayer, weight: float) -> Row:
         parts = layer.parts
-        bias = self._scaled(parts["diff_b"], weight) if "diff_b" in parts else None
+        bias = self._scaled(self.checkpoint.read(parts["diff_b"]), parts["diff_b"], weight) if "diff_b" in parts else None
         if "up" in parts:
-            up, down, scale = truncated_factors(lora, parts, self.rank)
+            up, down, scale = truncated_factors(lora, layer, self.rank)
             return Row(layer.module.key, layer.module.part, up=up, down=down, scale=scale * weight, bias=bias)
-        diff = self._scaled(parts["diff"], weight) if "diff" in parts else None
+        diff = self._scaled(read_difference(lora, layer), parts["diff"], weight) if "diff" in parts else None
         return Row(layer.module.key, layer.module.part, diff=diff, bias=bias)
 
-    def _scaled(self, name: str, weight: float) -> Tensor:
-        tensor = self.checkpoint.read(name).float()
+    def _scaled(self, stored: Tensor, name: str, weight: float) -> Tensor:
+        tensor = stored.float()
         if not bool(torch.isfinite(tensor).all()):
             raise BadTensorError(f"{self.name}: {name} holds NaN or Inf; the file is damaged, get it again")
         return tensor if weight == 1.0 else tensor * weight
@@ -159,7 +161,7 @@ def open_patch(
     except BaseException:
         checkpoint.close()
         raise
-    return Patch(offset, blocks, rank, _content_id(checkpoint, blocks, rank), checkpoint, lora)
+    return Patch(offset, blocks, rank, _content_id(checkpoint, lora, blocks, rank), checkpoint, lora)
 
 
 def check_changes(offset: Offset, blocks: BlockWeights) -> None:
@@ -175,7 +177,9 @@ def check_changes(offset: Offset, blocks: BlockWeights) -> None:
         )
 
 
-def _content_id(checkpoint: Checkpoint, blocks: BlockWeights, rank: int | None) -> str:
-    """Twelve hex digits: the file by path, size and time of writing (hashing takes seconds), the rest in full."""
-    files = [(str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in checkpoint.files]
+def _content_id(checkpoint: Checkpoint, lora: LoraFile | None, blocks: BlockWeights, rank: int | None) -> str:
+    """Twelve hex digits: the files by path, size and time of writing (hashing takes seconds), the rest in full."""
+    config = lora is not None and lora.settings is not None and lora.settings.source == ADAPTER_CONFIG
+    read = (*checkpoint.files, *([checkpoint.path.with_name(ADAPTER_CONFIG)] if config else ()))
+    files = [(str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in read]
     return hashlib.sha256(repr((files, str(blocks), rank)).encode()).hexdigest()[:12]

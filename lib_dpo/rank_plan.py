@@ -12,7 +12,7 @@ from lib_dpo.errors import SettingError
 from lib_dpo.figures import measure
 from lib_dpo.keymap import component_of
 from lib_dpo.layers import Layer
-from lib_dpo.lora import ENTRY_BYTES, METADATA_BYTES
+from lib_dpo.lora_metadata import ENTRY_BYTES, METADATA_BYTES
 from lib_dpo.offset import Pair
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Steps

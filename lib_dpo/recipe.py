@@ -11,7 +11,7 @@ from typing import Any
 from lib_dpo import __version__
 from lib_dpo.errors import printable
 from lib_dpo.header import MAX_HEADER_BYTES, read_header
-from lib_dpo.lora import STALE_METADATA
+from lib_dpo.lora_metadata import STALE_METADATA
 
 _RECIPE, _MODELS = "sd_merge_recipe", "sd_merge_models"  # where the WebUI's own merger writes them (modules/extras.py there)
 _TYPE = "dpo-offset"

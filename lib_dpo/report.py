@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from lib_dpo.analyse import DiffReport
-from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.bake import BakeReport
 from lib_dpo.compat import CompatReport
 from lib_dpo.coverage import LeftOut, left_out_lines
@@ -17,6 +16,7 @@ from lib_dpo.inspection import Inspection
 from lib_dpo.keymap import block_labels
 from lib_dpo.prediction import Prediction
 from lib_dpo.resize import ResizeReport
+from lib_dpo.unplaced import unplaced_lines
 from lib_dpo.verify import VerifyReport
 
 
@@ -100,8 +100,7 @@ def verify_text(report: VerifyReport) -> str:
         )
     lines += _kept_by_component(report.tally)
     lines += [f"  {name:<6} {_percent(row.energy_kept):>8}  {_bar(row.energy_kept)}" for name, row in _ordered(report.tally)]
-    if report.unmatched:
-        lines.append(f"{len(report.unmatched)} keys of the file belong to no layer, first {report.unmatched[0]}")
+    lines += unplaced_lines(report.unmatched)
     lines += _left_out(report.left_out)
     return "\n".join(lines)
 
@@ -121,10 +120,7 @@ def bake_text(report: BakeReport) -> str:
         lines.append("holds the UNet alone, in diffusers naming, as a file in unet/ does: the target is a folder")
     if report.sidecar_text:
         lines.append(report.sidecar_text)
-    if report.not_applied:
-        lines.append(
-            f"{len(report.not_applied)} keys of the offset are unknown or have no place here, first {report.not_applied[0]}"
-        )
+    lines += unplaced_lines(report.not_applied)
     return "\n".join(lines)
 
 
@@ -134,13 +130,22 @@ def resize_text(report: ResizeReport) -> str:
     return (
         f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.layers} layers, rank {before} -> {after})\n"
         f"keeps {_percent(report.energy_kept)} of the LoRA's energy"
+        + _of_the_change(report.energy_of_change)
+        + "".join(f"\n{line}" for line in _twins(report.twins))
     )
+
+
+def _of_the_change(share: float | None) -> str:
+    return "" if share is None else f", and so about {_percent(share)} of the change that the LoRA was made from"
+
+
+def _twins(keys: Sequence[str]) -> list[str]:
+    return [f"{len(keys)} keys said again what others say, and are not in it, first {keys[0]}"] if keys else []
 
 
 def inspect_text(found: Inspection) -> str:
     """What a file is, a line per fact."""
-    name = ARCHITECTURES[found.architecture].title if found.architecture else "unknown architecture"
-    family = "" if found.what else f", {name}, {found.layout} layout"
+    family = "" if found.what else f", {found.family or 'unknown architecture'}, {found.layout} layout"
     lines = [
         f"{found.path.name}: {found.title}{family}",
         f"{found.tensors} tensors, {found.parameters / 1e6:.1f} M values, {found.file_bytes / 1e6:.1f} MB, "
@@ -151,11 +156,12 @@ def inspect_text(found: Inspection) -> str:
     if found.beside:
         lines.append("beside them " + found.beside)
     if found.ranks:
-        lines.append(_ranks(*found.ranks))
+        lines.append(f"{_ranks(*found.ranks)}, scale {found.scale_text}")
+    if found.energy_kept is not None:
+        lines.append(f"holds {_percent(found.energy_kept)} of the change it was made from, says its metadata")
     lines += [f"an offset was baked in, says its metadata: {ingredient}" for ingredient in found.baked_in]
     lines += [f"note: {note}" for note in found.notes]
-    if found.unmatched and not found.left_out:
-        lines.append(f"{len(found.unmatched)} keys belong to no layer we know, first {found.unmatched[0]}")
+    lines += found.unplaced()
     lines += [f"  {_short(key)}: {_short(text)}" for key, text in sorted(found.metadata.items())]
     lines.append(f"sha256 {found.sha256}")
     return "\n".join(printable(line) for line in lines)

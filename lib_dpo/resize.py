@@ -14,38 +14,32 @@ import torch
 from torch import Tensor
 
 from lib_dpo.checkpoint import Checkpoint
-from lib_dpo.errors import MismatchError, SettingError
+from lib_dpo.errors import BadTensorError, MismatchError, SettingError
 from lib_dpo.header import dtype_name
-from lib_dpo.lora import (
-    ADAPTER_METADATA,
-    ENTRY_BYTES,
-    STALE_METADATA,
-    check_decomposition,
-    check_module,
-    group_keys,
-    read_factors,
-)
+from lib_dpo.lora import read_factors
+from lib_dpo.lora_file import FileModules, read_modules
+from lib_dpo.lora_metadata import ENTRY_BYTES
+from lib_dpo.lora_scale import PeftSettings
 from lib_dpo.lowrank import full_precision, recompress
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.ranks import Spectrum, allocate
+from lib_dpo.resize_metadata import NewPair, energy_claimed, resized_metadata
 from lib_dpo.settings import RankPolicy
 from lib_dpo.writer import SafetensorsWriter
 
 _FACTORS = ("up", "down", "mid", "alpha")
-# What no longer holds of a resized file.
-_STALE = (
-    *STALE_METADATA,
-    ADAPTER_METADATA,
-    "dpo.energy_kept",  # and its parts
-    "dpo.rank_policy",
-)
 _ATTENTION = re.compile(r"(.+self_attn[._])(?:q|k|v|out)_proj")
 
 
 @dataclass(frozen=True)
 class ResizeReport:
-    """What was written; energy is relative to the LoRA that came in."""
+    """What was written; energy is relative to all that the LoRA that came in changes.
+
+    `energy_of_change` is what is left of the change that the LoRA was extracted from, where its metadata says how much of
+    it the LoRA held. The two shares multiply because an extracted LoRA is an orthogonal projection of the change, and the
+    best smaller one a projection of that: what each step misses is orthogonal to the other (but for rounding).
+    """
 
     path: Path
     layers: int
@@ -53,6 +47,8 @@ class ResizeReport:
     ranks_before: tuple[int, int]
     ranks_after: tuple[int, int]
     energy_kept: float
+    energy_of_change: float | None = None
+    twins: tuple[str, ...] = ()  # keys that said again what others say: not written
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -63,17 +59,23 @@ class ResizeReport:
             "ranks_before": {"min": self.ranks_before[0], "max": self.ranks_before[1]},
             "ranks_after": {"min": self.ranks_after[0], "max": self.ranks_after[1]},
             "energy_kept_of_lora": self.energy_kept,
+            "energy_kept_of_change": self.energy_of_change,
+            "twins_left_out": list(self.twins),
         }
 
 
 @dataclass(frozen=True)
 class _Core:
-    """One module: shapes, and the spectrum of up @ down times its scale."""
+    """One module: shapes, and the spectrum of up @ down times its scale.
+
+    `alpha` is the key that carries the scale; None where no program would look for one, and the factors have to.
+    """
 
     parts: Mapping[str, str]
     values: Tensor  # float64 (rank,)
     scale: float
     rank: int
+    alpha: str | None
 
 
 def resize(
@@ -93,24 +95,23 @@ def resize(
         SettingError: a size too small for any layer, a rank above every layer's own.
         OutputError: the output exists or cannot be written.
     """
-    check_decomposition(lora)
-    grouped, others = group_keys(lora.infos)
-    pairs = {name: parts for name, parts in grouped.items() if "up" in parts and "down" in parts}
+    found = read_modules(lora)
+    pairs = {row.name: row.parts for row in found.modules if "up" in row.parts}
     if not pairs:
         raise MismatchError(f"{lora.path.name} holds no LoRA pairs (lora_up and lora_down); expected a LoRA file")
-    for name, parts in grouped.items():
-        check_module(lora, parts, name)
-        others += [key for part, key in parts.items() if name not in pairs or part not in _FACTORS]
+    others = _others(found)
     steps = Steps(2 * len(pairs), on_progress)
     with full_precision():
         cores = {}
         for name, parts in pairs.items():
-            up, down, scale = read_factors(lora, parts)
+            up, down, scale = read_factors(lora, parts, found.settings)
             values = recompress(up, down.flatten(1))[1] * abs(scale)
-            cores[name] = _Core(parts, values, scale, down.shape[0])
+            cores[name] = _Core(parts, values, scale, down.shape[0], _alpha_key(name, parts))
             steps.advance(1, name)
         ranks = _ranks(lora, cores, others, policy, precision=precision, title=output.stem)
-        kept = _write(lora, cores, others, ranks, output, precision, overwrite, policy, steps)
+        job = _Job(lora, found.settings, policy, precision)
+        kept = _write(job, cores, others, ranks, output, overwrite=overwrite, steps=steps)
+    claimed = energy_claimed(lora.metadata)
     return ResizeReport(
         path=output,
         layers=sum(rank > 0 for rank in ranks.values()),
@@ -118,11 +119,31 @@ def resize(
         ranks_before=(min(core.rank for core in cores.values()), max(core.rank for core in cores.values())),
         ranks_after=(min((r for r in ranks.values() if r), default=0), max(ranks.values())),
         energy_kept=kept,
+        energy_of_change=None if claimed is None else claimed * kept,
+        twins=found.twins,
     )
 
 
+def _others(found: FileModules) -> dict[str, str]:
+    """Keys that are copied as they are, and the parts they are; `` for those that belong to no module."""
+    others = dict.fromkeys(found.unknown, "")
+    for row in found.modules:
+        others |= {key: part for part, key in row.parts.items() if "up" not in row.parts or part not in _FACTORS}
+    return others
+
+
+def _alpha_key(name: str, parts: Mapping[str, str]) -> str | None:
+    """Where the scale of a module is written: under its own alpha, or a new one where kohya's names promise one.
+
+    PEFT and diffusers know no alphas (diffusers refuses a file with one): there the factors carry the scale.
+    """
+    if "alpha" in parts:
+        return parts["alpha"]
+    return f"{name}.alpha" if ".lora_up." in parts["up"] else None
+
+
 def _ranks(
-    lora: Checkpoint, cores: Mapping[str, _Core], others: list[str], policy: RankPolicy, *, precision: str, title: str
+    lora: Checkpoint, cores: Mapping[str, _Core], others: Mapping[str, str], policy: RankPolicy, *, precision: str, title: str
 ) -> dict[str, int]:
     if policy.fixed:
         largest = max(core.rank for core in cores.values())
@@ -155,7 +176,8 @@ def _ranks(
         ranks = allocate(rest, energy=policy.energy * total - taken)
     else:
         size = policy.size_mb or 0.0
-        metadata = _metadata(lora, policy, title, 1.0)
+        longest = [NewPair(rank, rank / 3, convolution) for rank in (1, 2) for convolution in (False, True)]
+        metadata = resized_metadata(lora, policy, title, 1 / 3, longest)
         overhead = len(json.dumps(metadata).encode()) + ENTRY_BYTES
         overhead += sum(lora.infos[key].nbytes + ENTRY_BYTES + len(key) for key in others)
         overhead += sum(spectra[name].bytes_per_rank + spectra[name].fixed_bytes for name in whole)
@@ -187,54 +209,84 @@ def _is_convolution(lora: Checkpoint, core: _Core) -> bool:
     return math.prod(lora.infos[core.parts["mid" if "mid" in core.parts else "down"]].shape[2:]) > 1
 
 
+@dataclass(frozen=True)
+class _Job:
+    """What is resized, and how."""
+
+    lora: Checkpoint
+    settings: PeftSettings | None
+    policy: RankPolicy
+    precision: str
+
+
 def _write(
-    lora: Checkpoint,
+    job: _Job,
     cores: Mapping[str, _Core],
-    others: list[str],
+    others: Mapping[str, str],
     ranks: Mapping[str, int],
     output: Path,
-    precision: str,
+    *,
     overwrite: bool,
-    policy: RankPolicy,
     steps: Steps,
 ) -> float:
     """Write the file; the share of the LoRA's energy that its numbers keep."""
-    expected = sum(lora.infos[key].nbytes for key in lora.infos)
+    lora = job.lora
+    expected = sum(info.nbytes for info in lora.infos.values())
     missed = 0.0
     with SafetensorsWriter(
-        output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(lora.infos), compact=True
+        output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(lora.infos) + len(cores), compact=True
     ) as writer:
         for name, core in cores.items():  # all alphas first: they are float32, and so every tensor stays aligned
-            if "alpha" in core.parts and ranks[name]:
-                writer.add(core.parts["alpha"], torch.tensor(core.scale * ranks[name], dtype=torch.float32))
+            if core.alpha and ranks[name]:
+                writer.add(core.alpha, torch.tensor(core.scale * ranks[name], dtype=torch.float32))
         for name, core in cores.items():
-            rank = ranks[name]
-            if not rank:
-                missed += float(core.values.square().sum())
+            if ranks[name]:
+                missed += _write_pair(job, writer, name, core, ranks[name])
             else:
-                up, down, _ = read_factors(lora, core.parts)
-                U, S, Vh = recompress(up, down.flatten(1))
-                if "alpha" not in core.parts:  # its scale was kept elsewhere: here it goes into the factors
-                    S, U = S * abs(core.scale), U * math.copysign(1, core.scale)
-                root = S[:rank].sqrt()
-                dtype = _dtype(lora, core, precision)
-                down_factor, up_factor = (root[:, None] * Vh[:rank]).to(dtype), (U[:, :rank] * root).to(dtype)
-                if not all(bool(torch.isfinite(factor.float()).all()) for factor in (down_factor, up_factor)):
-                    raise SettingError(
-                        f"{lora.path.name}: {name} does not fit into {dtype_name(dtype)}; choose the precision fp32"
-                    )
-                writer.add(core.parts["down"], down_factor.reshape(rank, *down.shape[1:]))
-                scale = core.scale if "alpha" in core.parts else 1.0
-                missed += _missed((up, down.flatten(1), core.scale), (up_factor, down_factor, scale))
-                kernel = lora.infos[core.parts["up"]].shape[2:]
-                writer.add(core.parts["up"], up_factor.reshape(-1, rank, *kernel))
+                missed += float(core.values.square().sum())
             steps.advance(1, name)
-        for key in others:
-            info = lora.infos[key]
-            writer.add_raw(key, info.dtype, info.shape, lora.raw(key))
-        kept = _kept(cores, missed)
-        writer.finish(_metadata(lora, policy, output.stem, kept))
+        total = _copy(lora, writer, others) + sum(float(core.values.square().sum()) for core in cores.values())
+        kept = 1 - missed / total if total else 1.0
+        written = [
+            NewPair(rank, core.scale * rank if core.alpha else rank, _is_convolution(lora, core))
+            for core, rank in ((core, ranks[name]) for name, core in cores.items())
+            if rank
+        ]
+        writer.finish(resized_metadata(lora, job.policy, output.stem, kept, written))
     return kept
+
+
+def _write_pair(job: _Job, writer: SafetensorsWriter, name: str, core: _Core, rank: int) -> float:
+    """Write both factors of a module; the energy that they miss of the old ones."""
+    lora = job.lora
+    up, down, _ = read_factors(lora, core.parts, job.settings)
+    U, S, Vh = recompress(up, down.flatten(1))
+    if core.alpha is None:  # its scale was kept elsewhere: here it goes into the factors
+        S, U = S * abs(core.scale), U * math.copysign(1, core.scale)
+    root = S[:rank].sqrt()
+    dtype = _dtype(lora, core, job.precision)
+    down_factor, up_factor = (root[:, None] * Vh[:rank]).to(dtype), (U[:, :rank] * root).to(dtype)
+    if not all(bool(torch.isfinite(factor.float()).all()) for factor in (down_factor, up_factor)):
+        raise SettingError(f"{lora.path.name}: {name} does not fit into {dtype_name(dtype)}; choose the precision fp32")
+    writer.add(core.parts["down"], down_factor.reshape(rank, *down.shape[1:]))
+    kernel = lora.infos[core.parts["up"]].shape[2:]
+    writer.add(core.parts["up"], up_factor.reshape(-1, rank, *kernel))
+    scale = core.scale if core.alpha else 1.0
+    return _missed((up, down.flatten(1), core.scale), (up_factor, down_factor, scale))
+
+
+def _copy(lora: Checkpoint, writer: SafetensorsWriter, others: Mapping[str, str]) -> float:
+    """Copy what is no pair; the energy of the differences among it. Raises BadTensorError for NaN or Inf in one."""
+    energy = 0.0
+    for key, part in others.items():
+        info = lora.infos[key]
+        writer.add_raw(key, info.dtype, info.shape, lora.raw(key))
+        if part in ("diff", "diff_b"):
+            own = float(lora.read(key).double().square().sum())
+            if not math.isfinite(own):
+                raise BadTensorError(f"{lora.path.name}: {key} holds NaN or Inf; the file is damaged, get it again")
+            energy += own
+    return energy
 
 
 def _missed(before: tuple[Tensor, Tensor, float], after: tuple[Tensor, Tensor, float]) -> float:
@@ -246,26 +298,6 @@ def _missed(before: tuple[Tensor, Tensor, float], after: tuple[Tensor, Tensor, f
         return float((up * down).sum()) * one[2] * other[2]
 
     return max(0.0, inner(before, before) - 2 * inner(before, after) + inner(after, after))
-
-
-def _kept(cores: Mapping[str, _Core], missed: float) -> float:
-    total = sum(float(core.values.square().sum()) for core in cores.values())
-    return 1 - missed / total if total else 1.0
-
-
-def _metadata(lora: Checkpoint, policy: RankPolicy, title: str, kept: float) -> dict[str, str]:
-    """The LoRA's own without what no longer holds; it goes by its new name where it went by that of its file."""
-    metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(_STALE)}
-    if metadata.get("modelspec.title") == lora.name:
-        metadata["modelspec.title"] = title
-    dim, conv_dim = str(policy.fixed or "Dynamic"), str(policy.conv_rank or policy.fixed or "Dynamic")
-    arguments = json.dumps({"conv_dim": conv_dim, "conv_alpha": conv_dim})
-    return metadata | {
-        "ss_network_dim": dim,
-        "ss_network_alpha": dim,
-        "ss_network_args": arguments,
-        "dpo.resized": f"{policy}, from {lora.name}, {kept:.6f} of its energy",
-    }
 
 
 def _dtype(lora: Checkpoint, core: _Core, precision: str) -> torch.dtype:

@@ -15,7 +15,8 @@ from PIL import Image
 from lib_dpo.errors import Cancelled, HostError, NoModelError
 from lib_dpo.hosts.base import Baked, Check, FileEntry, LoadedModel, Picture, Request
 from lib_dpo.keymap import UNET
-from lib_dpo.lora import group_keys, open_lora
+from lib_dpo.lora import open_lora
+from lib_dpo.lora_keys import group_keys
 from lib_dpo.model import open_model
 from lib_dpo.patch import Patch
 from lib_dpo.progress import Progress
@@ -87,7 +88,7 @@ class FakeLive:
         checkpoint, file = open_lora(lora)
         with checkpoint:
             assert file is not None
-            return sum(len(parts) for parts in group_keys(checkpoint.infos)[0].values()), len(checkpoint.infos)
+            return sum(len(group.parts) for group in group_keys(checkpoint.infos)[0]), len(checkpoint.infos)
 
     def on_networks(self, p: Any, patch: Patch | None, strength: float, extra_network_data: dict[str, Any]) -> None:
         p.calls.append(("networks", patch and patch.name, strength))

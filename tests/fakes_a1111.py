@@ -24,7 +24,7 @@ from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.hosts import inplace
 from lib_dpo.hosts.a1111 import A1111Live
 from lib_dpo.keymap import VAE
-from lib_dpo.lora import read_lora
+from lib_dpo.lora_file import read_lora
 from lib_dpo.patch import Patch
 
 Tensors = Mapping[str, torch.Tensor]

@@ -22,7 +22,8 @@ from safetensors.torch import load_file
 from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.hosts import inplace
 from lib_dpo.hosts.forge import ForgeLive
-from lib_dpo.keymap import UNET, lora_aliases, lora_modules, text_encoder_from_hf
+from lib_dpo.keymap import UNET, lora_modules, text_encoder_from_hf
+from lib_dpo.lora_alias import lora_aliases
 
 FORKS = ("forge", "classic", "reforge", "neo")
 

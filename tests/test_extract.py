@@ -21,7 +21,8 @@ from lib_dpo.extract import ExtractReport, extract
 from lib_dpo.figures import right_base
 from lib_dpo.keymap import UNET, lora_modules, unet_to_diffusers
 from lib_dpo.layers import plan_layers
-from lib_dpo.lora import open_offset, read_lora
+from lib_dpo.lora import open_offset
+from lib_dpo.lora_file import read_lora
 from lib_dpo.model import open_model
 from lib_dpo.offset import Pair, open_pair
 from lib_dpo.ranks import break_even_rank

@@ -20,7 +20,6 @@ from lib_dpo.keymap import (
     block_labels,
     block_of,
     component_of,
-    lora_aliases,
     lora_modules,
     parse_blocks,
     text_encoder_from_hf,
@@ -30,6 +29,7 @@ from lib_dpo.keymap import (
     vae_from_diffusers,
     vae_to_diffusers,
 )
+from lib_dpo.lora_alias import lora_aliases
 from lib_dpo.shapes import checkpoint_shapes, small, unet_diffusers_config, unet_name_pairs
 
 KEYS = Path(__file__).parent / "keys"

@@ -13,7 +13,8 @@ from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.errors import BadTensorError, MismatchError
 from lib_dpo.keymap import UNET, lora_modules, unet_to_diffusers
-from lib_dpo.lora import open_offset, read_lora
+from lib_dpo.lora import open_offset
+from lib_dpo.lora_file import read_lora
 from lib_dpo.resize import resize
 from lib_dpo.settings import RankPolicy
 from lib_dpo.shapes import checkpoint_shapes, small, unet_diffusers_config

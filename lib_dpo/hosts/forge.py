@@ -47,7 +47,7 @@ from lib_dpo.hosts.forge_patchers import (
 )
 from lib_dpo.hosts.forge_patches import HostModel, HostPatches, host_patches, patch_bytes, quantised, shape_of
 from lib_dpo.hosts.inplace import check_memory, checksum
-from lib_dpo.lora import group_keys
+from lib_dpo.lora_keys import group_keys
 from lib_dpo.patch import Patch
 from lib_dpo.progress import Progress, Steps
 
@@ -218,7 +218,7 @@ class ForgeLive:
                 return len(tensors) - len(loaded[1]), len(tensors)
             # reForge tells what it took, not what was left
             taken = {name for name, target in names.items() if {target, _bias_of(target)} & loaded.keys()}
-            return sum(len(parts) for module, parts in group_keys(tensors)[0].items() if module in taken), len(tensors)
+            return sum(len(group.parts) for group in group_keys(tensors)[0] if group.module in taken), len(tensors)
 
     # ---- one generation ----
 

@@ -108,7 +108,7 @@ def host_patches(patch: Patch, model: HostModel, load_lora: Callable[[Any, Any],
         for place in places.get(row.key, ()):
             if row.part not in (None, place.part) or (row.up is None and row.diff is None):
                 continue
-            if place.name in low or place.name in dense:  # several modules of the file change this one: all of them
+            if place.transposed or place.name in low or place.name in dense:  # several modules change this one: all of them
                 low.pop(place.name, None)
                 dense[place.name] = fit(_piece(patch.delta(row.key), place), place, row.key)
             elif row.up is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.session import Session
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.markup import Mood
@@ -85,7 +84,7 @@ def does_it_fit(session: Session, task: str | None, target: str, base: str, refe
 
 
 def _inspection_html(found: Inspection) -> str:
-    family = ARCHITECTURES[found.architecture].title if found.architecture else "an unknown architecture"
+    family = found.family or "an unknown architecture"
     rows: list[tuple[str, Any]] = [
         ("Layout", found.layout),
         ("Holds", ", ".join(_COMPONENTS.get(name, name) for name in found.components) or "nothing that is known here"),
@@ -97,12 +96,13 @@ def _inspection_html(found: Inspection) -> str:
     if found.ranks:
         low, high = found.ranks
         rows.append(("Ranks", low if low == high else f"{low} to {high}"))
+        rows.append(("Scale", found.scale_text))
+    if found.energy_kept is not None:
+        rows.append(("Keeps", f"{markup.percent(found.energy_kept)} of the change it was made from, as its metadata says"))
     if found.baked_in:
         rows.append(("Baked in", ", ".join(map(str, found.baked_in)) + ", as its metadata says"))
     rows.append(("SHA-256", found.sha256))
-    notes = [*found.notes]
-    if found.unmatched and not found.left_out:
-        notes.append(f"{len(found.unmatched):,} keys belong to no layer that is known here, first {found.unmatched[0]}")
+    notes = [*found.notes, *found.unplaced()]
     known = "plain" if found.kind != "unknown" else "doubt"
     answer = (
         f"It is {found.title}."
