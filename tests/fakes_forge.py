@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import pytest
 import tiny
@@ -25,7 +25,9 @@ from lib_dpo.hosts.forge import ForgeLive
 from lib_dpo.keymap import UNET, lora_modules, text_encoder_from_hf
 from lib_dpo.lora_alias import lora_aliases
 
-FORKS = ("forge", "classic", "reforge", "neo")
+FORKS = ("forge", "classic", "reforge", "neo", "neo-comfy")  # the last: Neo since its patcher is ComfyUI's own
+LATE = ("forge", "neo", "neo-comfy")  # load a checkpoint for the next picture only
+_MOST_UNMATCHED = 0.5  # of a LoRA's keys: Neo leaves a file with more of them out
 
 
 def module_of(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
@@ -47,10 +49,16 @@ def set_parameter(root: torch.nn.Module, name: str, tensor: torch.Tensor) -> Non
     setattr(root.get_submodule(parent), leaf, torch.nn.Parameter(tensor, requires_grad=False))
 
 
-def merged(weight: torch.Tensor, patches: Iterable[Any]) -> torch.Tensor:
-    """The sum in float32, rounded once. Other patches than those that all forks take are refused."""
+def merged(weight: torch.Tensor, patches: Iterable[Any], *, adapters: bool = False) -> torch.Tensor:
+    """The sum in float32, rounded once. Other patches than those that all forks take are refused.
+
+    Args:
+        adapters: pairs come as objects of the host's loader, and raw tuples of them are refused.
+    """
     total = weight.float().clone()
     for strength, patch in patches:
+        if not isinstance(patch, Adapter) and patch[0] == "lora" and adapters:
+            raise ValueError("the type 'lora' is not recognized")
         if isinstance(patch, Adapter) or patch[0] == "lora":
             up, down, alpha, mid = patch.weights if isinstance(patch, Adapter) else patch[1]
             assert mid is None
@@ -102,6 +110,8 @@ class LoraLoader:
 class ForgePatcher:
     """Forge's ModelPatcher."""
 
+    adapters = False
+
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self.lora_patches: dict[Any, dict[str, list[Any]]] = {}
@@ -143,6 +153,8 @@ class ForgePatcher:
 class ComfyPatcher:
     """The ModelPatcher of Classic; backups belong to each clone, and what is loaded is compared by identity."""
 
+    adapters = False
+
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
         self.patches: dict[str, list[Any]] = {}
@@ -166,14 +178,17 @@ class ComfyPatcher:
         for name, entries in self.patches.items():
             weight = self.model.get_parameter(name)
             self.backup.setdefault(name, weight.detach())
-            set_parameter(self.model, name, merged(weight, [entry[:2] for entry in entries]))
+            set_parameter(self.model, name, merged(weight, [entry[:2] for entry in entries], adapters=self.adapters))
         self.model.pristine = dict(self.backup)  # type: ignore[assignment]
 
     def unmerge(self) -> None:
-        for name, tensor in self.backup.items():
-            set_parameter(self.model, name, tensor)
+        self._put_back()
         self.backup.clear()
         self.model.pristine = {}  # type: ignore[assignment]
+
+    def _put_back(self) -> None:
+        for name, tensor in self.backup.items():
+            set_parameter(self.model, name, tensor)
 
     @property
     def merges(self) -> int:
@@ -182,6 +197,8 @@ class ComfyPatcher:
 
 class UuidPatcher(ComfyPatcher):
     """reForge: backups are shared by clones, and what is merged is compared by uuid."""
+
+    adapters = True
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
@@ -211,8 +228,31 @@ class UuidPatcher(ComfyPatcher):
         """Weights stay merged until another uuid is loaded."""
 
 
-class NeoPatcher(UuidPatcher):
-    """Neo: reForge's, with Forge's names and online patches in keywords."""
+class NeoComfyPatcher(UuidPatcher):
+    """Neo since its patcher is ComfyUI's: patches of five parts; a copy in `backup` is a named tuple."""
+
+    def add_patches(self, patches: dict[str, Any], strength_patch: float = 1.0, strength_model: float = 1.0) -> list[str]:
+        return self._add(patches, (strength_patch,), (strength_model, None, None))
+
+    def _add(self, patches: dict[str, Any], before: tuple[Any, ...], after: tuple[Any, ...]) -> list[str]:
+        self.patches_uuid = uuid.uuid4()
+        names = self.model.state_dict().keys() & patches.keys()
+        for name in names:
+            self.patches.setdefault(name, []).append((*before, patches[name], *after))
+        return list(names)
+
+    def merge(self) -> None:
+        if self.model.merged_uuid != self.patches_uuid:
+            super().merge()
+            self.backup.update({name: Kept(tensor, False) for name, tensor in self.backup.items()})  # type: ignore[misc]
+
+    def _put_back(self) -> None:
+        for name, kept in self.backup.items():
+            set_parameter(self.model, name, kept.weight)  # type: ignore[attr-defined]
+
+
+class NeoPatcher(NeoComfyPatcher):
+    """Neo 2.26: the same with Forge's names and online patches in keywords; patches of six parts."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model)
@@ -224,12 +264,19 @@ class NeoPatcher(UuidPatcher):
         strength_patch: float = 1.0,
         strength_model: float = 1.0,
         *,
-        filename: str,
-        online_mode: bool = False,
+        filename: str | None = None,
+        online_mode: bool | None = None,
     ) -> list[str]:
         assert filename
         self.online |= set(patches) if online_mode else set()
-        return super().add_patches(patches, strength_patch, strength_model)
+        return self._add(patches, (strength_patch,), (strength_model, None, None, online_mode))
+
+
+class Kept(NamedTuple):
+    """An original in the backup of Neo and ComfyUI."""
+
+    weight: torch.Tensor
+    inplace_update: bool
 
 
 class Clip:
@@ -275,10 +322,12 @@ class FakeForge:
 
     def __init__(self, fork: str, folder: Path, *, arch: str = "sd1", dtype: torch.dtype = torch.float16) -> None:
         self.fork, self.folder, self.arch, self.dtype = fork, folder, arch, dtype
-        self.patcher = {"forge": ForgePatcher, "classic": ComfyPatcher, "reforge": UuidPatcher, "neo": NeoPatcher}[fork]
+        patchers = (ForgePatcher, ComfyPatcher, UuidPatcher, NeoPatcher, NeoComfyPatcher)
+        self.patcher: Any = dict(zip(FORKS, patchers, strict=True))[fork]
         self.loaded: list[Any] = []  # patchers
-        self.data = SimpleNamespace(sd_model=FakeInitialModel() if fork in ("forge", "neo") else None)
-        if fork in ("forge", "neo"):
+        self.loads = 0
+        self.data = SimpleNamespace(sd_model=FakeInitialModel() if fork in LATE else None)
+        if fork in LATE:
             self.data.forge_loading_parameters = {}
             self.data.forge_hash = ""
         else:
@@ -303,10 +352,13 @@ class FakeForge:
             ),
             "modules.scripts": _module("scripts", ScriptRunner=runner),
             "modules_forge": _module("modules_forge"),
-            "modules_forge.forge_version": _module("forge_version", version=f"{self.fork} 1.0"),
+            "modules_forge.forge_version": _module("forge_version", **self._version()),
         }
-        if self.fork in ("forge", "neo"):
+        if self.fork in LATE:
             sd_models.forge_model_reload = self.forge_model_reload  # type: ignore[attr-defined]
+        if self.fork == "neo-comfy":
+            modules |= {"comfy": _module("comfy"), "comfy.lora": lora, "comfy.model_management": memory}
+        elif self.fork in LATE:
             base = _module("base", ModelPatcher=self.patcher)
             modules |= {"backend": _module("backend"), "backend.patcher": _module("patcher"), "backend.patcher.base": base}
             modules |= {"backend.patcher.lora": lora, "backend.memory_management": memory}
@@ -322,6 +374,10 @@ class FakeForge:
             monkeypatch.setitem(sys.modules, name, module)
         return self
 
+    def _version(self) -> dict[str, str]:
+        named = {"neo": "2.26", "neo-comfy": "2.29"}.get(self.fork)
+        return {"version": "neo", "release": named} if named else {"version": f"{self.fork} 1.0"}
+
     def load_lora(self, state_dict: dict[str, torch.Tensor], key_map: dict[str, str]) -> Any:
         found: dict[str, Any] = {}
         used = set()
@@ -329,7 +385,7 @@ class FakeForge:
             up, down, alpha = (state_dict.get(f"{name}.{part}") for part in ("lora_up.weight", "lora_down.weight", "alpha"))
             if up is not None and down is not None:
                 scale = down.shape[0] if alpha is None else alpha.item()
-                adapter = self.fork in ("reforge", "neo")
+                adapter = self.patcher.adapters
                 found[target] = Adapter(up, down, scale) if adapter else ("lora", (up, down, scale, None))
                 used |= {f"{name}.{part}" for part in ("lora_up.weight", "lora_down.weight", "alpha")}
             for suffix, kind in (("diff", ""), ("w_norm", ""), ("diff_b", "bias"), ("b_norm", "bias")):
@@ -375,8 +431,11 @@ class FakeForge:
             for root, encoder in zip(roots, ARCHITECTURES[self.arch].text_encoders, strict=True)
             for key, tensor in tiny.in_transformers(encoder, tensors).items()
         }
+        if self.fork in LATE:  # for what is in no checkpoint: whatever lies in memory
+            self.loads += 1
+            clip["clip_l.transformer.text_projection.weight"] = torch.full((2, 2), self.loads).half()
         module = module_of(unet)
-        if self.fork in ("forge", "neo"):
+        if self.fork in LATE:
             module.storage_dtype = self.dtype  # type: ignore[assignment]
         objects = Objects(self.patcher(module), Clip(self.patcher(module_of(clip))))
         engine = Engine(
@@ -387,14 +446,14 @@ class FakeForge:
             sd_checkpoint_info=SimpleNamespace(filename=str(path)),
         )
         self.data.sd_model = engine
-        if self.fork in ("forge", "neo"):
+        if self.fork in LATE:
             self.data.forge_loading_parameters = {"checkpoint": str(path)}
             self.data.forge_hash = str(self.data.forge_loading_parameters)
         return engine
 
     def choose(self, path: Path) -> None:
         """Forge and Neo load it for the next picture only, the others at once."""
-        if self.fork in ("forge", "neo"):
+        if self.fork in LATE:
             self.data.forge_loading_parameters = {"checkpoint": str(path)}
         else:
             self.load(path)
@@ -407,7 +466,7 @@ class FakeForge:
     def take_back(self, engine: Any) -> None:
         """Return to a model that was kept, as reForge does: nothing is loaded."""
         self.data.sd_model = engine
-        if self.fork in ("forge", "neo"):
+        if self.fork in LATE:
             self.data.forge_loading_parameters = {"checkpoint": engine.sd_checkpoint_info.filename}
             self.data.forge_hash = str(self.data.forge_loading_parameters)
 
@@ -438,7 +497,7 @@ class FakeForge:
         hires: bool = False,
     ) -> torch.Tensor:
         """What the generation saw: conds, and weights at each sampling."""
-        if self.fork in ("forge", "neo"):
+        if self.fork in LATE:
             self.forge_model_reload()
         engine, loras = self.data.sd_model, list(loras)
         p = self.ProcessingTxt2Img()
@@ -482,7 +541,20 @@ class FakeForge:
             engine.forge_objects_after_applying_lora = engine.forge_objects.shallow_copy()
         live.on_networks(p, patch, strength, {})
 
+    def _is_taken(self, path: Path) -> bool:
+        """Neo leaves out a LoRA of which it knows too few keys, with no more than a line on its console."""
+        if not self.fork.startswith("neo"):
+            return True
+        objects, maps = self.data.sd_model.forge_objects_original, self._key_maps()
+        names = maps["model_lora_keys_unet"](objects.unet.model, {}) | maps["model_lora_keys_clip"](
+            objects.clip.patcher.model, {}
+        )
+        tensors = load_file(path)
+        return len(self.load_lora(tensors, names)[1]) <= _MOST_UNMATCHED * len(tensors)
+
     def _with_lora(self, which: str, base: Any, path: Path, strength: float) -> Any:
+        if not self._is_taken(path):
+            return base
         found = self.load_lora(load_file(path), self._key_maps()[f"model_lora_keys_{which}"](base.model, {}))
         named = {"filename": str(path)} if self.fork in ("forge", "neo") else {}
         patcher = base.clone()
@@ -495,6 +567,10 @@ class FakeForge:
         if cache[0] != key:
             patcher = self.data.sd_model.forge_objects.clip.patcher
             self.load_models_gpu([patcher])
+            if self.fork in LATE:  # they encode with these two tables in float32, whatever was loaded
+                for name, parameter in patcher.model.named_parameters():
+                    if ".embeddings." in name:
+                        parameter.data = parameter.data.float()
             cache[:] = key, weights_of(patcher)
         return cache[1]  # type: ignore[no-any-return]
 
@@ -602,6 +678,8 @@ class Harness:
                 if encoder.naming == "open_clip" and third:
                     thirds = [own[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
                     tensors[f"{encoder.prefix}transformer.resblocks.{third[1]}.attn.in_proj_{third[2]}"] = torch.cat(thirds)
+                elif name == "text_projection.weight" and encoder.naming == "hf":
+                    continue
                 elif name == "text_projection.weight":
                     tensors[encoder.prefix + "text_projection"] = tensor.T
                 elif encoder.naming == "hf" or not re.search(r"\.[kv]_proj\.", name):
@@ -622,5 +700,8 @@ def _as_patched(patcher: Any) -> dict[str, torch.Tensor]:
     found = {}
     for name, parameter in patcher.model.named_parameters():
         weight = backup.get(name, parameter).detach()
-        found[name] = merged(weight, [entry[:2] for entry in patches[name]]) if name in patches else weight.clone()
+        if name in patches:
+            found[name] = merged(weight, [entry[:2] for entry in patches[name]], adapters=patcher.adapters)
+        else:
+            found[name] = weight.clone()
     return found

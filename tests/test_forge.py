@@ -12,7 +12,7 @@ import fakes_forge
 import pytest
 import tiny
 import torch
-from fakes_forge import FORKS, FakeForge
+from fakes_forge import FORKS, LATE, FakeForge
 
 from lib_dpo.errors import HostError, NoModelError
 from lib_dpo.hosts import forge_modules
@@ -163,6 +163,52 @@ def test_the_same_patch_can_be_baked_and_added(host: FakeForge, live: ForgeLive,
     assert off_by(host, expected(host, patch, 1.0)) < 1e-3
 
 
+def test_a_checkpoint_has_the_same_fingerprint_whenever_it_is_loaded(host: FakeForge, live: ForgeLive):
+    """Forge and Neo leave a weight that no checkpoint has as their memory happened to be, and cast two at the first picture."""
+    first, other = live.fingerprint(), host.checkpoint("b", 1)
+    host.picture(live)
+    assert live.fingerprint() == first
+    host.load(other)
+    assert live.fingerprint() != first
+    host.load(host.folder / "a.safetensors")
+    assert live.fingerprint() == first
+
+
+@pytest.mark.parametrize("name", ["sd1", "te"])
+def test_a_bake_before_the_models_first_picture_can_be_undone(host: FakeForge, live: ForgeLive, files: Path, name: str):
+    """Forge and Neo turn the embeddings of the text encoder from float16 into float32 when they first encode a prompt."""
+    model = host.data.sd_model.forge_objects_original.clip.patcher.model
+    dtypes, prints = {parameter.dtype for parameter in model.parameters()}, live.fingerprint()
+    live.bake(patch_of(files, name), 0.5)
+    host.picture(live)
+    turned = {parameter.dtype for parameter in model.parameters()} != dtypes
+    assert turned == (host.fork in LATE)
+    live.bake(patch_of(files, name), 1.0)
+    assert live.unbake()
+    assert live.fingerprint() == prints
+
+
+def test_a_change_of_strength_or_part_keeps_what_undo_compares_with(host: FakeForge, live: ForgeLive, files: Path):
+    """Each bake looks at what it touches; undo at all that was touched since."""
+    prints = live.fingerprint()
+    for name in ("sd1", "te", "dense", "sd1"):
+        live.bake(patch_of(files, name), 0.5)
+    with torch.inference_mode():
+        name = "clip_l.transformer.text_model.final_layer_norm.bias"
+        host.data.sd_model.forge_objects_original.clip.patcher.model.get_parameter(name).add_(1)
+    with pytest.raises(HostError, match="changed by something else"):
+        live.unbake()
+    assert live.fingerprint()["unet"] == prints["unet"]
+
+
+def test_undo_leaves_others_what_it_did_not_touch(host: FakeForge, live: ForgeLive, files: Path):
+    live.bake(patch_of(files), 0.5)
+    with torch.inference_mode():
+        name = "clip_l.transformer.text_model.final_layer_norm.bias"
+        host.data.sd_model.forge_objects_original.clip.patcher.model.get_parameter(name).add_(1)
+    assert live.unbake()
+
+
 def test_a_new_model_is_clean_and_the_old_one_is_let_go(host: FakeForge, live: ForgeLive, files: Path):
     patch, token = patch_of(files), live.loaded().token
     live.bake(patch, 0.5)
@@ -204,7 +250,7 @@ def test_forge_bakes_what_is_chosen(forge: FakeForge, live: ForgeLive, files: Pa
 
 
 def test_before_the_first_load(host: FakeForge, live: ForgeLive, files: Path):
-    host.data.sd_model = fakes_forge.FakeInitialModel() if host.fork in ("forge", "neo") else None
+    host.data.sd_model = fakes_forge.FakeInitialModel() if host.fork in LATE else None
     assert live.loaded() is None
     assert live.baked() is None
     assert not live.unbake()
@@ -274,7 +320,7 @@ def test_quantised_weights_are_patched_while_generating_or_refused(
     host.load(host.checkpoint("a", 0))
     patch, before, base = patch_of(files), live.fingerprint(), host.picture(live)
     assert live.loaded().storage == "float8_e4m3fn"
-    if fork in ("classic", "reforge"):
+    if fork not in ("forge", "neo"):
         for call in (lambda: live.bake(patch, 1.0), lambda: host.picture(live, patch, 1.0)):
             with pytest.raises(HostError, match="stored as float8_e4m3fn, into which changes this small vanish"):
                 call()
@@ -328,12 +374,15 @@ def test_matched_keys_are_counted_by_the_hosts_own_loader(host: FakeForge, live:
 
 
 def test_the_fork_is_told_by_its_modules(host: FakeForge, live: ForgeLive):
-    names = {"forge": "Forge", "classic": "Forge Classic", "reforge": "reForge", "neo": "Forge Neo"}
-    assert forge_modules.fork_name() == (names[host.fork], f"{host.fork} 1.0")
+    names = {
+        "forge": ("Forge", "forge 1.0"), "classic": ("Forge Classic", "classic 1.0"), "reforge": ("reForge", "reforge 1.0"),
+        "neo": ("Forge Neo", "2.26"), "neo-comfy": ("Forge Neo", "2.29"),
+    }  # fmt: skip
+    assert forge_modules.fork_name() == names[host.fork]
     found = {check.name: check for check in live.checks()}
     assert found["quantised models"].text.startswith("patched" if host.fork in ("forge", "neo") else "refused")
     assert all(check.ok for check in found.values())
-    assert found["WebUI"].text.startswith(names[host.fork])
+    assert found["WebUI"].text == " ".join(names[host.fork])
 
 
 def test_what_is_missing_is_said(host: FakeForge, live: ForgeLive, monkeypatch: pytest.MonkeyPatch):

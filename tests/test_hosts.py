@@ -17,7 +17,7 @@ from fakes_standalone import Standalone
 from harness import Harness, Tensors
 
 from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, NoModelError, SettingError
-from lib_dpo.hosts.inplace import all_finite, checksum
+from lib_dpo.hosts.inplace import all_finite, checksum, digest
 from lib_dpo.keymap import UNET, VAE, parse_blocks
 from lib_dpo.patch import Patch, open_patch
 
@@ -499,6 +499,19 @@ def test_a_checksum_is_of_the_values_and_not_of_how_they_lie():
     part = whole[1:65].reshape(1, 4, 4, 4)
     assert checksum({"a": part}) == checksum({"a": part.clone()})
     assert checksum({"a": part.to(memory_format=torch.channels_last)}) == checksum({"a": part.clone()})
+
+
+@pytest.mark.parametrize("of", [checksum, digest])
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_sums_of_weights_are_of_values_and_not_of_dtypes(of: Callable[..., str], stored: torch.dtype):
+    values = torch.randn((70, 133), generator=torch.Generator().manual_seed(0)).to(stored)
+    values[0, :3] = torch.tensor([-0.0, 6e-8, 3e4])
+    wider = values.double().float()
+    assert of({"a": values}) == of({"a": wider})
+    assert of({"a": wider}) == of({"a": wider.to(stored)})
+    wider[69, 132] = torch.nextafter(wider[69, 132], torch.tensor(9.0))
+    assert of({"a": values}) != of({"a": wider})
+    assert of({"a": torch.zeros(4, dtype=torch.int8)}) != of({"a": torch.zeros(4)})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

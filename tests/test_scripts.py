@@ -53,6 +53,16 @@ class AxisOption:
         self.label = label
 
 
+class State:
+    """The host's progress bar."""
+
+    def begin(self, job: str) -> None:
+        self.interrupted = self.skipped = self.stopping_generation = False
+
+    def end(self) -> None:
+        pass
+
+
 class Host:
     """A host's registries, filled by what a script registers."""
 
@@ -93,12 +103,19 @@ class Host:
         children = {
             "script_callbacks": Strict("script_callbacks", **{name: register(name) for name in CALLBACKS}),
             "scripts": Strict("scripts", Script=Script, AlwaysVisible=object(), scripts_data=scripts_data),
-            "shared": Strict("shared", OptionInfo=OptionInfo, opts=opts, cmd_opts=SimpleNamespace(api=True)),
+            "shared": Strict("shared", OptionInfo=OptionInfo, opts=opts, cmd_opts=SimpleNamespace(api=True), state=State()),
             "ui_components": Strict("ui_components", InputAccordion=accordion),
             "call_queue": Strict("call_queue", queue_lock=threading.Lock()),
             "paths": Strict("paths", models_path="/webui/models"),
             "processing": Strict("processing", program_version=lambda: "v1.10.1"),
-            "progress": Strict("progress"),
+            "progress": Strict(
+                "progress",
+                pending_tasks={},
+                create_task_id=lambda kind: f"task({kind})",
+                add_task_to_queue=lambda task: None,
+                start_task=lambda task: None,
+                finish_task=lambda task: None,
+            ),
             "sd_models": Strict("sd_models", model_path="/webui/models/Stable-diffusion", checkpoints_list={}),
             "sd_samplers": Strict("sd_samplers", samplers=[]),
         }
@@ -207,6 +224,29 @@ def test_axes_see_the_arguments_of_our_script(host: Host):
     p = SimpleNamespace(scripts=SimpleNamespace(alwayson_scripts=[other, ours]), script_args=(0, 1, True, "dpo", 0.5, ""))
     assert module.script_args(p) == (True, "dpo", 0.5, "")
     assert module.script_args(SimpleNamespace(scripts=None)) == ()
+
+
+# ---- what all hosts share ----
+
+
+def test_the_folder_that_answers_put_their_pictures_in_is_made(host: Host, tmp_path: Path):
+    """Forge Neo sets it from the start and never makes it: every picture of an answer ends in gradio's bare "Error"."""
+    webui = importlib.import_module("lib_dpo.hosts.webui")
+    opts = host.modules["modules.shared"].opts
+    found = webui.WebUI("Forge Neo", "2.26", SimpleNamespace(checks=list))
+    for unset in ("", None):
+        opts.temp_dir = unset
+        assert all(check.ok for check in found.self_test())
+    opts.temp_dir = str(tmp_path / "data" / "tmp")
+    with found.job("Compare"):
+        assert (tmp_path / "data" / "tmp").is_dir()
+    (tmp_path / "file").touch()
+    opts.temp_dir = str(tmp_path / "file" / "tmp")
+    with found.job("Undo"):  # it shows no picture, and goes on
+        pass
+    (problem,) = [check for check in found.self_test() if not check.ok]
+    assert opts.temp_dir in problem.text
+    assert "Not a directory" in problem.text
 
 
 # ---- install.py ----

@@ -67,19 +67,27 @@ def make_data(folder: Path, flavour: Flavour, webui: Path, python: Path, *, full
     _xl_lora(models / "Lora" / f"{XL_LORA}.safetensors", folder / "xl")
     for broken in (models / "Lora" / f"{BROKEN}.safetensors", models / "DPO" / f"{BROKEN}-offset.safetensors"):
         broken.write_bytes((2000).to_bytes(8, "little") + b'{"lora_unet_x.lora_up.weight": {"dtype":"F16"')
-    vocabulary = _vocabulary(python)
-    snapshot = folder / "hf" / "hub" / f"models--{_CLIP.replace('/', '--')}"
-    _tokenizer(snapshot / "snapshots" / "1", vocabulary, width=768)
-    (snapshot / "refs").mkdir(exist_ok=True)
-    (snapshot / "refs" / "main").write_text("1")
-    if sizes is MICRO:
-        _tokenizer(folder / "clip", vocabulary, width=MICRO.text[0])
-        (folder / "micro.yaml").write_text(_micro_config(webui, folder / "clip"))
-    (folder / "config.json").write_text(json.dumps(_SETTINGS))
+    if not flavour.own_tokenizer:
+        vocabulary = _vocabulary(python)
+        snapshot = folder / "hf" / "hub" / f"models--{_CLIP.replace('/', '--')}"
+        _tokenizer(snapshot / "snapshots" / "1", vocabulary, width=768)
+        (snapshot / "refs").mkdir(exist_ok=True)
+        (snapshot / "refs" / "main").write_text("1")
+        if sizes is MICRO:
+            _tokenizer(folder / "clip", vocabulary, width=MICRO.text[0])
+            (folder / "micro.yaml").write_text(_micro_config(webui, folder / "clip"))
+    (folder / "config.json").write_text(json.dumps(_SETTINGS | _generation_of_settings(webui)))
     (folder / "styles.csv").touch()
     for name in (BASE, OTHER):
         describe(folder, name)
     return folder
+
+
+def _generation_of_settings(webui: Path) -> dict[str, str]:
+    """What Forge Neo wants in its settings: without it, or with another, it waits for somebody to press Enter."""
+    source = webui / "modules" / "launch_utils.py"
+    found = re.search(r"^VERSION_UID\b.*=\s*[\"'](\w+)[\"']", source.read_text(encoding="utf-8"), re.MULTILINE)
+    return {"VERSION_UID": found[1]} if found else {}
 
 
 def add_sdxl(data: Path, flavour: Flavour, webui: Path) -> None:

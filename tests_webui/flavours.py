@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 _A1111_LIKE = ("--skip-prepare-environment", "--skip-python-version-check", "--skip-torch-cuda-test", "--skip-version-check",
                "--no-download-sd-model", "--api")  # fmt: skip
 _FORGE_LIKE = (*_A1111_LIKE, "--always-cpu", "--skip-install")
+_NEO_LIKE = (*(flag for flag in _A1111_LIKE if flag != "--no-download-sd-model"), "--skip-install", "--cpu", "--fp16-unet")
+_SAME_MODULES = ("hr_additional_modules", ["Use same choices"])
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,9 @@ class Flavour:
     same_as_prompt: bool = False  # applies our offset by the same code as a LoRA of the prompt: equal to the pixel
     api_infotext: bool = True  # takes an infotext in an API request
     vae_comes_back: bool = True  # choosing "Automatic" again brings back the VAE of the checkpoint
-    hires: tuple[tuple[str, object], ...] = ()  # what a hires request needs beside the usual
+    hires: tuple[tuple[str, object], ...] = ()  # what a hires request needs beside the usual, or in its place
+    own_tokenizer: bool = False  # brings the tokenizer's files in its own folder
+    vae_of_checkpoint: bool = False  # a VAE is part of the choice of checkpoint: choosing one loads the model anew
 
 
 A1111 = Flavour("AUTOMATIC1111", (*_A1111_LIKE, "--use-cpu", "all", "--no-half"), any_width=True, same_as_prompt=True)
@@ -30,7 +35,17 @@ FORGE = Flavour(
     _FORGE_LIKE,
     loads_late=True,
     api_infotext=False,  # f2.0.1v1.10.1 answers 500 to any: isinstance() with a parameterized generic
-    hires=(("hr_additional_modules", ["Use same choices"]),),
+    hires=(_SAME_MODULES,),
+    vae_of_checkpoint=True,
+)
+NEO = Flavour(
+    "Forge Neo",
+    _NEO_LIKE,  # it ignores flags that it does not know, and would look for a GPU
+    loads_late=True,
+    api_infotext=False,  # as Forge
+    hires=(_SAME_MODULES, ("hr_upscaler", "None")),  # it has no latent ones; this one it has without any model file
+    own_tokenizer=True,
+    vae_of_checkpoint=True,
 )
 REFORGE = Flavour("reForge", _FORGE_LIKE, vae_comes_back=False)  # with this extension or without, at 3b56b268
 CLASSIC = Flavour("Forge Classic", _FORGE_LIKE)
@@ -42,6 +57,9 @@ def flavour_of(webui: Path) -> Flavour:
         raise SystemExit(f"{webui}: no WebUI is here; expected the folder with launch.py and modules/")
     if not (webui / "modules_forge").is_dir():
         return A1111
+    version = webui / "modules_forge" / "forge_version.py"
+    if version.is_file() and re.search(r"^version\s*=\s*[\"']neo", version.read_text(encoding="utf-8"), re.MULTILINE):
+        return NEO
     if (webui / "backend").is_dir():
         return FORGE
     return CLASSIC if (webui / "extensions-builtin" / "xyz").is_dir() else REFORGE

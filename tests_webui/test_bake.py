@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import EXACT, LORA, choose
-from files import BASE, TEXT_LORA, describe
+from files import BASE, OTHER, TEXT_LORA, describe
 from pictures import HIRES, PROMPT, Offset, distance, draw, known, request, same
 from server import Server
 
@@ -38,6 +38,23 @@ def test_undo_is_exact(server: Server, offset: str) -> None:
     assert fingerprint(server) == before
     assert same(draw(server), plain)
     assert server.do("unbake") == {"undone": False}
+
+
+def test_a_bake_before_the_models_first_picture(server: Server) -> None:
+    """Some hosts change the dtype of weights when they first encode a prompt."""
+    choose(server, OTHER)
+    before, plain = fingerprint(server), draw(server)
+    choose(server, BASE)
+    try:
+        server.post("/sdapi/v1/options", sd_model_checkpoint=OTHER)
+        server.do("bake", offset=EXACT, strength=0.8)
+        assert server.get("status")["model"]["file"] == OTHER
+        assert not same(draw(server), plain)
+        assert server.do("unbake") == {"undone": True}
+        assert fingerprint(server) == before
+        assert same(draw(server), plain)
+    finally:
+        choose(server, BASE)
 
 
 def test_a_bake_is_like_the_script(server: Server) -> None:

@@ -95,6 +95,19 @@ def test_bake_and_undo_by_clicks(tab: Tab, server: Server, exact: dict) -> None:
     assert same(draw(server), plain)
 
 
+def test_compare_by_a_click(tab: Tab, lora: dict) -> None:
+    """The pictures reach the page: gradio writes them to a folder of the host, which may never have been made."""
+    tab.dpo("Compare")
+    tab.choose("dpo_compare_offset", LORA)
+    tab.fill("dpo_compare_prompts", PROMPT)
+    for name, value in (("strengths", "1"), ("seeds", "1"), ("steps", "1"), ("width", "64"), ("height", "64")):
+        tab.fill(f"dpo_compare_{name}", value)
+    tab.click("dpo_compare_go")
+    tab.until(lambda: tab.page.locator("#dpo_compare_result .dpo-card").count(), "the verdict")
+    for elem_id in ("dpo_compare_grid", "dpo_compare_where"):
+        tab.page.wait_for_function(f"() => (document.querySelector('#{elem_id} img') || {{}}).naturalWidth > 0")
+
+
 def test_a_refusal_is_a_sentence(tab: Tab) -> None:
     tab.dpo("Extract")
     tab.fill("dpo_extract_name", "../evil")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 from conftest import EXACT, choose
 from files import BASE, OTHER, OTHER_VAE
-from flavours import FORGE
 from pictures import draw, known, same
 from server import Server
 from test_bake import fingerprint, known_fingerprint
@@ -44,8 +43,8 @@ def _switch_and_back(server: Server) -> None:
 
 
 def test_another_vae_while_baked(server: Server, exact: dict) -> None:
-    if server.flavour is FORGE:
-        pytest.skip("on Forge a VAE is part of the choice of checkpoint: choosing one loads the model anew")
+    if server.flavour.vae_of_checkpoint:
+        pytest.skip("on this host a VAE is part of the choice of checkpoint: choosing one loads the model anew")
     before, plain = known_fingerprint(server), known(server)
     server.do("bake", offset=EXACT, strength=1)
     baked = draw(server)

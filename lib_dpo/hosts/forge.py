@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,9 +44,11 @@ from lib_dpo.hosts.forge_patchers import (
     patched_clones,
     patcher_of,
     storage_of,
+    weights_of,
 )
 from lib_dpo.hosts.forge_patches import HostModel, HostPatches, host_patches, patch_bytes, quantised, shape_of
 from lib_dpo.hosts.inplace import check_memory, checksum
+from lib_dpo.keymap import UNET
 from lib_dpo.lora_keys import group_keys
 from lib_dpo.patch import Patch
 from lib_dpo.progress import Progress, Steps
@@ -66,7 +68,7 @@ class _Bake:
     clean: Patchers
     patched: Patchers
     patches: HostPatches
-    before: Mapping[str, str]  # checksums of the clean weights
+    before: Mapping[str, str]  # checksums of the clean weights, of the parts that were baked into
 
     def carried_by(self, objects: Any) -> bool:
         """Whether patchers that others made of ours still hold all of it."""
@@ -133,11 +135,14 @@ class ForgeLive:
             raise HostError(_OTHERS)
         clean = earlier.clean if earlier else before
         check_memory(self.bake_bytes(patch) - (earlier.baked.bytes_kept if earlier else 0))
+        sums = dict(earlier.before) if earlier else {}
+        unknown = _parts(patch) - sums.keys()
         to_read = sum(torch.Size(patch.offset.shapes[key]).numel() for key in patch.changed_keys())
-        steps = Steps(to_read + (0 if earlier else _numel(clean)), on_progress)
+        steps = Steps(to_read + _numel(clean, unknown), on_progress)
         patches = _prepared(engine, patch, steps)
         try:
-            sums = earlier.before if earlier else fingerprint_of(clean, steps, checksum)
+            if unknown:
+                sums |= fingerprint_of(clean, steps, checksum, unknown)
             patched, refused = patched_clones(clean, patches, float(strength), _bake_name(patch.id))
             _install(engine, patched)
             load_now(patched)
@@ -175,8 +180,9 @@ class ForgeLive:
             raise HostError(_OTHERS)
         _install(engine, record.clean)
         state.bake = None
-        steps = Steps(_numel(record.clean), _uncancelled(on_progress))
-        if fingerprint_of(record.clean, steps, checksum) != record.before:
+        parts = record.before.keys()
+        steps = Steps(_numel(record.clean, parts), _uncancelled(on_progress))
+        if fingerprint_of(record.clean, steps, checksum, parts) != record.before:
             raise HostError(
                 "the bake was taken out, but weights that it left alone were changed by something else meanwhile; to get the "
                 "clean model, choose another checkpoint and then this one again"
@@ -369,9 +375,15 @@ def _patched_clone(base: Any, patches: Mapping[str, Any], patch: Patch, strength
     return clone
 
 
-def _numel(patchers: Patchers) -> int:
-    parameters = (*parameters_of(patchers.unet).values(), *clip_parameters(patchers.clip).values())
-    return sum(parameter.numel() for parameter in parameters)
+def _parts(patch: Patch) -> set[str]:
+    """What a bake of this touches: undo looks at no more, for what it does not touch others may change."""
+    keys = patch.changed_keys()
+    parts = {"unet"} if any(key.startswith(UNET) for key in keys) else set()
+    return parts | ({"te"} if patch.changes_text_encoder() else set())
+
+
+def _numel(patchers: Patchers, parts: Iterable[str]) -> int:
+    return sum(tensor.numel() for part in parts for tensor in weights_of(patchers, part).values())
 
 
 def _install(engine: Any, patchers: Patchers) -> None:

@@ -55,7 +55,8 @@ def is_forge() -> bool:
 
 def fork_name() -> tuple[str, str]:
     """The fork's name as in `Host.name`, and what it says of its version."""
-    version = str(getattr(optional("modules_forge.forge_version"), "version", "of unknown version"))
+    told = optional("modules_forge.forge_version")
+    version = str(getattr(told, "release", None) or getattr(told, "version", "of unknown version"))  # Neo's version is "neo"
     base = optional("backend.patcher.base")
     if base is not None:
         patches = inspect.signature(base.ModelPatcher.add_patches).parameters["patches"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from lib_dpo.hosts.forge_modules import fork_name, memory_module
 from lib_dpo.hosts.forge_patches import HostPatches, quantised
 from lib_dpo.hosts.inplace import all_finite, digest
 from lib_dpo.progress import Steps
+
+PARTS = ("unet", "te")  # of a model: what can be baked into
+_UNREAD = re.compile(r"clip_l\.(transformer\.)?text_projection")
 
 
 @dataclass(frozen=True)
@@ -121,14 +125,31 @@ def load_now(patchers: Patchers) -> None:
                 load([patcher], force_patch_weights=True)  # reForge and Neo leave swapped layers to the forward pass
 
 
-def fingerprint_of(patchers: Patchers, steps: Steps, of: Callable[[Mapping[str, Tensor]], str] = digest) -> dict[str, str]:
-    """SHA-256, or another function, of the weights as these patchers make them."""
+def fingerprint_of(
+    patchers: Patchers, steps: Steps, of: Callable[[Mapping[str, Tensor]], str] = digest, parts: Collection[str] = PARTS
+) -> dict[str, str]:
+    """SHA-256, or another function, of the weights as these patchers make them.
+
+    Args:
+        parts: of these alone; `weights_of` tells what they are.
+    """
     load_now(patchers)
     found = {}
-    for name, parameters in (("unet", parameters_of(patchers.unet)), ("te", clip_parameters(patchers.clip))):
-        found[name] = of({key: parameter.data for key, parameter in parameters.items()})
-        steps.advance(sum(parameter.numel() for parameter in parameters.values()), name)
+    for part in parts:
+        weights = weights_of(patchers, part)
+        found[part] = of(weights)
+        steps.advance(sum(tensor.numel() for tensor in weights.values()), part)
     return found
+
+
+def weights_of(patchers: Patchers, part: str) -> dict[str, Tensor]:
+    """The weights of the UNet ("unet") or of the text encoders ("te"), by the host's names.
+
+    Without CLIP-L's projection: no checkpoint has one and nothing reads it, so that Forge and Neo leave it as their memory
+    happened to be.
+    """
+    parameters = parameters_of(patchers.unet) if part == "unet" else clip_parameters(patchers.clip)
+    return {name: parameter.data for name, parameter in parameters.items() if not _UNREAD.match(name)}
 
 
 def check_finite(patchers: Patchers, patches: HostPatches, strength: float) -> None:

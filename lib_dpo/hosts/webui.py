@@ -78,6 +78,7 @@ class WebUI:
         progress.add_task_to_queue(task)
         try:
             with call_queue.queue_lock:
+                make_picture_folder()
                 shared.state.begin(job=task)
                 progress.start_task(task)
                 try:
@@ -129,7 +130,13 @@ class WebUI:
     def self_test(self) -> Sequence[Check]:
         found = xyz_module() is not None
         text = "the X/Y/Z plot script was found" if found else "the X/Y/Z plot script was not found: its [DPO] axes are missing"
-        return (*self.live.checks(), Check("X/Y/Z plot", found, text))
+        broken = make_picture_folder()
+        pictures = (
+            f"pictures on this page end in a bare Error, for want of the host's folder of them: {broken}" if broken else "found"
+        )
+        return (
+            *self.live.checks(), Check("X/Y/Z plot", found, text), Check("folder of temporary pictures", not broken, pictures)
+        )  # fmt: skip
 
     def api_auth(self) -> Mapping[str, str]:
         pairs = (getattr(shared.cmd_opts, "api_auth", None) or "").split(",")
@@ -187,6 +194,20 @@ def _only(script: scripts.Script) -> scripts.ScriptRunner:
     runner = scripts.ScriptRunner()
     runner.scripts = runner.alwayson_scripts = [script]
     return runner
+
+
+def make_picture_folder() -> str:
+    """Make the folder that the host's gradio writes pictures of answers to; why not, or "" where it is there or none is set.
+
+    The host makes it when the setting is changed. On a fresh Forge Neo it is set from the start, and was never made.
+    """
+    folder = str(getattr(shared.opts, "temp_dir", "") or "")
+    try:
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return f"{error.strerror}: {folder} (Settings, Directory for temporary images)"
+    return ""
 
 
 def host_version() -> str:
