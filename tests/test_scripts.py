@@ -103,7 +103,14 @@ class Host:
         children = {
             "script_callbacks": Strict("script_callbacks", **{name: register(name) for name in CALLBACKS}),
             "scripts": Strict("scripts", Script=Script, AlwaysVisible=object(), scripts_data=scripts_data),
-            "shared": Strict("shared", OptionInfo=OptionInfo, opts=opts, cmd_opts=SimpleNamespace(api=True), state=State()),
+            "shared": Strict(
+                "shared",
+                OptionInfo=OptionInfo,
+                opts=opts,
+                cmd_opts=SimpleNamespace(api=True),
+                state=State(),
+                total_tqdm=SimpleNamespace(clear=lambda: None),
+            ),
             "ui_components": Strict("ui_components", InputAccordion=accordion),
             "call_queue": Strict("call_queue", queue_lock=threading.Lock()),
             "paths": Strict("paths", models_path="/webui/models"),
