@@ -4,6 +4,8 @@ PYTHON ?= python3
 # more arguments for the command of a target: make test ARGS="-k lora -x"
 ARGS ?=
 IN_ENV = @$(PYTHON) tools/env.py
+# tests in as many processes as there are cores, at most four, a file of them in one; ARGS="-n0" runs all in one process
+PYTEST = -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -19,13 +21,13 @@ study:  ## the same with 500 pictures a side and finer strengths: a quarter of a
 	$(IN_ENV) newest -m lib_dpo demo --study --overwrite --json study/figures.json $(ARGS)
 
 test:  ## all tests, on the newest versions
-	$(IN_ENV) newest -m pytest $(ARGS)
+	$(IN_ENV) newest $(PYTEST) $(ARGS)
 
 test-a1111:  ## the tests on what AUTOMATIC1111's WebUI ships (needs Python 3.10)
-	$(IN_ENV) a1111 -m pytest -m "not gpu and not newest" $(ARGS)
+	$(IN_ENV) a1111 $(PYTEST) -m "not gpu and not newest" $(ARGS)
 
 test-forge:  ## the tests on what Forge ships (needs Python 3.10)
-	$(IN_ENV) forge -m pytest -m "not gpu and not newest" $(ARGS)
+	$(IN_ENV) forge $(PYTEST) -m "not gpu and not newest" $(ARGS)
 
 test-all: test test-a1111 test-forge  ## the tests on all three sets of versions
 

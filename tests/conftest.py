@@ -22,11 +22,19 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a few steps of the bundled model's training make: its state in `work`, the files in `model`."""
+    """What a few steps of the bundled model's training make: its state in `work`, the files in `model`. No test changes it."""
     pytest.importorskip("diffusers")
+    from filelock import FileLock
+
     from tools.bundled.recipe import SMOKE
     from tools.train_bundled_model import make
 
-    folder = tmp_path_factory.mktemp("bundled")
-    make(SMOKE, folder / "work", folder / "model", bpe=None, say=lambda _: None)
+    run = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent  # of all the processes of a run, of which one makes it
+    folder = run / "bundled"
+    with FileLock(run / "bundled.lock"):
+        if not (folder / "complete").is_file():
+            make(SMOKE, folder / "work", folder / "model", bpe=None, say=lambda _: None)
+            (folder / "complete").touch()
     return folder
