@@ -24,6 +24,7 @@ class Flavour:
     same_as_prompt: bool = False  # applies our offset by the same code as a LoRA of the prompt: equal to the pixel
     api_infotext: bool = True  # takes an infotext in an API request
     vae_comes_back: bool = True  # choosing "Automatic" again brings back the VAE of the checkpoint
+    rounds_anew: bool = False  # its own pictures differ by a grey level here and there between a model just loaded and one used
     hires: tuple[tuple[str, object], ...] = ()  # what a hires request needs beside the usual, or in its place
     own_tokenizer: bool = False  # brings the tokenizer's files in its own folder
     vae_of_checkpoint: bool = False  # a VAE is part of the choice of checkpoint: choosing one loads the model anew
@@ -44,6 +45,7 @@ NEO = Flavour(
     loads_late=True,
     api_infotext=False,  # as Forge
     hires=(_SAME_MODULES, ("hr_upscaler", "None")),  # it has no latent ones; this one it has without any model file
+    rounds_anew=True,  # 2.26 on a CPU, with this extension or without
     own_tokenizer=True,
     vae_of_checkpoint=True,
 )

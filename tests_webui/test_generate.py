@@ -101,8 +101,9 @@ def test_a_refiner_takes_over(server: Server) -> None:
     assert not same(plain, draw(server, steps=4))
     ours = draw(server, offset=Offset(LORA), **options)
     assert not same(ours, plain)
-    assert same(draw(server, offset=Offset(LORA, 0.0), **options), plain)
-    assert same(draw(server, offset=Offset(LORA), **options), ours)
+    for offset, before in ((Offset(LORA, 0.0), plain), (Offset(LORA), ours)):
+        again = draw(server, offset=offset, **options)
+        assert same(again, before) or (server.flavour.rounds_anew and distance(again, before) < 0.1 * distance(ours, plain))
     assert same(draw(server), untouched)
     assert server.get("status")["text"].endswith("clean")
 
