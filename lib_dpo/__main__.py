@@ -1,4 +1,4 @@
-"""`python -m lib_dpo`."""
+"""The command `dpo`, which is `python -m lib_dpo` too."""
 
 from __future__ import annotations
 
@@ -26,9 +26,15 @@ def run() -> int:
     return code
 
 
-code = run()
-if code == CANCELLED:  # threads may still be hashing or computing: an interpreter that ends under them can abort
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-sys.exit(code)
+def console() -> None:
+    """Run the command line and leave the process with its exit code."""
+    code = run()
+    if code == CANCELLED:  # threads may still be hashing or computing: an interpreter that ends under them can abort
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    console()

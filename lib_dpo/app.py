@@ -8,14 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lib_dpo.errors import BadFileError, MissingExtraError, OutputError
+from lib_dpo.errors import BadFileError, OutputError, missing_extra
 from lib_dpo.hosts.standalone import Standalone
 from lib_dpo.session import Session
-from lib_dpo.settings import BUNDLED_MODEL
+from lib_dpo.settings import ASSETS, BUNDLED_MODEL
 
 logger = logging.getLogger(__name__)
 
-_ROOT = Path(__file__).resolve().parent.parent  # where style.css and javascript/ lie
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PORTS = range(1, 65536)
 
@@ -33,9 +32,7 @@ def serve(*, models: Path | None, tokenizer: Path, device: str, address: str, po
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError(
-            "the app needs gradio, which is not installed: pip install 'sd-webui-dpo[standalone]'"
-        ) from error
+        raise missing_extra("the app needs", "gradio") from error
     if port not in _PORTS:
         raise OutputError(f"port {port} does not exist; choose one from 1024 to 65535")
     folder = models or own_models()
@@ -45,7 +42,7 @@ def serve(*, models: Path | None, tokenizer: Path, device: str, address: str, po
         raise BadFileError(f"{host.checkpoint_dir}: holds no checkpoint; put one there, or give another folder with --models")
     host.live.load(entries[0].path)
     blocks = build(Session(host))
-    style, script = _ROOT / "style.css", _ROOT / "javascript" / "dpo.js"
+    style, script = ASSETS / "style.css", ASSETS / "javascript" / "dpo.js"
     head = f"<style>{style.read_text(encoding='utf-8')}</style><script>{script.read_text(encoding='utf-8')}</script>"
     try:
         blocks.launch(server_name=address, server_port=port, quiet=True, head=head, prevent_thread_lock=True)

@@ -16,7 +16,7 @@ from lib_dpo import __version__
 from lib_dpo.cli_arguments import REFUSED, Runs, make_parser
 from lib_dpo.cli_reports import check_reports, progress_bar, write_json
 from lib_dpo.cli_words import with_flags
-from lib_dpo.errors import Cancelled, DpoError, SettingError, printable
+from lib_dpo.errors import Cancelled, DpoError, SettingError, printable, this_python
 from lib_dpo.settings import ExtractSettings, RankPolicy, check, strength_to_bake
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if args.debug:
             raise
-        advice = "use the Python whose path `make env` prints, or `pip install .` in the folder of this project"
+        advice = f"run `{this_python()} -m pip install .` in the folder of this project, or use the Python of your WebUI"
         print(_error_line(f"{error.name} is not installed in this Python; {advice}"), file=sys.stderr)
         return REFUSED
     except Exception as error:

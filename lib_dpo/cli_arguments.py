@@ -1,9 +1,10 @@
-"""What can be typed after `python -m lib_dpo`: commands, options and their help."""
+"""What can be typed after `dpo`: commands, options and their help."""
 
 from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(REFUSED, f"error: {' '.join(message.split())}; see `{self.prog} --help`\n")
 
 
+def program() -> str:
+    """What the command line was called as, for people to type again."""
+    return "dpo" if Path(sys.argv[0]).stem.lower() == "dpo" else "python -m lib_dpo"
+
+
 def make_parser(runs: Runs) -> argparse.ArgumentParser:
     """The parser of the whole command line.
 
@@ -45,9 +51,9 @@ def make_parser(runs: Runs) -> argparse.ArgumentParser:
         runs: what each command but those for pictures does with its arguments, by name.
     """
     parser = Parser(
-        prog="python -m lib_dpo", description="DPO offsets: what preference tuning changed in a model, as a LoRA or baked in."
+        prog=program(), description="DPO offsets: what preference tuning changed in a model, as a LoRA or baked in."
     )
-    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("--version", action="version", version=f"dpo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
     common = Parser(add_help=False)
     common.add_argument("--json", type=Path, metavar="F", help="write the figures to a file too")

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lib_dpo.errors import MissingExtraError, OutputError
+from lib_dpo.errors import OutputError, missing_extra
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def check_reports(args: argparse.Namespace) -> None:
     """Refuse early the names of a report or picture: they are written last. What an earlier run wrote may be replaced."""
     plot = getattr(args, "plot", None)
     if plot and importlib.util.find_spec("matplotlib") is None:
-        raise MissingExtraError("--plot needs matplotlib, which is not installed: pip install matplotlib, or leave --plot out")
+        raise missing_extra("--plot needs", "matplotlib", instead="leave --plot out")
     if plot and args.json and plot.absolute() == args.json.absolute():
         raise OutputError(f"{plot}: is to be both the report and the picture; choose another name for one")
     for path in filter(None, (args.json, plot)):

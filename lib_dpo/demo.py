@@ -90,7 +90,7 @@ def demo(
         _draw(findings, series, work)
         write_text_atomic(work / _PAGE, _page(findings, series, figures, work, "\n".join(printed).strip()))
         files = [str(folder / file.name) for file in sorted(work.iterdir())]
-    say(f"\nEverything is in {folder}: open {_PAGE}, or try `python -m lib_dpo inspect` on any of the files.")
+    say(f"\nEverything is in {folder}: open {_PAGE}, or try `dpo inspect` on any of the files.")
     switching = {"switch_seconds": series.switch_seconds, "picture_seconds": series.cell_seconds}
     return {**_moved(figures, work, folder), **findings.as_json(), "switching": switching, "files": files}
 

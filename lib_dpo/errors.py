@@ -20,6 +20,8 @@ DpoError
 
 from __future__ import annotations
 
+import sys
+
 
 def printable(text: str) -> str:
     """Text from a file as a terminal may be given it: without control characters."""
@@ -59,7 +61,25 @@ class OutputError(DpoError):
 
 
 class MissingExtraError(DpoError):
-    """An optional library is not installed; the message names the extra."""
+    """An optional library is not installed; the message names it."""
+
+
+def missing_extra(purpose: str, *libraries: str, instead: str = "") -> MissingExtraError:
+    """The error for libraries that are not there, with the command that installs them for the Python that runs.
+
+    Args:
+        purpose: what needs them, such as "the app needs".
+        instead: what else can be done.
+    """
+    *others, last = libraries
+    names = f"{', '.join(others)} and {last}" if others else last
+    how = f"install with: {this_python()} -m pip install {' '.join(libraries)}"
+    return MissingExtraError(f"{purpose} {names}, which this Python lacks; {how}" + (f", or {instead}" if instead else ""))
+
+
+def this_python() -> str:
+    """The Python that runs, as it can be typed."""
+    return f'"{sys.executable}"' if " " in sys.executable else sys.executable
 
 
 class NotAllowedError(DpoError):

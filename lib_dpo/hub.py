@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lib_dpo.checkpoint import COMPONENTS, choose_weights
-from lib_dpo.errors import BadFileError, MissingExtraError, NotAllowedError, OutputError, SettingError
+from lib_dpo.errors import BadFileError, NotAllowedError, OutputError, SettingError, missing_extra
 from lib_dpo.hashes import user_cache
 from lib_dpo.writer import write_text_atomic
 
@@ -208,8 +208,7 @@ def _library() -> Any:
         import huggingface_hub.constants
         import huggingface_hub.utils
     except ImportError as error:
-        raise MissingExtraError(
-            "names that begin with hub: need the library huggingface_hub, which is not installed; "
-            "run `pip install sd-webui-dpo[hub]` or `pip install huggingface_hub`, or download the file yourself"
+        raise missing_extra(
+            "names that begin with hub: need", "huggingface_hub", instead="download the file yourself"
         ) from error
     return huggingface_hub

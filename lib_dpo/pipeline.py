@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lib_dpo.arch import Architecture, TextEncoder
-from lib_dpo.errors import MismatchError, MissingExtraError
+from lib_dpo.errors import MismatchError, missing_extra
 from lib_dpo.keymap import QKV, VAE, fused_layer, text_encoder_to_hf, unet_to_diffusers, vae_to_diffusers
 from lib_dpo.model import Model
 from lib_dpo.prediction import prediction_of
@@ -99,9 +99,7 @@ def _libraries() -> tuple[Any, Any]:
         import diffusers
         import transformers
     except ImportError as error:
-        raise MissingExtraError(
-            f"making pictures needs {error.name}, which is not installed: pip install 'sd-webui-dpo[standalone]'"
-        ) from error
+        raise missing_extra("making pictures needs", "diffusers", "transformers", "accelerate") from error
     return diffusers, transformers
 
 

@@ -62,7 +62,10 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
 )
 DEFAULT_RANK = 64
 LARGEST_STRENGTH = 10.0  # beyond it, either way, a strength is a slip of the finger: percent, or a lost decimal point
-BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "models" / "bundled"  # the small model that ships with the project
+_PACKAGE = Path(__file__).resolve().parent
+# models/, javascript/ and style.css lie beside the package in an extension's folder, and in it where pip installed it
+ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent
+BUNDLED_MODEL = ASSETS / "models" / "bundled"  # the small model that ships with the project
 
 
 def check(name: str, value: Any) -> None:

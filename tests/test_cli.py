@@ -494,7 +494,7 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr("lib_dpo.cli._inspect", fail)
     assert tiny.run("inspect", "x.safetensors") == 2
     assert capsys.readouterr().err.startswith(
-        "error: torch is not installed in this Python; use the Python whose path `make env`"
+        f"error: torch is not installed in this Python; run `{sys.executable} -m pip install .` in the folder of this project"
     )
 
 

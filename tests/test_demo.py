@@ -142,5 +142,5 @@ def test_demo_refuses_in_a_sentence(smoke: Path, tmp_path: Path, monkeypatch: py
     assert "at least 8" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert tiny.run("demo", "--model", smoke / "model", "-o", folder) == 2
-    assert "pip install 'sd-webui-dpo[standalone]'" in capsys.readouterr().err
+    assert "-m pip install diffusers transformers accelerate" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

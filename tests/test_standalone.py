@@ -220,7 +220,7 @@ def test_what_makes_no_pictures_is_refused(models: Path, tmp_path: Path, monkeyp
             host.live.load(file)
         assert host.live.loaded() is None
     monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'sd-webui-dpo\[standalone\]'"):
+    with pytest.raises(MissingExtraError, match="-m pip install diffusers transformers accelerate"):
         host.live.load(host.checkpoint_dir / "base.safetensors")
 
 

@@ -15,7 +15,7 @@ def current_host() -> Host:
         HostError: this process is no WebUI.
     """
     if "modules.shared" not in sys.modules:
-        raise HostError("no WebUI is running in this process; use `python -m lib_dpo` on the command line")
+        raise HostError("no WebUI is running in this process; use the command `dpo`")
     from lib_dpo.hosts.webui import WebUI, host_version
 
     if "modules_forge" in sys.modules:
