@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,7 @@ def serve(*, models: Path | None, tokenizer: Path, device: str, address: str, po
         import gradio  # noqa: F401
     except ImportError as error:
         raise missing_extra("the app needs", "gradio") from error
-    if port not in _PORTS:
-        raise OutputError(f"port {port} does not exist; choose one from 1024 to 65535")
+    check_port(address, port)
     folder = models or own_models()
     host = Standalone(folder, tokenizer, device=device, allow_paths=address in _LOOPBACK)
     entries = host.checkpoints()
@@ -44,12 +45,53 @@ def serve(*, models: Path | None, tokenizer: Path, device: str, address: str, po
     blocks = build(Session(host))
     style, script = ASSETS / "style.css", ASSETS / "javascript" / "dpo.js"
     head = f"<style>{style.read_text(encoding='utf-8')}</style><script>{script.read_text(encoding='utf-8')}</script>"
+    _ask_no_proxy(address)
+    # gradio's own check gives the server 3 s to answer: a busy machine takes longer
+    options = {"quiet": True, "prevent_thread_lock": True, "_frontend": False}
     try:
-        blocks.launch(server_name=address, server_port=port, quiet=True, head=head, prevent_thread_lock=True)
-    except OSError as error:
-        raise OutputError(f"port {port} cannot be used ({error}); choose another one with --port") from error
+        blocks.launch(server_name=address, server_port=port, head=head, **options)
+    except OSError as error:  # taken since we looked
+        raise OutputError(f"port {port} cannot be used; choose another one with --port") from error
     print(f"serving {folder} on http://{address}:{port}; Ctrl-C ends it", flush=True)  # noqa: T201  # the command's own words
     blocks.block_thread()
+
+
+def _ask_no_proxy(address: str) -> None:
+    """Let gradio reach its own server where the environment names a proxy for everything (in this process alone)."""
+    for name in ("no_proxy", "NO_PROXY"):
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), address, *_LOOPBACK)))
+
+
+def check_port(address: str, port: int) -> None:
+    """Refuse a port that cannot be listened on, before anything is opened. Raises OutputError."""
+    if port not in _PORTS:
+        raise OutputError(f"port {port} does not exist; choose one from 1024 to 65535")
+    try:
+        _listen_once(address, port)
+    except PermissionError as error:
+        raise OutputError(f"port {port} is kept for the system; choose one from 1024 to 65535 with --port") from error
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise OutputError(f"{address} is no address of this machine; leave --host out") from error
+        free = next((each for each in range(port + 1, min(port + 100, 65535)) if _is_free(address, each)), None)
+        advice = f"such as --port {free}" if free else "with --port"
+        raise OutputError(f"port {port} is used by another program; choose another one, {advice}") from error
+
+
+def _listen_once(address: str, port: int) -> None:
+    family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        if os.name != "nt":  # there it would share the port of another program
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that just ended does not count
+        probe.bind(place)
+
+
+def _is_free(address: str, port: int) -> bool:
+    try:
+        _listen_once(address, port)
+    except OSError:
+        return False
+    return True
 
 
 def own_models() -> Path:

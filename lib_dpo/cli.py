@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lib_dpo import __version__
-from lib_dpo.cli_arguments import REFUSED, Runs, make_parser
+from lib_dpo.cli_arguments import Runs, make_parser
+from lib_dpo.cli_files import check_inputs_apart, check_not_swapped, folders_to_make, input_file, input_files, unquoted
+from lib_dpo.cli_parser import REFUSED
 from lib_dpo.cli_reports import check_reports, progress_bar, write_json
 from lib_dpo.cli_words import with_flags
 from lib_dpo.errors import Cancelled, DpoError, SettingError, printable, this_python
@@ -33,48 +35,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         started = time.perf_counter()
         check_reports(args)
+        check_inputs_apart(args)
+        made = folders_to_make(_outputs(args))
         figures, text = args.run(args)
         figures = {"command": args.command, "version": __version__, "inputs": _inputs(args), **figures}
         figures["seconds"] = round(time.perf_counter() - started, 3)
         if args.json:
             write_json(args.json, figures)
-        if text:
-            print(text)
+        lines = [*filter(None, [text]), *(f"made the folder {folder}" for folder in made if folder.is_dir())]
+        if lines:
+            print("\n".join(lines))
         sys.stdout.flush()  # here, where a reader that went away can be told from an error
     except (KeyboardInterrupt, Cancelled):
         print("cancelled", file=sys.stderr)
         return CANCELLED
-    except DpoError as error:
-        if args.debug:
-            raise
-        print(_error_line(with_flags(str(error))), file=sys.stderr)
-        return REFUSED
     except BrokenPipeError:  # the reader of our output went away, as `| head` does; Python flushes once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        if args.debug:
-            raise
-        print(_error_line(str(error)), file=sys.stderr)
-        return REFUSED
-    except ModuleNotFoundError as error:
-        if args.debug:
-            raise
-        advice = f"run `{this_python()} -m pip install .` in the folder of this project, or use the Python of your WebUI"
-        print(_error_line(f"{error.name} is not installed in this Python; {advice}"), file=sys.stderr)
-        return REFUSED
+        return DONE
     except Exception as error:
         if args.debug:
             raise
-        devices = sys.modules.get("lib_dpo.devices")  # with torch, which may be missing or broken
-        if isinstance(error, MemoryError) or (devices and devices.is_out_of_memory(error)):
-            advice = "close other programs" + (", or choose --device cpu" if getattr(args, "device", "cpu") != "cpu" else "")
-            print(_error_line(f"out of memory ({error}); {advice}".replace(" ()", "")), file=sys.stderr)
-            return REFUSED
-        logger.debug("unforeseen", exc_info=True)
-        what = f"this should not happen: {type(error).__name__}: {error}"
-        print(_error_line(what) + "; run again with --debug and report it", file=sys.stderr)
+        print(_error_line(_explained(error, args)), file=sys.stderr)
         return REFUSED
-    return DONE
+    return REFUSED if figures.get("refused") else DONE
+
+
+def _explained(error: Exception, args: argparse.Namespace) -> str:
+    """An error in the words of one line."""
+    if isinstance(error, (DpoError, OSError)) and not isinstance(error, MemoryError):
+        return with_flags(str(error))
+    if isinstance(error, ModuleNotFoundError):
+        advice = f"run `{this_python()} -m pip install .` in the folder of this project, or use the Python of your WebUI"
+        return f"{error.name} is not installed in this Python; {advice}"
+    devices = sys.modules.get("lib_dpo.devices")  # with torch, which may be missing or broken
+    if isinstance(error, MemoryError) or (devices and devices.is_out_of_memory(error)):
+        advice = "close other programs" + (", or choose --device cpu" if getattr(args, "device", "cpu") != "cpu" else "")
+        return f"out of memory ({error}); {advice}".replace(" ()", "")
+    logger.debug("unforeseen", exc_info=True)
+    return f"this should not happen: {type(error).__name__}: {error}; run again with --debug and report it"
 
 
 def _runs() -> Runs:
@@ -93,10 +91,18 @@ def _error_line(message: str) -> str:
 _LONGEST_LINE = 2000
 
 
-def _inputs(args: argparse.Namespace) -> dict[str, str]:
+def _inputs(args: argparse.Namespace) -> dict[str, Any]:
     """What was read, as it was given."""
     given = {name: getattr(args, name, None) for name in ("file", "model", "target", "base", "tuned", "lora", "offset")}
-    return {name: str(value) for name, value in given.items() if value is not None}
+    if given["file"] and len(given["file"]) == 1:
+        (given["file"],) = given["file"]
+    return {name: value if name == "file" else str(value) for name, value in given.items() if value is not None}
+
+
+def _outputs(args: argparse.Namespace) -> list[Path | None]:
+    """The files that will be written, as far as their names are given."""
+    each = getattr(args, "each", None)
+    return [getattr(args, "output", None), args.json, getattr(args, "plot", None), each and each / "picture.png"]
 
 
 def _policy(args: argparse.Namespace) -> RankPolicy:
@@ -106,30 +112,13 @@ def _policy(args: argparse.Namespace) -> RankPolicy:
 # ---- files ----
 
 
-def _path(args: argparse.Namespace, spec: str) -> Path:
-    from lib_dpo.hub import resolve
-
-    return resolve(spec, consent=lambda question: _agreed(args, question))
-
-
-def _agreed(args: argparse.Namespace, question: str) -> bool:
-    if args.yes:
-        return True
-    if not sys.stdin.isatty():
-        return False
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        return False
-
-
 @contextmanager
 def _pair(args: argparse.Namespace) -> Iterator[Any]:
     from lib_dpo.model import open_model
     from lib_dpo.offset import open_pair
 
     with ExitStack() as stack:
-        models = [stack.enter_context(open_model(_path(args, spec))) for spec in (args.base, args.tuned)]
+        models = [stack.enter_context(open_model(input_file(args, spec))) for spec in (args.base, args.tuned)]
         yield open_pair(*models)
 
 
@@ -196,7 +185,7 @@ def _verify(args: argparse.Namespace) -> Result:
     from lib_dpo.verify import verify
 
     with _pair(args) as pair, progress_bar("verifying") as tell:
-        checkpoint, offset = open_offset(_path(args, args.lora), pair.architecture)
+        checkpoint, offset = open_offset(input_file(args, args.lora), pair.architecture)
         with checkpoint:
             report = verify(offset, pair, on_progress=tell)
     return report.as_json(), verify_text(report)
@@ -214,10 +203,14 @@ def _bake(args: argparse.Namespace) -> Result:
 
     strength, blocks = strength_to_bake(args.strength), parse_blocks(args.blocks)
     check_safetensors_output(args.output, overwrite=args.overwrite)
-    check_sidecar(Path(args.target), args.output, overwrite=args.overwrite)  # what a hub: name stands for has none
+    check_sidecar(
+        Path(os.path.expanduser(unquoted(args.target))), args.output, overwrite=args.overwrite
+    )  # what a hub: name stands for has none
     with ExitStack() as stack:
-        target = stack.enter_context(open_model(_path(args, args.target)))
-        checkpoint, offset = open_offset(_path(args, args.offset), target.architecture)
+        files = input_file(args, args.target), input_file(args, args.offset)
+        check_not_swapped("--target", files[0], "--offset", files[1])
+        target = stack.enter_context(open_model(files[0]))
+        checkpoint, offset = open_offset(files[1], target.architecture)
         stack.enter_context(checkpoint)
         check_blocks(blocks, offset.architecture)  # a block that it lacks first, then blocks that leave nothing
         check_changes(offset, blocks)
@@ -247,7 +240,7 @@ def _resize(args: argparse.Namespace) -> Result:
     if args.rank is None and args.energy is None and args.size_mb is None:
         raise SettingError("resize needs a new rank, energy or size; give --rank, --energy or --size-mb")
     check_safetensors_output(args.output, overwrite=args.overwrite)
-    with open_checkpoint(_path(args, args.lora)) as lora, progress_bar("resizing") as tell:
+    with open_checkpoint(input_file(args, args.lora)) as lora, progress_bar("resizing") as tell:
         check_output(args.output, overwrite=args.overwrite, inputs=lora.files)
         report = resize(lora, args.output, _policy(args), precision=args.precision, overwrite=args.overwrite, on_progress=tell)
     return report.as_json(), resize_text(report)
@@ -257,8 +250,40 @@ def _inspect(args: argparse.Namespace) -> Result:
     from lib_dpo.inspection import inspect
     from lib_dpo.report import inspect_text
 
-    found = inspect(_path(args, args.file))
-    return found.as_json(), inspect_text(found)
+    def one(typed: str | Path) -> Result:
+        found = inspect(input_file(args, typed))
+        return found.as_json(), inspect_text(found)
+
+    named = list(_each_file(args.file))
+    if len(named) == 1:
+        figures, text = one(named[0])
+        return {**figures, "files": [figures]}, text
+    files, texts = [], []
+    for typed in named:
+        try:
+            figures, text = one(typed)
+        except Exception as error:  # one bad file does not hide the others
+            if args.debug or isinstance(error, Cancelled):
+                raise
+            figures, text = {"path": str(typed), "error": _explained(error, args)}, ""
+            print(_error_line(figures["error"]), file=sys.stderr)
+        files.append(figures)
+        texts.append(text)
+    refused = sum("error" in figures for figures in files)
+    told = [*filter(None, texts), f"{len(files)} files, {refused} of them refused" if refused else f"{len(files)} files"]
+    return {"files": files, "refused": refused}, "\n\n".join(told)
+
+
+def _each_file(names: Sequence[str]) -> Iterator[str | Path]:
+    """The files that patterns stand for, each once; what fits none is passed on, to be refused in its turn."""
+    seen: dict[str, str | Path] = {}
+    for name in names:
+        try:
+            found: Sequence[str | Path] = [name] if name.startswith("hub:") else input_files(name)
+        except DpoError:
+            found = [name]
+        seen.update({str(path): path for path in found})
+    yield from seen.values()
 
 
 def _compat(args: argparse.Namespace) -> Result:
@@ -266,7 +291,7 @@ def _compat(args: argparse.Namespace) -> Result:
     from lib_dpo.model import open_model
     from lib_dpo.report import compat_text
 
-    with open_model(_path(args, args.target)) as target, _pair(args) as pair, progress_bar("comparing") as tell:
+    with open_model(input_file(args, args.target)) as target, _pair(args) as pair, progress_bar("comparing") as tell:
         report = compat(target, pair, on_progress=tell)
     return report.as_json(), compat_text(report)
 

@@ -3,45 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import re
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from lib_dpo import __version__
+from lib_dpo.cli_files import input_folder, output_file, output_folder
+from lib_dpo.cli_parser import Parser, any_case, number, program
 from lib_dpo.cli_pictures import add_commands as add_picture_commands
 from lib_dpo.settings import BUNDLED_MODEL, FIELDS, METHODS, PRECISIONS, PROFILES
 
-REFUSED = 2  # exit code
+_INSPECTED = "a model, a LoRA or an offset file; several, or a pattern such as *.safetensors"
 Command = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]
 Runs = Mapping[str, Callable[..., Any]]
-
-
-class _Help(argparse.HelpFormatter):
-    """Says defaults, where there are any and the text does not."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help or ""
-        told = "default" in text or not action.option_strings or action.default in (None, False, "", argparse.SUPPRESS)
-        return text if told else f"{text} (default: %(default)s)"
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse with our one line for errors."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"formatter_class": _Help, **options})
-        # a private name of argparse: before Python 3.14 it takes -1e-3 for an option
-        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.IGNORECASE)
-
-    def error(self, message: str) -> Any:
-        self.exit(REFUSED, f"error: {' '.join(message.split())}; see `{self.prog} --help`\n")
-
-
-def program() -> str:
-    """What the command line was called as, for people to type again."""
-    return "dpo" if Path(sys.argv[0]).stem.lower() == "dpo" else "python -m lib_dpo"
 
 
 def make_parser(runs: Runs) -> argparse.ArgumentParser:
@@ -56,7 +29,7 @@ def make_parser(runs: Runs) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dpo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=Parser)
     common = Parser(add_help=False)
-    common.add_argument("--json", type=Path, metavar="F", help="write the figures to a file too")
+    common.add_argument("--json", type=output_file, metavar="F", help="write the figures to a file too")
     common.add_argument("--overwrite", action="store_true", help="replace existing files")
     common.add_argument("--yes", action="store_true", help="agree to downloads of hub: names")
     common.add_argument("--debug", action="store_true", help="show tracebacks and the log")
@@ -68,7 +41,7 @@ def make_parser(runs: Runs) -> argparse.ArgumentParser:
 
     _add_extraction(command, runs)
     _add_use(command, runs)
-    add_picture_commands(command, _number)
+    add_picture_commands(command)
     _add_demo(command, runs)
     return parser
 
@@ -77,24 +50,26 @@ def _add_extraction(command: Command, runs: Runs) -> None:
     """From a pair to its offset."""
     sub = command("diff", runs["diff"], "show what changed between a base and its tuned model")
     _pair_arguments(sub)
-    sub.add_argument("--plot", type=Path, metavar="F.png", help="write a picture too (computes all spectra)")
+    sub.add_argument("--plot", type=output_file, metavar="F.png", help="write a picture too (computes all spectra)")
     sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
 
     sub = command("extract", runs["extract"], "extract a LoRA from a base and its tuned model")
     _pair_arguments(sub)
     _output_arguments(sub, "L.safetensors")
     _rank_arguments(sub)
-    sub.add_argument("--conv-rank", type=_number(int), metavar="N", help=FIELDS["conv_rank"].help)
-    sub.add_argument("--method", choices=METHODS, default="auto", help=FIELDS["method"].help)
-    sub.add_argument("--profile", choices=PROFILES, default="portable", help=FIELDS["profile"].help)
-    sub.add_argument("--precision", choices=PRECISIONS, default="fp16", help=FIELDS["precision"].help)
+    sub.add_argument("--conv-rank", type=number(int), metavar="N", help=FIELDS["conv_rank"].help)
+    sub.add_argument("--method", type=any_case, choices=METHODS, default="auto", help=FIELDS["method"].help)
+    sub.add_argument("--profile", type=any_case, choices=PROFILES, default="portable", help=FIELDS["profile"].help)
+    sub.add_argument("--precision", type=any_case, choices=PRECISIONS, default="fp16", help=FIELDS["precision"].help)
     sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
-    sub.add_argument("--seed", type=_number(int), default=0, help=FIELDS["seed"].help)
+    sub.add_argument("--seed", type=number(int), default=0, help=FIELDS["seed"].help)
 
     sub = command("offset", runs["offset"], "write the dense offset file (tuned minus base, UNet)")
     _pair_arguments(sub)
     _output_arguments(sub, "O.safetensors")
-    sub.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp32", help=FIELDS["precision"].help)
+    sub.add_argument(
+        "--precision", type=any_case, choices=("fp32", "fp16", "bf16"), default="fp32", help=FIELDS["precision"].help
+    )
 
     sub = command("verify", runs["verify"], "measure how much of the offset a LoRA or offset file holds")
     sub.add_argument("--lora", required=True, metavar="L", help="the LoRA or offset file")
@@ -107,19 +82,19 @@ def _add_use(command: Command, runs: Runs) -> None:
     sub.add_argument("--target", required=True, metavar="C", help="the checkpoint")
     sub.add_argument("--offset", required=True, metavar="L_or_O", help="a LoRA or an offset file")
     _output_arguments(sub, "OUT.safetensors")
-    sub.add_argument("--strength", type=_number(float), default=1.0, help=FIELDS["strength"].help)
+    sub.add_argument("--strength", type=number(float), default=1.0, help=FIELDS["strength"].help)
     sub.add_argument("--blocks", default="", help=FIELDS["blocks"].help)
-    sub.add_argument("--precision", choices=("keep", *PRECISIONS), default="keep", help=FIELDS["precision"].help)
+    sub.add_argument("--precision", type=any_case, choices=("keep", *PRECISIONS), default="keep", help=FIELDS["precision"].help)
 
     sub = command("resize", runs["resize"], "make a LoRA smaller, from its factors alone")
     sub.add_argument("--lora", required=True, metavar="L", help="the LoRA")
     _output_arguments(sub, "L2.safetensors")
     _rank_arguments(sub, "components per layer")
-    sub.add_argument("--conv-rank", type=_number(int), metavar="N", help=FIELDS["conv_rank"].help)
-    sub.add_argument("--precision", choices=("keep", *PRECISIONS), default="keep", help=FIELDS["precision"].help)
+    sub.add_argument("--conv-rank", type=number(int), metavar="N", help=FIELDS["conv_rank"].help)
+    sub.add_argument("--precision", type=any_case, choices=("keep", *PRECISIONS), default="keep", help=FIELDS["precision"].help)
 
-    sub = command("inspect", runs["inspect"], "say what a file is")
-    sub.add_argument("file", metavar="FILE")
+    sub = command("inspect", runs["inspect"], "say what files are")
+    sub.add_argument("file", nargs="+", metavar="FILE", help=_INSPECTED)
 
     sub = command("compat", runs["compat"], "say whether the offset fits a finetune, and whether DPO is in it already")
     sub.add_argument("--target", required=True, metavar="C", help="the finetune")
@@ -130,10 +105,10 @@ def _add_demo(command: Command, runs: Runs) -> None:
     sub = command(
         "demo", runs["demo"], "the whole story on the bundled model, with pictures that are judged, without a network"
     )
-    sub.add_argument("-o", "--output", type=Path, metavar="DIR", help="folder to write to (default: demo, or study)")
+    sub.add_argument("-o", "--output", type=output_folder, metavar="DIR", help="folder to write to (default: demo, or study)")
     sub.add_argument("--study", action="store_true", help="many more pictures and strengths: a quarter of an hour or so")
-    sub.add_argument("--pictures", type=_number(int), metavar="N", help=FIELDS["pictures"].help)
-    sub.add_argument("--model", type=Path, default=BUNDLED_MODEL, metavar="DIR", help="folder of the bundled model")
+    sub.add_argument("--pictures", type=number(int), metavar="N", help=FIELDS["pictures"].help)
+    sub.add_argument("--model", type=input_folder, default=BUNDLED_MODEL, metavar="DIR", help="folder of the bundled model")
 
 
 def _pair_arguments(sub: argparse.ArgumentParser) -> None:
@@ -143,20 +118,10 @@ def _pair_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _output_arguments(sub: argparse.ArgumentParser, name: str) -> None:
-    sub.add_argument("-o", "--output", required=True, type=Path, metavar=name, help="the file to write")
+    sub.add_argument("-o", "--output", required=True, type=output_file, metavar=name, help="the file to write")
 
 
 def _rank_arguments(sub: argparse.ArgumentParser, rank: str = FIELDS["rank"].help) -> None:
-    sub.add_argument("--rank", type=_number(int), metavar="N", help=rank)
-    sub.add_argument("--energy", type=_number(float), metavar="E", help=FIELDS["energy"].help)
-    sub.add_argument("--size-mb", type=_number(float), metavar="MB", help=FIELDS["size_mb"].help)
-
-
-def _number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
-
-    return read
+    sub.add_argument("--rank", type=number(int), metavar="N", help=rank)
+    sub.add_argument("--energy", type=number(float), metavar="E", help=FIELDS["energy"].help)
+    sub.add_argument("--size-mb", type=number(float), metavar="MB", help=FIELDS["size_mb"].help)

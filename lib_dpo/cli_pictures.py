@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib_dpo.cli_files import check_not_swapped, input_file, input_folder, output_file, output_folder
+from lib_dpo.cli_parser import number
 from lib_dpo.errors import OutputError
 from lib_dpo.settings import BUNDLED_MODEL, FIELDS
 
@@ -18,16 +20,15 @@ LOOPBACK = "127.0.0.1"
 TOKENIZER = BUNDLED_MODEL / "clip"
 
 
-def add_commands(command: Callable[..., argparse.ArgumentParser], number: Callable[[Callable[[str], Any]], Any]) -> None:
+def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     """Add `compare` and `app` to the command line.
 
     Args:
         command: makes a sub-parser from a name, a function and a help text.
-        number: a type for arguments that are numbers.
     """
     sub = command("compare", compare, "make the same pictures at several strengths, the untouched model first")
-    sub.add_argument("--model", required=True, type=Path, metavar="C", help="a whole checkpoint")
-    sub.add_argument("--offset", required=True, type=Path, metavar="L_or_O", help="a LoRA or an offset file")
+    sub.add_argument("--model", required=True, metavar="C", help="a whole checkpoint")
+    sub.add_argument("--offset", required=True, metavar="L_or_O", help="a LoRA or an offset file")
     sub.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
     sub.add_argument("--negative", default="", metavar="TEXT", help="what the pictures should not show")
     sub.add_argument("--seeds", default="1, 2", help="such as 1, 2 or 100-103; -1 is random")
@@ -38,12 +39,12 @@ def add_commands(command: Callable[..., argparse.ArgumentParser], number: Callab
     sub.add_argument("--sampler", default="", help="Euler, Euler a, DDIM, DPM++ 2M or UniPC")
     sub.add_argument("--width", type=number(int), default=0, metavar="N", help="of a picture, in pixels; 0: the model's own")
     sub.add_argument("--height", type=number(int), default=0, metavar="N", help="of a picture, in pixels; 0: the model's own")
-    sub.add_argument("-o", "--output", required=True, type=Path, metavar="GRID.png", help="the labelled grid")
-    sub.add_argument("--each", type=Path, metavar="DIR", help="every picture as a file of its own too")
+    sub.add_argument("-o", "--output", required=True, type=output_file, metavar="GRID.png", help="the labelled grid")
+    sub.add_argument("--each", type=output_folder, metavar="DIR", help="every picture as a file of its own too")
     _host_arguments(sub)
 
     sub = command("app", app, "serve the tab without a WebUI, on this machine only")
-    sub.add_argument("--models", type=Path, metavar="DIR", help="folder with Stable-diffusion, Lora and DPO in it")
+    sub.add_argument("--models", type=input_folder, metavar="DIR", help="folder with Stable-diffusion, Lora and DPO in it")
     sub.add_argument("--port", type=number(int), default=7861, metavar="N", help="to listen on")
     sub.add_argument("--host", default=LOOPBACK, help="address to listen on (default: this machine only)")
     _host_arguments(sub)
@@ -53,7 +54,7 @@ def _host_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
     sub.add_argument(
         "--tokenizer",
-        type=Path,
+        type=input_folder,
         default=TOKENIZER,
         metavar="DIR",
         help="CLIP's vocab.json and merges.txt; by default those that come with this project",
@@ -76,12 +77,14 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if args.each and args.each.exists() and any(args.each.glob("*.png")) and not args.overwrite:
         raise OutputError(f"{args.each}: holds pictures already; choose another folder, or allow it to be replaced")
     host = Standalone(args.output.absolute().parent, args.tokenizer, device=args.device)
-    host.live.load(args.model)
+    model, offset = input_file(args, args.model), input_file(args, args.offset)
+    check_not_swapped("--model", model, "--offset", offset)
+    host.live.load(model)
     session = Session(host)
     with tqdm(desc="drawing", unit="picture", disable=None, leave=False) as bar:
         found = session.compare(
             _Bar(bar),
-            offset=str(args.offset.absolute()),
+            offset=str(offset.absolute()),
             prompts=args.prompt,
             negative=args.negative,
             seeds=args.seeds,
@@ -100,7 +103,7 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _check_picture(args: argparse.Namespace) -> None:
     if args.output.suffix.lower() != ".png":
-        raise OutputError(f"{args.output}: expected a name that ends in .png; rename it")
+        raise OutputError(f"{args.output}: expected a name that ends in .png; write {args.output.with_suffix('.png')}")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import Any
 from lib_dpo.checkpoint import COMPONENTS, choose_weights
 from lib_dpo.errors import BadFileError, NotAllowedError, OutputError, SettingError, missing_extra
 from lib_dpo.hashes import user_cache
+from lib_dpo.names import nearest
 from lib_dpo.writer import write_text_atomic
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,12 @@ logger = logging.getLogger(__name__)
 PREFIX = "hub:"
 _NAME = re.compile(
     rf"{PREFIX}(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(/(?P<file>[^\\:?#\x00-\x1f]+\.(safetensors|ckpt|pt|pth)))?", re.ASCII
+)
+_MISSPELT = re.compile(r"(hub|hf|huggingface)\s*[:/\\]+\s*(?P<name>[\w-][\w.-]*[/\\]+.+)", re.IGNORECASE)
+_ADDRESS = re.compile(
+    r"https?://(www\.)?(huggingface\.co|hf\.co)/(?P<repo>[\w.-]+/[\w.-]+?)"
+    r"(/(tree|blob|resolve)/[\w.-]+(/(?P<file>[^?#]+))?)?/?([?#].*)?",
+    re.IGNORECASE,
 )
 
 
@@ -42,11 +49,24 @@ def resolve(spec: str | Path, *, consent: Callable[[str], bool]) -> Path:
         return cached or _remembered(hub, str(spec)) or _fetched(hub, repo, file, consent)
 
 
+def meant_on_the_hub(spec: str) -> str | None:
+    """The hub: name that a misspelt one or an address of the hub stands for, or None."""
+    if match := _ADDRESS.fullmatch(spec):
+        name = PREFIX + match["repo"] + (f"/{match['file']}" if match["file"] else "")
+    elif match := _MISSPELT.fullmatch(spec):
+        name = PREFIX + re.sub(r"[/\\]+", "/", match["name"]).strip("/ ")
+    else:
+        return None
+    return name if _NAME.fullmatch(name) else None
+
+
 def _parse(spec: str) -> tuple[str, str | None]:
     match = _NAME.fullmatch(spec)
     if match is None or "--" in match["repo"] or re.search(r"\.\.|//|/\./", spec):
+        meant = meant_on_the_hub(spec)
+        advice = f"did you mean {meant}?" if meant else "correct it"
         raise SettingError(
-            f"{spec}: is no name on the hub, expected hub:owner/name or hub:owner/name/file.safetensors; correct it"
+            f"{spec}: is no name on the hub, expected hub:owner/name or hub:owner/name/file.safetensors; {advice}"
         )
     return match["repo"], match["file"]
 
@@ -60,7 +80,9 @@ def _fetched(hub: Any, repo: str, file: str | None, consent: Callable[[str], boo
             return local
         raise
     if file and file not in sizes:
-        raise BadFileError(f"{repo}: has no file {file}, expected one of {_weights_among(sizes)}; correct the name")
+        near = nearest(file, sizes)
+        advice = f"did you mean {near}?" if near else "correct the name"
+        raise BadFileError(f"{repo}: has no file {file}, expected one of {_weights_among(sizes)}; {advice}")
     target, wanted = (file, [file]) if file else _choose(repo, sizes)
     missing = [each for each in wanted if not _cached(hub, repo, each, commit)]
     if missing and not consent(_question(hub, repo, missing, sizes)):

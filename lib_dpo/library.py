@@ -20,7 +20,7 @@ from lib_dpo.errors import DpoError, NotFoundError, printable
 from lib_dpo.hosts.base import FileEntry, Host
 from lib_dpo.lora_keys import is_lora
 from lib_dpo.model import Model
-from lib_dpo.names import output_path
+from lib_dpo.names import nearest, output_path
 from lib_dpo.offset import is_offset_file
 from lib_dpo.recipe import is_bake
 
@@ -163,9 +163,9 @@ class Library:
             return Path(wanted)
         if not wanted:
             raise NotFoundError(f"no {what} is chosen; choose one from the list")
-        raise NotFoundError(
-            f"there is no {what} named {printable(wanted)[:120]!r}; choose one from the list, or refresh it after adding a file"
-        )
+        near = nearest(wanted, (known for entry in listed for known in (entry.name, *_short_names(entry))))
+        advice = f"did you mean {printable(near)!r}?" if near else "choose one from the list, or refresh it after adding a file"
+        raise NotFoundError(f"there is no {what} named {printable(wanted)[:120]!r}; {advice}")
 
     def _there(self, entry: FileEntry, what: str) -> Path:
         if not entry.path.exists():

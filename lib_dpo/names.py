@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from lib_dpo.errors import OutputError, printable
@@ -43,6 +45,15 @@ def output_path(folder: Path, name: str) -> Path:
     if _RESERVED.fullmatch(stem) or stem.lower() in _FORBIDDEN_ALIASES:
         raise OutputError(f"the name {shown} is reserved; choose another one")
     return folder / (stem + _SUFFIX)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that somebody may have meant, the same but for its case before a similar one; None if none is near."""
+    folded: dict[str, str] = {}
+    for name in known:
+        folded.setdefault(name.casefold(), name)
+    near = difflib.get_close_matches(word.casefold(), folded, n=1)
+    return folded[near[0]] if near else None
 
 
 def names_apart(one: Path, other: Path) -> tuple[str, str]:

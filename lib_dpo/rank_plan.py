@@ -17,7 +17,7 @@ from lib_dpo.offset import Pair
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Steps
 from lib_dpo.ranks import Spectrum, allocate, break_even_rank
-from lib_dpo.settings import ExtractSettings, RankPolicy
+from lib_dpo.settings import ExtractSettings, RankPolicy, size_meant
 
 
 def plan_ranks(
@@ -101,7 +101,10 @@ def _ranks_for_size(layers: Sequence[Layer], spectra: Mapping[str, Spectrum], it
     ranks = allocate(spectra, budget=int(size * 1e6) - overhead)
     if not any(ranks.values()):
         least = overhead + min(row.bytes_per_rank + row.fixed_bytes for row in spectra.values())
-        raise SettingError(f"size {size:g} MB holds no layer of this model; expected at least {least / 1e6:.2g} MB")
+        raise SettingError(
+            f"size {size:g} MB holds no layer of this model; expected at least {least / 1e6:.2g} MB"
+            + size_meant(size, least / 1e6)
+        )
     return ranks
 
 

@@ -25,7 +25,7 @@ from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.ranks import Spectrum, allocate
 from lib_dpo.resize_metadata import NewPair, energy_claimed, resized_metadata
-from lib_dpo.settings import RankPolicy
+from lib_dpo.settings import RankPolicy, size_meant
 from lib_dpo.writer import SafetensorsWriter
 
 _FACTORS = ("up", "down", "mid", "alpha")
@@ -184,7 +184,11 @@ def _ranks(
         budget = int(size * 1e6) - overhead
         ranks = allocate(rest, budget=budget)
         if budget < 0 or not (whole or any(ranks.values())):
-            raise SettingError(f"size {size:g} MB holds no layer of {lora.path.name}; choose a larger size")
+            least = overhead if whole else overhead + min(row.bytes_per_rank + row.fixed_bytes for row in rest.values())
+            raise SettingError(
+                f"size {size:g} MB holds no layer of {lora.path.name}; expected at least {least / 1e6:.2g} MB"
+                + size_meant(size, least / 1e6)
+            )
     return {name: rank + (name in whole) for name, rank in ranks.items()}
 
 

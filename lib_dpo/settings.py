@@ -88,7 +88,19 @@ def check(name: str, value: Any) -> None:
     if field.minimum is not None and value < field.minimum:
         raise SettingError(f"{name} {value} is too small; expected at least {field.minimum:g}")
     if field.maximum is not None and value > field.maximum:
-        raise SettingError(f"{name} {value} is too large; expected at most {field.maximum:g}")
+        raise SettingError(f"{name} {value} is too large; expected at most {field.maximum:g}{_meant(name, value)}")
+
+
+def _meant(name: str, value: float) -> str:
+    """The number that somebody may have meant who gave too large a one: a share in per cent, a size in bytes."""
+    if name == "energy" and 2 <= value <= 100:
+        return f"; did you mean {value / 100:g}?"
+    return f" MB; did you mean {value / 1e6:g}?" if name == "size_mb" and value >= 1e6 else ""
+
+
+def size_meant(size_mb: float, least_mb: float) -> str:
+    """The size that somebody may have meant whose size in MB is too small for anything: one in GB."""
+    return f"; did you mean {size_mb * 1000:g}? The size is in MB" if 0 < size_mb < least_mb <= size_mb * 1000 else ""
 
 
 def strength_of(value: Any) -> float:

@@ -62,11 +62,15 @@ def check_output(path: str | Path, *, overwrite: bool, inputs: Iterable[Path] = 
         raise OutputError(f"{path}: cannot be created, {folder} is no folder that may be written to; choose another one")
 
 
+_OTHER_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensor", ".sft")
+
+
 def check_safetensors_output(path: str | Path, *, overwrite: bool) -> None:
     """The same for the file of a `SafetensorsWriter`, by its name alone: before inputs are opened or downloaded."""
     path = Path(path)
-    if path.suffix.lower() != ".safetensors":
-        raise OutputError(f"{path}: expected a name that ends in .safetensors; rename it")
+    if path.suffix.lower() != ".safetensors" and not path.is_dir():
+        stem = path.with_suffix("") if path.suffix.lower() in _OTHER_SUFFIXES else path
+        raise OutputError(f"{path}: expected a name that ends in .safetensors; write {stem}.safetensors")
     if _encodable(str(path)) != str(path):
         raise OutputError(f"{path}: has a name that is not UTF-8, which the library cannot open; choose another")
     check_output(path, overwrite=overwrite)

@@ -54,8 +54,18 @@ def test_lists_name_what_can_be_chosen(session: Session):
 @pytest.mark.parametrize("name", ["", "nothing", "../Lora/xl", "/etc/passwd", "DPO/dpo-sd1", "base.safetensors/..", "\0"])
 def test_names_outside_the_lists_are_refused(session: Session, name: str):
     for look in (session.library.checkpoint, session.library.reference, session.library.offset, session.library.any):
-        with pytest.raises(NotFoundError, match=r"choose one|is chosen"):
+        with pytest.raises(NotFoundError, match=r"choose one|is chosen|did you mean"):
             look(name)
+
+
+def test_a_mistyped_name_offers_the_nearest(session: Session):
+    for name in ("bsae", "Base.safetensors", "bas.safetensors"):
+        with pytest.raises(
+            NotFoundError, match=rf"there is no checkpoint named '{name}'; did you mean 'base(.safetensors)?'\?"
+        ):
+            session.library.checkpoint(name)
+    with pytest.raises(NotFoundError, match="choose one from the list"):
+        session.library.checkpoint("something else")
 
 
 def test_paths_are_taken_only_where_the_user_allowed_it(session: Session, files: Path):

@@ -269,7 +269,7 @@ def test_the_command_says_when_memory_runs_out(models: Path, tmp_path: Path, cap
         (("--sampler", "Magic"), "sampler 'Magic' is unknown"),
         (("--blocks", "EAR=1"), "block weight"),
         (("-o", "grid.jpg"), "ends in .png"),
-        (("--offset", "/nowhere.safetensors"), "no offset named"),
+        (("--offset", "/nowhere.safetensors"), "does not exist"),
     ],
 )
 def test_the_command_refuses_in_one_line(models: Path, tmp_path: Path, capsys, options, message: str):
@@ -284,16 +284,18 @@ def test_the_command_refuses_in_one_line(models: Path, tmp_path: Path, capsys, o
 
 
 def test_the_app_serves_the_tab_on_this_machine_only(models: Path):
+    import os
     import re
     import subprocess
     import sys
     import urllib.request
 
+    env = {**os.environ, "HTTP_PROXY": "http://127.0.0.1:9"}  # nobody is there: pages of this machine need no proxy
     port = str(free_port())
     command = [sys.executable, "-m", "lib_dpo", "app", "--models", models, "--tokenizer", models / "tokenizer", "--port", port,
                "--device", "cpu"]  # fmt: skip
     root = Path(__file__).resolve().parent.parent
-    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             assert process.stdout is not None
             said = process.stdout.readline()
@@ -303,7 +305,7 @@ def test_the_app_serves_the_tab_on_this_machine_only(models: Path):
                 assert re.search(f'"elem_id":"{elem_id}"', page), elem_id
             second = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, check=False)
             assert (second.returncode, second.stdout) == (2, "")
-            assert f"port {port} cannot be used" in second.stderr
+            assert f"port {port} is used by another program" in second.stderr
         finally:
             process.terminate()
             process.wait(30)

@@ -30,6 +30,7 @@ ONLY_ON_THE_COMMAND_LINE = {
     "app.py": "the command `app` itself, before there is a page",
     "demo.py": "the command `demo`",
     "toy": "what the command `demo` draws and writes; the custom properties of its page's style",
+    "errors.py": "libraries for work without a WebUI, whose user has a terminal",
     "hub.py": "names that begin with hub:, which only commands take",
     "pipeline.py": "pictures without a WebUI, whose user has a terminal",
     "detect.py": "where no WebUI is running",
