@@ -37,7 +37,7 @@ class Status:
         title = self.architecture.title if self.architecture else "not supported"
         state = "clean"
         if self.baked:
-            state = f"baked: {Ingredient(self.baked.offset, self.baked.strength, self.baked.blocks)}"
+            state = f"baked: {Ingredient(self.baked.offset, self.baked.strength, self.baked.blocks, self.baked.rank)}"
         if self.in_file:
             state += f" · its file holds {', '.join(map(str, self.in_file))}"
         later = f" · {self.chosen} is loaded for the next picture" if self.chosen else ""

@@ -79,6 +79,7 @@ def bake(
     *,
     strength: float = 1.0,
     blocks: BlockWeights = EVERYWHERE,
+    rank: int | None = None,
     precision: str = "keep",
     overwrite: bool = False,
     hashes: Callable[[], tuple[str, str]] | None = None,
@@ -88,6 +89,7 @@ def bake(
 
     Args:
         target: of a diffusers folder the UNet is written, and text encoders are among what was not applied.
+        rank: to which the offset was cut when it was opened, for the recipe.
         precision: `keep` leaves every dtype as it is; fp16, bf16, fp32 convert UNet, text encoders and VAE.
         hashes: called last; SHA-256 of the target's and the offset's file, for the merge recipe.
 
@@ -112,7 +114,7 @@ def bake(
         _write_tensors(writer, run, plan, dtypes, steps)
         metadata = with_recipe(
             target.checkpoint.metadata,
-            Ingredient(offset.name, strength, str(blocks)),
+            Ingredient(offset.name, strength, str(blocks), rank, offset.kind),
             models=(target.name, offset.name),
             hashes=hashes() if hashes else ("", ""),
             name=output.stem,

@@ -269,21 +269,28 @@ def _names_for(block: str) -> Iterable[str]:
 
 
 def parse_blocks(text: str) -> BlockWeights:
-    """Read `NAME=WEIGHT,NAME=WEIGHT`. Raises SettingError naming the part that cannot be read."""
+    """Read `NAME=WEIGHT,NAME=WEIGHT`. Raises SettingError naming the part that cannot be read, or a name given twice."""
     weights: dict[str, float] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
-        match = re.fullmatch(r"(IN\d\d|OUT\d\d|TE[12]|IN|OUT|MID|TIME|TE|UNET|ALL)\s*=\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)", part)
-        try:
-            weight = float(match[2])  # type: ignore[index]  # None raises the TypeError caught here
-            if not math.isfinite(weight):
-                raise ValueError("too large")
-            weights[match[1]] = weight  # type: ignore[index]
-        except (TypeError, ValueError):
-            raise SettingError(
-                f"block weight {part!r} cannot be read; expected NAME=NUMBER with a name such as IN00, MID, OUT11, "
-                "TIME, TE1 or a group IN, OUT, TE, UNET, ALL"
-            ) from None
+        name, weight = _block_weight(part)
+        if name in weights:
+            raise SettingError(f"block weights {text!r} give {name} twice; expected each name once")
+        weights[name] = weight
     return BlockWeights(tuple(weights.items()))
+
+
+def _block_weight(part: str) -> tuple[str, float]:
+    match = re.fullmatch(r"(IN\d\d|OUT\d\d|TE[12]|IN|OUT|MID|TIME|TE|UNET|ALL)\s*=\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)", part)
+    try:
+        weight = float(match[2]) if match else math.nan
+    except ValueError:  # such as 1.2.3
+        weight = math.nan
+    if not match or not math.isfinite(weight):
+        raise SettingError(
+            f"block weight {part!r} cannot be read; expected NAME=NUMBER with a name such as IN00, MID, OUT11, "
+            "TIME, TE1 or a group IN, OUT, TE, UNET, ALL"
+        )
+    return match[1], weight
 
 
 def check_blocks(blocks: BlockWeights, arch: Architecture) -> None:

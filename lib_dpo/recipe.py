@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,31 @@ class Ingredient:
 
     offset: str
     strength: float
-    blocks: str  # "" for all at 1
+    blocks: str = ""  # "" for all at 1
+    rank: int | None = None  # to which a LoRA was cut
+    kind: str = ""  # "lora" or "dense"; "" where an older version did not tell
 
     def __str__(self) -> str:
-        return f"{self.offset} × {self.strength:g}" + (f" ({self.blocks})" if self.blocks else "")
+        return f"{self.offset} × {self.strength:g}{self._details}"
+
+    @property
+    def text(self) -> str:
+        """The same for an infotext, from which `ingredient_of` reads it again."""
+        return f"{self.offset} x {self.strength:.10g}{self._details}"
+
+    @property
+    def _details(self) -> str:
+        found = "; ".join(filter(None, (f"rank {self.rank}" if self.rank else "", self.blocks)))
+        return f" ({found})" if found else ""
+
+
+def ingredient_of(text: str) -> Ingredient | None:
+    """What an infotext tells of a bake, also one that an older version wrote; None where it cannot be read."""
+    match = re.fullmatch(r"(.+) x ([-+]?[\d.]+(?:e[-+]?\d+)?)(?: \((?:rank (\d+))?(?:; )?([^()]*)\))?", text.strip())
+    try:
+        return match and Ingredient(match[1], float(match[2]), match[4] or "", int(match[3] or 0) or None)
+    except ValueError:
+        return None
 
 
 def with_recipe(
@@ -51,6 +73,8 @@ def with_recipe(
         "custom_name": name,
         "blocks": added.blocks,
         "offset": added.offset,
+        "offset_kind": added.kind,
+        "rank": added.rank,
         "tool_version": __version__,
     }
     history = _object(kept.get(_MODELS))
@@ -68,7 +92,15 @@ def baked_in(metadata: Mapping[str, str]) -> tuple[Ingredient, ...]:
         strength = recipe.get("multiplier")
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not abs(strength) <= _LARGEST:
             break
-        found.append(Ingredient(_text(recipe.get("offset")) or "an offset", float(strength), _text(recipe.get("blocks"))))
+        found.append(
+            Ingredient(
+                _text(recipe.get("offset")) or "an offset",
+                float(strength),
+                _text(recipe.get("blocks")),
+                _rank(recipe.get("rank")),
+                _text(recipe.get("offset_kind")),
+            )
+        )
         entry = history.pop(str(recipe.get("primary_model_hash")), None)  # each once: a recipe may name itself
         recipe = _object(entry.get(_RECIPE)) if isinstance(entry, dict) else {}
     return tuple(found)
@@ -86,6 +118,11 @@ def is_bake(path: Path) -> bool:
     except OSError:
         return False
     return bool(baked_in(read_header(path).metadata))
+
+
+def _rank(value: object) -> int | None:
+    """A rank out of a file; None for whatever else stands there, and where it was not cut."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST else None
 
 
 def _text(value: object) -> str:

@@ -195,6 +195,7 @@ class Session:
                 output,
                 strength=strength,
                 blocks=patch.blocks,
+                rank=patch.rank,
                 overwrite=overwrite,
                 hashes=lambda: (hashes[0](), hashes[1]()),
                 on_progress=job.progress,

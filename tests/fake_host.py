@@ -62,7 +62,15 @@ class FakeLive:
         self._originals = {key: self.weights[key] for key in keys}
         self.weights.update(changed)
         self._baked = Baked(
-            patch.id, patch.name, strength, str(patch.blocks), patch.rank, len(keys), (), self.bake_bytes(patch)
+            patch.id,
+            patch.name,
+            strength,
+            str(patch.blocks),
+            patch.rank,
+            len(keys),
+            (),
+            self.bake_bytes(patch),
+            file=patch.checkpoint.path,
         )
         return self._baked
 

@@ -28,6 +28,7 @@ from lib_dpo.keymap import EVERYWHERE, UNET, BlockWeights, block_of, parse_block
 from lib_dpo.lora import open_offset
 from lib_dpo.model import open_model
 from lib_dpo.offset import open_pair
+from lib_dpo.patch import open_patch
 from lib_dpo.precision import round_once
 from lib_dpo.recipe import baked_in
 from lib_dpo.report import bake_text, inspect_text
@@ -291,7 +292,26 @@ def test_a_file_tells_every_bake_in_it(sd1: Files, lora: Path, tmp_path: Path) -
     found = inspect(tmp_path / "two.safetensors")
     assert [str(ingredient) for ingredient in found.baked_in] == [f"{lora.stem} × 1 (IN=0.5)", f"{lora.stem} × 0.8"]
     assert f"baked in, says its metadata: {lora.stem} × 0.8" in inspect_text(found)
-    assert found.as_json()["baked_in"][1] == {"offset": lora.stem, "strength": 0.8, "blocks": ""}
+    told = {"offset": lora.stem, "strength": 0.8, "blocks": "", "rank": None, "kind": "lora"}
+    assert found.as_json()["baked_in"][1] == told
+
+
+def test_the_recipe_says_all_that_it_takes_to_bake_again(sd1: Files, lora: Path, offset_file: Path, tmp_path: Path) -> None:
+    patch = open_patch(lora, rank=2, blocks=parse_blocks("MID=0"))
+    with open_model(sd1[0]) as target, patch.checkpoint:
+        bake(target, patch.offset, tmp_path / "cut.safetensors", strength=0.3, blocks=patch.blocks, rank=patch.rank)
+    (found,) = inspect(tmp_path / "cut.safetensors").baked_in
+    assert (found.rank, found.kind, str(found)) == (2, "lora", f"{lora.stem} × 0.3 (rank 2; MID=0)")
+    run(sd1[0], offset_file, tmp_path / "dense.safetensors")
+    (found,) = inspect(tmp_path / "dense.safetensors").baked_in
+    assert (found.rank, found.kind) == (None, "dense")
+
+
+@pytest.mark.parametrize("rank", ["true", "0", "-1", "1.5", '"4"', "[]", "null", "1" + 99 * "0"])
+def test_a_rank_that_cannot_be_is_not_told(rank: str) -> None:
+    recipe = f'{{"type": "dpo-offset", "offset": "dpo", "multiplier": 1, "rank": {rank}}}'
+    (found,) = baked_in({"sd_merge_recipe": recipe})
+    assert (str(found), found.rank) == ("dpo × 1", None)
 
 
 @given(_RECIPES | st.text(), _HISTORIES | st.text())

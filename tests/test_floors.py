@@ -26,7 +26,8 @@ FLOOR = {
     "resize": 4, "resize_metadata": 4, "verify": 4,
     "answers": 5, "effects": 5, "grid": 5, "jobs": 5, "lettering": 5, "library": 5, "pictures": 5, "plots": 5, "report": 5,
     "session": 6, "toy": 6,
-    "api": 7, "api_requests": 6, "axes": 7, "cli": 8, "cli_arguments": 8, "cli_files": 7, "cli_parser": 7, "cli_pictures": 7,
+    "api": 7, "api_requests": 6, "axes": 7, "cells": 6, "cli": 8, "cli_arguments": 8, "cli_files": 7, "cli_parser": 7,
+    "cli_pictures": 7,
     "cli_reports": 7, "cli_words": 7, "app": 7, "demo": 7, "generation": 7, "ui": 7,
     "__main__": 9,
 }  # fmt: skip

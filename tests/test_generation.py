@@ -9,25 +9,23 @@ from typing import Any
 
 import pytest
 import webui_files
-from webui_files import extract, fake
+from webui_files import fake
 
 from lib_dpo.axes import add_axes
 from lib_dpo.errors import BadTensorError, SettingError
 from lib_dpo.generation import Generation, set_axis, wish_of
+from lib_dpo.recipe import ingredient_of
 from lib_dpo.session import Session
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return webui_files.make(tmp_path_factory.mktemp("generation"))
+    return webui_files.with_offsets(tmp_path_factory.mktemp("generation"))
 
 
 @pytest.fixture
 def session(files: Path, tmp_path: Path) -> Session:
-    session = webui_files.open_session(files, tmp_path / "models")
-    extract(session)
-    session.jobs.run("offset", lambda job: session.write_offset(job, base="", reference="dpo-sd1", name="exact"))
-    return session
+    return webui_files.open_session(files, tmp_path / "models")
 
 
 def new_p(**attributes: Any) -> Any:
@@ -84,11 +82,68 @@ def test_a_refiner_is_told_of_only_where_there_is_one(session: Session):
         assert comments == (["DPO offset: the refiner draws without it"] if told else [])
 
 
-def test_a_bake_is_in_the_infotext(session: Session):
-    session.jobs.run("bake", lambda job: session.bake(job, offset="dpo", strength=0.8))
-    p = new_p()
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"offset": "dpo", "strength": 0.8}, "dpo x 0.8"),
+        ({"offset": "dpo", "strength": -1, "blocks": "IN=0.5;MID=0"}, "dpo x -1 (IN=0.5,MID=0)"),
+        ({"offset": "dpo", "strength": 0.12345678, "rank": 2}, "dpo x 0.12345678 (rank 2)"),
+        ({"offset": "exact", "strength": 1, "blocks": "ALL=0.5"}, "exact.safetensors x 1 (ALL=0.5)"),
+        ({"offset": "dpo", "strength": 1, "rank": 3, "blocks": "OUT=0"}, "dpo x 1 (rank 3; OUT=0)"),
+    ],
+)
+def test_a_bake_is_in_the_infotext_so_that_it_can_be_done_again(session: Session, options: dict[str, Any], text: str):
+    bake(session, **options)
+    weights, p = session.host.live.fingerprint(), new_p()
     generate(session, p)
-    assert p.extra_generation_params["DPO baked"] == "dpo x 0.8"
+    assert p.extra_generation_params["DPO baked"] == text
+    told = ingredient_of(text)
+    assert told is not None
+    session.jobs.run("undo", session.unbake)
+    bake(session, offset=told.offset, strength=told.strength, blocks=told.blocks, rank=told.rank)
+    assert session.host.live.fingerprint() == weights
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("dpo x 0.8", ("dpo", 0.8, "", None)),  # as it was written before blocks and rank were
+        ("a x b (1) x 1e-05", ("a x b (1)", 1e-05, "", None)), ("dpo x 1 (rank 4)", ("dpo", 1, "", 4)),
+        ("dpo x 1 (rank 4; IN=0.5,MID=0)", ("dpo", 1, "IN=0.5,MID=0", 4)), (" dpo x 2 (MID=0) ", ("dpo", 2, "MID=0", None)),
+        ("dpo", None), ("dpo x much", None), ("", None), ("dpo x 1.2.3", None), (" x 1", None),
+    ],
+)  # fmt: skip
+def test_what_an_infotext_tells_of_a_bake_is_read(text: str, read: Any):
+    found = ingredient_of(text)
+    assert (found and (found.offset, found.strength, found.blocks, found.rank)) == read
+
+
+def bake(session: Session, **options: Any) -> None:
+    session.jobs.run("bake", lambda job: session.bake(job, **options))
+
+
+def comments_of(session: Session, *args: Any, loras: tuple[str, ...] = ()) -> list[str]:
+    comments: dict[str, int] = {}
+    p = new_p(comment=lambda text: comments.setdefault(text, 1))
+    hooks = Generation(session)
+    hooks.process(p, *args)
+    hooks.on_networks(p, {"lora": [SimpleNamespace(items=[name, "1.0"]) for name in loras], "dpo": [SimpleNamespace(items=[])]})
+    assert not fake(session).aborted
+    return list(comments)
+
+
+def test_an_offset_that_is_in_a_picture_twice_is_told(session: Session):
+    assert comments_of(session, True, "dpo", 1.0, "", loras=("xl", "gone")) == []
+    (told,) = comments_of(session, True, "dpo", 1.0, "", loras=("dpo",))
+    assert told == "DPO offset: the prompt has <lora:dpo>, and the script adds the same file; this picture holds both"
+    bake(session, offset="dpo", strength=0.8, blocks="IN=0.5")
+    (told,) = comments_of(session, True, "dpo.safetensors", 0.5, "")
+    assert told.startswith("DPO offset: dpo × 0.8 (IN=0.5) is baked into the model, and the script adds it once more, × 0.5")
+    assert comments_of(session, True, "exact", 0.5, "") == []
+    assert comments_of(session) == []
+    (told,) = comments_of(session, loras=("xl", "dpo"))
+    assert told == "DPO offset: the prompt has <lora:dpo>, and the same file is baked in; this picture holds both"
+    assert len(comments_of(session, True, "dpo", 0.5, "", loras=("dpo",))) == 3
 
 
 @pytest.mark.parametrize(
@@ -172,8 +227,26 @@ def test_axes_override_the_script(session: Session):
     assert p.extra_generation_params["DPO rank"] == 2
     assert wish_of(new_p(), True, "dpo", 1.0, "", 3.0).rank == 3
     assert wish_of(new_p(), True, "dpo", 1.0, "", 0).rank is None
-    with pytest.raises(SettingError, match="not a whole number"):
-        wish_of(new_p(), True, "dpo", 1.0, "", "all")
+    for rank in ("all", 2.5, "2.5", True, float("nan"), float("inf"), [2], "-"):
+        with pytest.raises(SettingError, match="not a whole number"):
+            wish_of(new_p(), True, "dpo", 1.0, "", rank)
+    assert [wish_of(new_p(), True, "dpo", 1.0, "", rank).rank for rank in ("16 ", " ", None, 16.0)] == [16, None, None, 16]
+
+
+@pytest.mark.parametrize("enabled", ["False", "off", "0", 2, [], {}])
+def test_a_switch_is_on_or_off(enabled: Any):
+    """The text "False", as a request may hold it, would switch the script on."""
+    with pytest.raises(SettingError, match="neither true nor false"):
+        wish_of(new_p(), enabled, "dpo")
+
+
+def test_fields_that_an_axis_replaces_are_not_looked_at():
+    p = new_p()
+    set_axis(p, "strength", 0.5)
+    assert wish_of(p, False, "dpo", None).strength == 0.5
+    set_axis(p, "strength", float("nan"))
+    with pytest.raises(SettingError, match="not a finite number"):
+        wish_of(p, False, "dpo", 1.0)
 
 
 @pytest.mark.parametrize(("chosen", "method", "used"), [

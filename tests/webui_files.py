@@ -44,3 +44,11 @@ def fake(session: Session) -> FakeHost:
 def extract(session: Session, name: str = "dpo", **options: object) -> object:
     arguments = {"base": "", "reference": "dpo-sd1", "name": name, "settings": RANK_4} | options
     return session.jobs.run(f"extract {name}", lambda job: session.extract(job, **arguments))  # type: ignore[arg-type]
+
+
+def with_offsets(folder: Path) -> Path:
+    """The same with the LoRA dpo of rank 4 and the offset file exact, both of base and dpo-sd1."""
+    session = open_session(make(folder / "made"), folder / "models")
+    extract(session)
+    session.jobs.run("offset", lambda job: session.write_offset(job, base="", reference="dpo-sd1", name="exact"))
+    return folder / "models"

@@ -49,6 +49,7 @@ class Baked:
     not_applied: tuple[str, ...]  # keys of the offset that this host or model has no place for
     bytes_kept: int  # memory that undo keeps occupied
     online: bool = False  # added in every forward pass, because the stored weights are quantised
+    file: Path | None = None  # of the offset
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -167,6 +167,7 @@ class ForgeLive:
             not_applied=not_applied,
             bytes_kept=self.bake_bytes(patch),
             online=any(quantised(parameter) for name, parameter in parameters_of(clean.unet).items() if name in patches.unet),
+            file=patch.checkpoint.path,
         )
 
     def unbake(self, on_progress: Progress | None = None) -> bool:

@@ -221,6 +221,7 @@ def bake(
         tensors=len(plan.slots),
         not_applied=plan.not_applied,
         bytes_kept=plan.nbytes,
+        file=patch.checkpoint.path,
     )
     return Record(baked, originals, adder.marker.marks(), any(not slot.key.startswith(UNET) for slot in plan.slots), file)
 
