@@ -18,9 +18,10 @@ from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders, measure,
 from lib_dpo.keymap import block_labels, block_of
 from lib_dpo.layers import plan_layers
 from lib_dpo.lowrank import full_precision
-from lib_dpo.offset import Pair
+from lib_dpo.offset import Pair, blocks_in
 from lib_dpo.prediction import Prediction, predictions
 from lib_dpo.progress import Progress, Steps
+from lib_dpo.pruning import Blocks
 from lib_dpo.ranks import Spectrum, break_even_rank, size_curve
 
 # Kinds of layer for the heat-map, by a part of the canonical key; the first match counts.
@@ -82,6 +83,7 @@ class DiffReport:
     kinds: dict[str, dict[str, Row]]  # kind of layer -> block -> sums
     largest: list[tuple[str, float]]  # canonical keys of the largest relative changes
     vae: str
+    blocks: Blocks
     left_out: tuple[LeftOut, ...]
     predictions: Mapping[str, Prediction]
     spectra: Spectra | None
@@ -111,6 +113,7 @@ class DiffReport:
             "heat_map": self.heat_map(),
             "largest_relative_changes": [{"key": key, "relative_change": value} for key, value in self.largest],
             "vae": self.vae,
+            "unet": self.blocks.text,
             "left_out": [row.as_json() for row in self.left_out],
             "prediction": {name: found.as_json() for name, found in self.predictions.items()},
             "spectra": self.spectra.as_json() if self.spectra else None,
@@ -153,6 +156,7 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
         kinds=kinds,
         largest=relative[:10],
         vae=_compare_vae(pair),
+        blocks=blocks_in(pair.base),
         left_out=left_out(pair),
         predictions=predictions(pair),
         spectra=figures,

@@ -7,7 +7,7 @@ with the structure of SD 1.5 is an SD 1.5.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lib_dpo.errors import MismatchError
@@ -31,7 +31,10 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One model family. `attention` lists the resolution levels that carry transformer blocks."""
+    """One model family. `attention` lists the resolution levels that carry transformer blocks.
+
+    `resnets` is their number on each level of the way down; on the way up there is one more.
+    """
 
     name: str
     title: str
@@ -43,6 +46,7 @@ class Architecture:
     ss_base_model_version: str
     modelspec: str
     side: int  # of the pictures that the family was made for, in pixels
+    resnets: int = 2
 
 
 _CLIP_L = "text_model."
@@ -103,6 +107,20 @@ ARCHITECTURES: dict[str, Architecture] = {
     )
 }
 
+# UNets from which blocks were removed and the rest trained on: with one resnet a level all blocks have other numbers, and
+# without the innermost level other levels too. BK-SDM (arXiv 2305.15798) and Segmind's small-sd and tiny-sd; KOALA
+# (arXiv 2312.04005). Those of SSD-1B and Vega keep SDXL's numbers: see `pruning`.
+ARCHITECTURES |= {
+    row.name: row
+    for row in (
+        replace(ARCHITECTURES["sd1"], name="sd1-small", title="SD 1.x with one resnet a level", resnets=1),
+        replace(ARCHITECTURES["sd2"], name="sd2-small", title="SD 2.x with one resnet a level", resnets=1),
+        replace(ARCHITECTURES["sd1"], name="sd1-tiny", title="SD 1.x without its innermost level", levels=3, resnets=1),
+        replace(ARCHITECTURES["sd2"], name="sd2-tiny", title="SD 2.x without its innermost level", levels=3, resnets=1),
+        replace(ARCHITECTURES["sdxl"], name="koala", title="SDXL with one resnet a level", resnets=1, kohya_unet="diffusers"),
+    )
+}
+
 # What a checkpoint of a family that we do not support gives itself away by: a part of one of its keys.
 _REFUSED: tuple[tuple[str, str], ...] = (
     ("joint_blocks.", "Stable Diffusion 3"),
@@ -123,7 +141,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (".quant_state.", "a 4-bit quantised checkpoint"),
 )
 _MODEL = "a model"
-SUPPORTED = ", ".join(row.title for row in ARCHITECTURES.values())
+SUPPORTED = ", ".join(row.title for row in ARCHITECTURES.values() if row.resnets == 2)
 
 _UNET_PREFIXES: tuple[tuple[Layout, str], ...] = (
     ("ldm", "model.diffusion_model."),
@@ -163,7 +181,7 @@ def recognise(shapes: Mapping[str, Shape], *, name: str, expected: str = _MODEL)
             raise MismatchError(f"{name}: this is {family}, which is not supported yet; expected one of {SUPPORTED}")
     layout, prefix = _find_unet(shapes, name, expected)
     conv_in = shapes[prefix + ("input_blocks.0.0.weight" if layout == "ldm" else "conv_in.weight")]
-    architecture = _architecture(shapes, layout, prefix, name)
+    architecture = _as_pruned(_architecture(shapes, layout, prefix, name), shapes, layout, prefix)
     if layout == "ldm" and architecture.layout == "sgm":
         layout = "sgm"
     return Recognised(architecture, layout, prefix, conv_in[1], _notes(conv_in[1]))
@@ -204,6 +222,24 @@ def _architecture(shapes: Mapping[str, Shape], layout: Layout, prefix: str, name
             f"{name}: its UNet has neither a label embedding nor attention at the first level, so it is none of {SUPPORTED}"
         )
     return ARCHITECTURES["sd1" if len(proj_in) == 4 else "sd2"]
+
+
+def _as_pruned(arch: Architecture, shapes: Mapping[str, Shape], layout: Layout, prefix: str) -> Architecture:
+    """The same or, where each level has one resnet only, the row for such a UNet."""
+    if layout == "ldm":
+        one = prefix + "input_blocks.2.0.op.weight" in shapes
+        deep = prefix + "input_blocks.7.0.in_layers.0.weight" in shapes
+    else:
+        second = tuple(
+            f"{prefix}{side}_blocks.{level}.resnets.{n}." for side, n in (("down", 1), ("up", 2)) for level in range(4)
+        )
+        one = prefix + "up_blocks.1.resnets.1.norm1.weight" in shapes and not any(key.startswith(second) for key in shapes)
+        deep = prefix + "down_blocks.3.resnets.0.norm1.weight" in shapes
+    if not one:
+        return arch
+    if arch.name == "sdxl":
+        return ARCHITECTURES["koala"]
+    return ARCHITECTURES.get(f"{arch.name}-{'small' if deep else 'tiny'}", arch)
 
 
 def _notes(in_channels: int) -> tuple[str, ...]:

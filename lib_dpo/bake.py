@@ -19,7 +19,7 @@ from lib_dpo.errors import BadTensorError, MismatchError
 from lib_dpo.header import dtype_name, torch_dtype
 from lib_dpo.keymap import EVERYWHERE, BlockWeights, block_of, check_blocks, component_of
 from lib_dpo.model import Model
-from lib_dpo.offset import Offset, check_finite, check_is_model
+from lib_dpo.offset import Offset, blocks_in, check_finite, check_is_model, check_left_out
 from lib_dpo.precision import PRECISION, round_once
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.recipe import Ingredient, baked_in, with_recipe
@@ -160,13 +160,13 @@ def _plan(target: Model, offset: Offset) -> tuple[dict[str, str], tuple[str, ...
             "they must be of one architecture"
         )
     check_is_model(target)
-    weights = set(target.keys())
+    weights, blocks = set(target.keys()), blocks_in(target)
     plan: dict[str, str] = {}
     not_applied = []
     for key, shape in offset.shapes.items():
         source = target.sources.get(key)
         if source is None and component_of(target.architecture, key) == "unet":
-            raise MismatchError(f"{name} lacks the UNet tensor {key}, which {offset.name} changes; expected a complete UNet")
+            check_left_out(target, blocks, key, offset.name)
         if source is None or len(source.keys) > 1 or source.transpose or not source.keys[0].startswith(prefix):
             not_applied.append(key)
             continue

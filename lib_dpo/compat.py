@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from lib_dpo.figures import baked_doubt, order_doubt, rounding_energy
 from lib_dpo.keymap import block_labels, block_of, component_of
 from lib_dpo.lowrank import energy, full_precision
 from lib_dpo.model import Model
-from lib_dpo.offset import Pair, check_finite, check_is_model
+from lib_dpo.offset import Pair, blocks_in, check_finite, check_is_model, check_left_out
 from lib_dpo.prediction import Prediction, prediction_doubt, prediction_of, predictions, target_doubt
 from lib_dpo.progress import Progress, Steps
 
@@ -85,6 +85,7 @@ class CompatReport:
     strength_error: float
     suggested_strength: float
     blocks: Mapping[str, _Sums] = field(default_factory=dict)
+    no_place: tuple[str, ...] = ()  # tensors of the offset that a pruned target does not have
     left_out: tuple[LeftOut, ...] = ()
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
 
@@ -99,6 +100,7 @@ class CompatReport:
             "strength_inside_error": self.strength_error,
             "suggested_strength": self.suggested_strength,
             "blocks": {name: row.as_json() for name, row in self.blocks.items()},
+            "no_place": list(self.no_place),
             "left_out": [row.as_json() for row in self.left_out],
             "prediction": {name: found.as_json() for name, found in self.predictions.items()},
         }
@@ -123,14 +125,18 @@ def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) ->
         )
     check_is_model(target)
     keys = [key for key in pair.keys if component_of(pair.architecture, key) == "unet"]
-    held = set(target.keys("unet"))
+    held, its = set(target.keys("unet")), blocks_in(target)
     steps = Steps(len(keys), on_progress)
     tensors: list[_Sums] = []
+    no_place: list[str] = []
     blocks: dict[str, _Sums] = {name: _Sums() for name in block_labels(pair.architecture)}
     with full_precision():
         for key in keys:
             if key not in held:
-                raise MismatchError(f"{target.path.name} lacks the UNet tensor {key}; expected a complete UNet")
+                check_left_out(target, its, key, "the pair")
+                no_place.append(key)
+                steps.advance(1, key)
+                continue
             base, offset = pair.weight(key), pair.delta(key)
             weight = _comparable(target.read(key).float(), base, key, target)
             drift = weight - base
@@ -145,7 +151,8 @@ def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) ->
     if not any(sums.offset for sums in tensors):
         raise nothing_changed(pair, "UNet", "there is no offset")
     rows = left_out_of_unets(pair, target, keys)
-    return _judge(target, pair, tensors, {name: row for name, row in blocks.items() if row.base}, rows)
+    report = _judge(target, pair, tensors, {name: row for name, row in blocks.items() if row.base}, rows)
+    return _with_no_place(report, target, no_place, len(keys)) if no_place else report
 
 
 def _comparable(weight: Tensor, base: Tensor, key: str, target: Model) -> Tensor:
@@ -227,6 +234,15 @@ def _judge(
         left_out=rows,
         predictions=predictions(pair) | {"target": prediction_of(target)},
     )
+
+
+def _with_no_place(report: CompatReport, target: Model, no_place: list[str], count: int) -> CompatReport:
+    """The same of a pruned target."""
+    text = (
+        f"{target.name} is {blocks_in(target).text}: {len(no_place)} of the offset's {count} tensors have no place in it, so "
+        f"it takes a part of the offset only. By the rest: {report.text}"
+    )
+    return replace(report, level="other", text=text, no_place=tuple(no_place))
 
 
 def _pair_doubt(pair: Pair) -> str:

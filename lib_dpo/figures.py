@@ -15,7 +15,7 @@ from lib_dpo.arch import Architecture
 from lib_dpo.coverage import change_left_out, left_out
 from lib_dpo.keymap import block_labels, block_of, component_of
 from lib_dpo.lowrank import energy
-from lib_dpo.offset import Pair
+from lib_dpo.offset import Pair, blocks_in
 from lib_dpo.prediction import prediction_doubt
 from lib_dpo.recipe import baked_in
 
@@ -219,6 +219,9 @@ def right_base(pair: Pair, tally: Tally) -> Verdict:
             f"Wrong base: the UNets differ by {percent} of their size, so {tuned} was not tuned from {base}. "
             "Look for the checkpoint it was tuned from.",
         )
+    blocks = blocks_in(pair.base)
+    if not blocks.is_model:
+        return Verdict("doubtful", f"Incomplete files: {base} and {tuned} both hold {blocks.text}. Get them again.")
     other_kind, sure = prediction_doubt(pair)
     if other_kind:
         return Verdict("wrong" if sure else "doubtful", f"{'Wrong' if sure else 'Doubtful'} base: {other_kind}")

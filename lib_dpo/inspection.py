@@ -19,7 +19,7 @@ from lib_dpo.lora_file import LoraFile, read_lora
 from lib_dpo.lora_keys import is_lora
 from lib_dpo.lora_scale import ADAPTER_CONFIG, ADAPTER_METADATA, Scale, unused_config
 from lib_dpo.model import Model
-from lib_dpo.offset import is_offset_file
+from lib_dpo.offset import blocks_in, is_offset_file
 from lib_dpo.prediction import prediction_of
 from lib_dpo.recipe import Ingredient, baked_in
 from lib_dpo.resize_metadata import energy_claimed
@@ -206,11 +206,20 @@ def _inspect_model(checkpoint: Checkpoint) -> Inspection:
         unmatched=tuple(key for row in odd for key in row.keys),
         notes=(
             *model.recognised.notes,
+            *_structure(model, kind),
             *_predicts(model, kind),
             *([ema] if ema else []),
             *(f"it holds {row.text}" for row in odd),
         ),
     )
+
+
+def _structure(model: Model, kind: str) -> tuple[str, ...]:
+    """Where the UNet is not whole: which blocks were left out, or that the file is incomplete."""
+    blocks = blocks_in(model)
+    if kind == "offset" or (blocks.is_model and not blocks.pruned):
+        return ()
+    return (f"it is {blocks.text}" + ("" if blocks.is_model else ": get the file again, or do not use it"),)
 
 
 def _predicts(model: Model, kind: str) -> tuple[str, ...]:

@@ -58,8 +58,8 @@ QKV = ("q", "k", "v")  # order of the rows in open_clip's fused in_proj
 
 
 @cache
-def unet_table(levels: int, attention: tuple[int, ...]) -> Mapping[str, str]:
-    """UNet prefixes, ldm/sgm -> diffusers, for a UNet of two resnets a level with attention at the given levels."""
+def unet_table(levels: int, attention: tuple[int, ...], count: int = 2) -> Mapping[str, str]:
+    """UNet prefixes, ldm/sgm -> diffusers, for a UNet of `count` resnets a level with attention at the given levels."""
     table = {
         "time_embed.0": "time_embedding.linear_1",
         "time_embed.2": "time_embedding.linear_2",
@@ -72,16 +72,17 @@ def unet_table(levels: int, attention: tuple[int, ...]) -> Mapping[str, str]:
     resnets = {"middle_block.0": "mid_block.resnets.0", "middle_block.2": "mid_block.resnets.1"}
     table["middle_block.1"] = "mid_block.attentions.0"
     for level in range(levels):
-        for j in range(2):
-            resnets[f"input_blocks.{3 * level + j + 1}.0"] = f"down_blocks.{level}.resnets.{j}"
-            table[f"input_blocks.{3 * level + j + 1}.1"] = f"down_blocks.{level}.attentions.{j}"
-        table[f"input_blocks.{3 * level + 3}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
+        first = (count + 1) * level  # of the level's blocks on the way up; down, conv_in comes before them
+        for j in range(count):
+            resnets[f"input_blocks.{first + j + 1}.0"] = f"down_blocks.{level}.resnets.{j}"
+            table[f"input_blocks.{first + j + 1}.1"] = f"down_blocks.{level}.attentions.{j}"
+        table[f"input_blocks.{first + count + 1}.0.op"] = f"down_blocks.{level}.downsamplers.0.conv"
         has_attention = levels - 1 - level in attention
-        for j in range(3):
-            resnets[f"output_blocks.{3 * level + j}.0"] = f"up_blocks.{level}.resnets.{j}"
+        for j in range(count + 1):
+            resnets[f"output_blocks.{first + j}.0"] = f"up_blocks.{level}.resnets.{j}"
             if has_attention:
-                table[f"output_blocks.{3 * level + j}.1"] = f"up_blocks.{level}.attentions.{j}"
-        upsampler = f"output_blocks.{3 * level + 2}.{2 if has_attention else 1}.conv"
+                table[f"output_blocks.{first + j}.1"] = f"up_blocks.{level}.attentions.{j}"
+        upsampler = f"output_blocks.{first + count}.{2 if has_attention else 1}.conv"
         table[upsampler] = f"up_blocks.{level}.upsamplers.0.conv"
     for ours, theirs in resnets.items():
         table |= {f"{ours}.{part}": f"{theirs}.{name}" for part, name in _RESNET.items()}
@@ -152,12 +153,12 @@ def unet_to_diffusers(arch: Architecture, key: str) -> str | None:
     """Canonical UNet key -> diffusers UNet key (no prefix); None for keys outside the UNet."""
     if not key.startswith(UNET):
         return None
-    return swap_prefix(key[len(UNET) :], unet_table(arch.levels, arch.attention))
+    return swap_prefix(key[len(UNET) :], unet_table(arch.levels, arch.attention, arch.resnets))
 
 
 def unet_from_diffusers(arch: Architecture, key: str) -> str | None:
     """The inverse of `unet_to_diffusers`."""
-    inner = swap_prefix(key, _inverse(unet_table, arch.levels, arch.attention))
+    inner = swap_prefix(key, _inverse(unet_table, arch.levels, arch.attention, arch.resnets))
     return None if inner is None else UNET + inner
 
 
@@ -221,7 +222,7 @@ def block_of(arch: Architecture, key: str) -> str | None:
 
 def block_labels(arch: Architecture) -> tuple[str, ...]:
     """All block labels of an architecture in the order of the forward pass."""
-    count = 3 * arch.levels
+    count = (arch.resnets + 1) * arch.levels
     return (
         *(encoder.block for encoder in arch.text_encoders),
         "TIME",

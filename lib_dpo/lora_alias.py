@@ -126,7 +126,7 @@ def _text_prefixes(arch: Architecture, encoder: TextEncoder) -> Iterator[str]:
     number = 1 + arch.text_encoders.index(encoder)
     numbers = ("1", "") if number == 1 else (str(number),)
     folders = {encoder.folder, *({"text_encoder"} if number == 1 else ())}
-    comfy = "clip_l" if encoder.naming == "hf" else "clip_h" if arch.name == "sd2" else "clip_g"
+    comfy = "clip_l" if encoder.naming == "hf" else "clip_h" if arch.name.startswith("sd2") else "clip_g"
     kohya = {
         encoder.kohya,
         *(f"lora_te{digit}" for digit in numbers),

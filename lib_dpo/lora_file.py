@@ -242,11 +242,16 @@ def _recognise(
 
     None for a file of another family. Names come first; then shapes, what is wanted, metadata, and the commoner one.
     """
-    fits = {name: [group for group in groups if find_module(name, group.module)] for name in ARCHITECTURES}
+    rows = sorted(ARCHITECTURES.values(), key=lambda row: not _is_likely(row, expected))  # stable
+    fits: dict[str, list[Group]] = {}
+    for row in rows:
+        if _is_likely(row, expected) or len(max(fits.values(), key=len)) < len(groups):
+            fits[row.name] = [group for group in groups if find_module(row.name, group.module)]
     most = max(map(len, fits.values()))
     if not most:
         return (), False
     tied = [ARCHITECTURES[name] for name, own in fits.items() if len(own) == most]
+    tied = [row for row in tied if _is_likely(row, expected)] or tied
     tied = _by_proj_in(tied, groups, checkpoint)
     widths = {row.name: sum(_has_real_size(row, group, checkpoint) for group in fits[row.name]) for row in tied}
     tied = [row for row in tied if widths[row.name] == max(widths.values())]
@@ -261,6 +266,11 @@ def _recognise(
     return tuple(dict.fromkeys([*told, *tied])), bool(told)
 
 
+def _is_likely(row: Architecture, expected: Architecture | None) -> bool:
+    """Whether a file may be of it without more reason: the names in a pruned UNet are some of those in a whole one."""
+    return row.resnets == 2 or row is expected
+
+
 def _by_proj_in(tied: list[Architecture], groups: Iterable[Group], checkpoint: Checkpoint) -> list[Architecture]:
     """SD 1 and 2 share their names and differ in proj_in: a convolution there, a linear layer here."""
     downs = [group.parts["down"] for group in groups if group.module.endswith("proj_in") and "down" in group.parts]
@@ -268,7 +278,7 @@ def _by_proj_in(tied: list[Architecture], groups: Iterable[Group], checkpoint: C
     if len(dimensions) != 1:
         return tied
     other = "sd1" if dimensions == {2} else "sd2"
-    return [row for row in tied if row.name != other] or tied
+    return [row for row in tied if not row.name.startswith(other)] or tied
 
 
 def _has_real_size(arch: Architecture, group: Group, checkpoint: Checkpoint) -> bool:

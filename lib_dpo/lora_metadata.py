@@ -18,7 +18,7 @@ def kohya_metadata(arch: Architecture, *, dim: str, alpha: str, conv_dim: str | 
     arguments = {"conv_dim": conv_dim, "conv_alpha": conv_dim} if conv_dim else {}
     return {
         "ss_base_model_version": arch.ss_base_model_version,
-        "ss_v2": str(arch.name == "sd2"),
+        "ss_v2": str(arch.name.startswith("sd2")),
         "ss_network_module": "networks.lora",
         "ss_network_dim": dim,
         "ss_network_alpha": alpha,

@@ -28,8 +28,12 @@ from lib_dpo.keymap import (
 )
 
 # Other prefixes under which files carry a text encoder: spelled as the canonical keys are, or as transformers does.
-_SAME_NAMING = {"sd2": ("conditioner.embedders.0.model.",)}  # SD 2.1 in Stability's generative-models layout
-_HF_NAMING = {"sd1": ("cond_stage_model.transformer.",)}  # before transformers 4.0: without text_model.
+_SAME_NAMING = dict.fromkeys(
+    ("sd2", "sd2-small", "sd2-tiny"), ("conditioner.embedders.0.model.",)
+)  # SD 2.1 in Stability's generative-models layout
+_HF_NAMING = dict.fromkeys(
+    ("sd1", "sd1-small", "sd1-tiny"), ("cond_stage_model.transformer.",)
+)  # before transformers 4.0: without text_model.
 _HF_QKV = re.compile(r"text_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)")
 
 
@@ -180,7 +184,7 @@ def _unet_key(recognised: Recognised, key: str) -> str | None:
     arch = recognised.architecture
     if recognised.layout == "diffusers":
         return unet_from_diffusers(arch, inner)
-    return UNET + inner if swap_prefix(inner, unet_table(arch.levels, arch.attention)) else None
+    return UNET + inner if swap_prefix(inner, unet_table(arch.levels, arch.attention, arch.resnets)) else None
 
 
 def _vae_key(key: str) -> str | None:

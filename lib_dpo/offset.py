@@ -15,6 +15,7 @@ from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
 from lib_dpo.keymap import UNET, block_of
 from lib_dpo.model import Model
 from lib_dpo.names import names_apart
+from lib_dpo.pruning import Blocks, belongs, blocks_of
 
 Kind = Literal["dense", "lora"]
 # A GroupNorm's weight lies near 1 in a model and near 0 in an offset; the smallest mean of SD's own norms is about 0.2.
@@ -156,7 +157,7 @@ def open_pair(base: Model, tuned: Model) -> Pair:
         check_is_model(model, name)
     ours, shared = base.keys(), set(tuned.keys())
     keys = [key for key in ours if key in shared and block_of(base.architecture, key) not in (None, "VAE")]
-    keys = [key for key in keys if not re.search(POSITIONS, key)]
+    keys = [key for key in keys if not re.search(POSITIONS, key) and _is_own(base.architecture, key)]
     for key in keys:
         if _squeezed(base.shape(key)) != _squeezed(tuned.shape(key)):
             raise MismatchError(
@@ -168,14 +169,48 @@ def open_pair(base: Model, tuned: Model) -> Pair:
 
 
 def _check_unet(base: Model, tuned: Model, names: tuple[str, str]) -> None:
-    ours, theirs = base.keys("unet"), tuned.keys("unet")
-    for name, missing in ((names[1], set(ours) - set(theirs)), (names[0], set(theirs) - set(ours))):
+    """Refuse files of which one lacks what the other has of their architecture; what else a file has is no matter here."""
+    arch = base.architecture
+    ours, theirs = ({key for key in model.keys("unet") if belongs(arch, key)} for model in (base, tuned))
+    if ours == theirs:
+        return
+    found = [blocks_of(arch, keys) for keys in (ours, theirs)]
+    if all(blocks.is_model for blocks in found):
+        both = " but ".join(f"{name} holds {blocks.text}" for name, blocks in zip(names, found, strict=True))
+        raise MismatchError(f"{both}; they have no common offset: use two files of one kind")
+    for name, missing in ((names[1], ours - theirs), (names[0], theirs - ours)):
         if missing:
-            first = min(missing)
             raise MismatchError(
-                f"{name} lacks {len(missing)} of the {max(len(ours), len(theirs))} UNet tensors, first {first}; "
+                f"{name} lacks {len(missing)} of the {len(ours | theirs)} UNet tensors, first {min(missing)}; "
                 "expected a complete UNet: get the file again"
             )
+
+
+def _is_own(arch: Architecture, key: str) -> bool:
+    """Whether a key is a weight of the architecture, not of an adapter that was saved within the UNet."""
+    return not key.startswith(UNET) or belongs(arch, key)
+
+
+def blocks_in(model: Model) -> Blocks:
+    """Whether a model's UNet is whole, pruned or incomplete."""
+    return blocks_of(model.architecture, model.keys("unet"))
+
+
+def check_left_out(target: Model, blocks: Blocks, key: str, changed_by: str) -> None:
+    """Refuse a target that lacks a UNet tensor, unless that was left out on purpose, with its whole block.
+
+    Args:
+        blocks: those of the target. changed_by: what the message calls the offset.
+
+    Raises:
+        MismatchError: the target is incomplete.
+    """
+    if blocks.is_model and key in blocks.lacking:
+        return
+    raise MismatchError(
+        f"{target.path.name} lacks the UNet tensor {key}, which {changed_by} changes; expected a complete UNet, found "
+        f"{blocks.text}"
+    )
 
 
 def _channels_message(base: Model, tuned: Model, names: tuple[str, str]) -> str:

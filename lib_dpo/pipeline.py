@@ -20,6 +20,7 @@ from lib_dpo.arch import Architecture, TextEncoder
 from lib_dpo.errors import MismatchError, missing_extra
 from lib_dpo.keymap import QKV, VAE, fused_layer, text_encoder_to_hf, unet_to_diffusers, vae_to_diffusers
 from lib_dpo.model import Model
+from lib_dpo.offset import blocks_in
 from lib_dpo.prediction import prediction_of
 
 _HEAD_WIDTH = 64  # of CLIP, and of the UNets from SD 2 on; SD 1 has 8 heads whatever its widths
@@ -89,6 +90,11 @@ def check_whole(model: Model) -> None:
     """Refuse what makes no pictures on its own. Raises MismatchError."""
     if model.architecture.name == "sdxl-refiner":
         raise MismatchError(f"{model.path.name} is a refiner, which finishes the pictures of another model; open an SDXL base")
+    blocks = blocks_in(model)
+    if blocks.pruned or not blocks.is_model:
+        raise MismatchError(
+            f"{model.path.name} holds {blocks.text}, with which no pictures can be made here; open a model with a whole UNet"
+        )
     missing = {"unet", "vae", *(each.block.lower() for each in model.architecture.text_encoders)} - set(model.components())
     if missing:
         raise MismatchError(f"{model.path.name} lacks {', '.join(sorted(missing))}; expected a whole checkpoint")

@@ -22,7 +22,7 @@ from lib_dpo.verify import VerifyReport
 
 def diff_text(report: DiffReport) -> str:
     """The verdict, sizes per component and a bar per block."""
-    lines = [report.verdict.text, ""]
+    lines = [report.verdict.text, *([f"both hold {report.blocks.text}"] if report.blocks.pruned else []), ""]
     for name, row in report.tally.components.items():
         lines.append(
             f"{name:<5} {row.numel / 1e6:8.1f} M parameters, changed by {_percent(row.relative_change)} of their size "

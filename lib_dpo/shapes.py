@@ -58,9 +58,10 @@ class _UNet:
 
     multipliers: tuple[int, ...]  # of the width, by level
     depths: tuple[int, ...]  # transformer blocks by level
-    middle_depth: int
+    middle_depth: int  # -1: the first resnet alone, -2: no middle block, as ComfyUI counts too
     linear: bool  # proj_in and proj_out are linear layers, not 1x1 convolutions
     size_numbers: int  # numbers in the size conditioning; 0: no label_emb
+    resnets: int = 2  # on each level of the way down; one more on the way up
 
 
 _UNETS = {
@@ -68,12 +69,22 @@ _UNETS = {
     "sd2": _UNet((1, 2, 4, 4), (1, 1, 1, 0), 1, linear=True, size_numbers=0),
     "sdxl": _UNet((1, 2, 4), (0, 2, 10), 10, linear=True, size_numbers=6),
     "sdxl-refiner": _UNet((1, 2, 4, 4), (0, 4, 4, 0), 4, linear=True, size_numbers=5),
+    "sd1-small": _UNet((1, 2, 4, 4), (1, 1, 1, 0), 1, linear=False, size_numbers=0, resnets=1),
+    "sd2-small": _UNet((1, 2, 4, 4), (1, 1, 1, 0), 1, linear=True, size_numbers=0, resnets=1),
+    "sd1-tiny": _UNet((1, 2, 4), (1, 1, 1), -2, linear=False, size_numbers=0, resnets=1),
+    "sd2-tiny": _UNet((1, 2, 4), (1, 1, 1), -2, linear=True, size_numbers=0, resnets=1),
+    "koala": _UNet((1, 2, 4), (0, 2, 6), 6, linear=True, size_numbers=6, resnets=1),
 }
 REAL_SIZES = {
     "sd1": Sizes(320, (768,)),
     "sd2": Sizes(320, (1024,)),
     "sdxl": Sizes(320, (768, 1280)),
     "sdxl-refiner": Sizes(384, (1280,)),
+    "sd1-small": Sizes(320, (768,)),
+    "sd2-small": Sizes(320, (1024,)),
+    "sd1-tiny": Sizes(320, (768,)),
+    "sd2-tiny": Sizes(320, (1024,)),
+    "koala": Sizes(320, (768, 1280)),
 }
 
 
@@ -130,14 +141,16 @@ def unet_diffusers_config(arch: str, sizes: Sizes | None = None) -> dict[str, ob
         "block_out_channels": widths,
         "down_block_types": down,
         "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
-        "layers_per_block": 2,
+        "layers_per_block": unet.resnets,
         # a level without attention ignores its number, and the middle block takes the last one
-        "transformer_layers_per_block": [*(depth or 1 for depth in unet.depths[:-1]), unet.middle_depth],
+        "transformer_layers_per_block": [*(depth or 1 for depth in unet.depths[:-1]), unet.depths[-1] or unet.middle_depth],
         "cross_attention_dim": sizes.context,
         "use_linear_projection": unet.linear,
         # diffusers takes this for the number of heads: 8 in SD 1, heads of 64 channels later
         "attention_head_dim": [max(1, width // 64) for width in widths] if unet.linear else 8,
     }
+    if unet.middle_depth == -2:
+        config["mid_block_type"] = None
     if unet.size_numbers:
         config |= {
             "addition_embed_type": "text_time",
@@ -193,6 +206,15 @@ def _transformer(name: str, width: int, depth: int, context: int, *, linear: boo
     yield from _layer(f"{name}.proj_out", width, width, *kernel)
 
 
+def _middle(names: tuple[str, str, str], parts: tuple[str, ...], width: int, unet: _UNet, sizes: Sizes) -> Rows:
+    """The middle block: resnet, transformer, resnet, or what is left of it."""
+    if unet.middle_depth >= -1:
+        yield from _resnet(names[0], parts, width, width, 4 * sizes.channels)
+    if unet.middle_depth >= 0:
+        yield from _transformer(names[1], width, unet.middle_depth, sizes.context, linear=unet.linear)
+        yield from _resnet(names[2], parts, width, width, 4 * sizes.channels)
+
+
 def _label_width(unet: _UNet, sizes: Sizes) -> int:
     """Width of SDXL's second condition: the pooled text and the embedded sizes."""
     return sizes.text[-1] + unet.size_numbers * sizes.size_embedding
@@ -211,7 +233,7 @@ def _unet_ldm(unet: _UNet, sizes: Sizes) -> Rows:
     yield from _layer("input_blocks.0.0", width, sizes.in_channels, 3, 3)
     skips = [width]
     for level, (multiplier, depth) in enumerate(zip(unet.multipliers, unet.depths, strict=True)):
-        for _ in range(2):
+        for _ in range(unet.resnets):
             block, outer = f"input_blocks.{len(skips)}", sizes.channels * multiplier
             yield from _resnet(f"{block}.0", _LDM_RESNET, width, outer, time)
             if depth:
@@ -221,9 +243,8 @@ def _unet_ldm(unet: _UNet, sizes: Sizes) -> Rows:
         if level < len(unet.multipliers) - 1:
             yield from _layer(f"input_blocks.{len(skips)}.0.op", width, width, 3, 3)
             skips.append(width)
-    yield from _resnet("middle_block.0", _LDM_RESNET, width, width, time)
-    yield from _transformer("middle_block.1", width, unet.middle_depth, sizes.context, linear=unet.linear)
-    yield from _resnet("middle_block.2", _LDM_RESNET, width, width, time)
+    names = ("middle_block.0", "middle_block.1", "middle_block.2")
+    yield from _middle(names, _LDM_RESNET, width, unet, sizes)
     yield from _output_blocks_ldm(unet, sizes, skips)
     yield from _layer("out.0", sizes.channels)
     yield from _layer("out.2", LATENT, sizes.channels, 3, 3)
@@ -234,7 +255,7 @@ def _output_blocks_ldm(unet: _UNet, sizes: Sizes, skips: list[int]) -> Rows:
     width, number = skips[-1], 0
     for level in reversed(range(len(unet.multipliers))):
         outer, depth = sizes.channels * unet.multipliers[level], unet.depths[level]
-        for last in (False, False, True):
+        for last in (*[False] * unet.resnets, True):
             block = f"output_blocks.{number}"
             yield from _resnet(f"{block}.0", _LDM_RESNET, width + skips.pop(), outer, 4 * sizes.channels)
             if depth:
@@ -257,17 +278,16 @@ def _unet_diffusers(unet: _UNet, sizes: Sizes) -> Rows:
         yield from _layer("add_embedding.linear_2", time, time)
     yield from _layer("conv_in", widths[0], sizes.in_channels, 3, 3)
     for n, depth in enumerate(unet.depths):
-        inputs = [widths[max(n - 1, 0)], widths[n]]
+        inputs = [widths[max(n - 1, 0)], *[widths[n]] * (unet.resnets - 1)]
         yield from _diffusers_block(f"down_blocks.{n}", inputs, widths[n], unet, sizes, depth=depth)
         if n < len(widths) - 1:
             yield from _layer(f"down_blocks.{n}.downsamplers.0.conv", widths[n], widths[n], 3, 3)
-    yield from _resnet("mid_block.resnets.0", _DIFFUSERS_RESNET, last, last, time)
-    yield from _transformer("mid_block.attentions.0", last, unet.middle_depth, sizes.context, linear=unet.linear)
-    yield from _resnet("mid_block.resnets.1", _DIFFUSERS_RESNET, last, last, time)
+    names = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
+    yield from _middle(names, _DIFFUSERS_RESNET, last, unet, sizes)
     backwards = widths[::-1]
     for n, depth in enumerate(reversed(unet.depths)):
         width, before, after = backwards[n], backwards[max(n - 1, 0)], backwards[min(n + 1, len(widths) - 1)]
-        inputs = [before + width, width + width, width + after]
+        inputs = [before + width, *[width + width] * (unet.resnets - 1), width + after]
         yield from _diffusers_block(f"up_blocks.{n}", inputs, width, unet, sizes, depth=depth)
         if n < len(widths) - 1:
             yield from _layer(f"up_blocks.{n}.upsamplers.0.conv", width, width, 3, 3)

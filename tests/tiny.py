@@ -24,11 +24,11 @@ Tensors = dict[str, torch.Tensor]
 
 WIDTH = 8  # of the UNet's first level: no matrix of sd1 or sdxl is wider than 4 * WIDTH on its short side
 LARGEST_RANK = 4 * WIDTH
-_TEXT = {"sd1": (16,), "sd2": (16,), "sdxl": (8, 16), "sdxl-refiner": (16,)}
+_TEXT = {"sdxl": (8, 16), "koala": (8, 16)}  # others: one encoder
 
 
 def sizes(arch: str, *, in_channels: int = 4, width: int = WIDTH) -> Sizes:
-    return Sizes(width, _TEXT[arch], in_channels=in_channels, vocabulary=16, size_embedding=4, vae=4)
+    return Sizes(width, _TEXT.get(arch, (16,)), in_channels=in_channels, vocabulary=16, size_embedding=4, vae=4)
 
 
 @lru_cache(maxsize=16)
