@@ -38,7 +38,7 @@ _KINDS: tuple[tuple[str, Foreign], ...] = (
         _LORA,
     ),
     (
-        r"^(control_model\.)?(input_hint_block|zero_convs)\.|controlnet_(cond_embedding|down_blocks|mid_block)",
+        r"^control_model\.|^(input_hint_block|zero_convs)\.|controlnet_(cond_embedding|down_blocks|mid_block)",
         Foreign("controlnet", "a ControlNet", _CHECKPOINT),
     ),
     (r"^(image_proj|ip_adapter)\.", _IP_ADAPTER),

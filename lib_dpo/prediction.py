@@ -21,9 +21,12 @@ _SPELLINGS = {
     "eps": "eps", "epsilon": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v", "vprediction": "v", "velocity": "v",
     "sample": "sample", "edm": "edm",
 }  # fmt: skip
-_YAML_KIND = re.compile(r"^\s*parameterization\s*:\s*[\"']?(\w+)", re.MULTILINE)
-_YAML_SCALING = re.compile(r"\b(V|Eps|EDM)Scaling\b")
-_YAML_ZERO = re.compile(r"^\s*(ztsnr|zsnr|zero_terminal_snr|rescale_betas_zero_snr)\s*:\s*true\b", re.MULTILINE | re.IGNORECASE)
+# in the text, not in the structure: standalone use alone has a library for it
+_YAML_KIND = re.compile(r"^[^#\n]*?\bparameterization[\"']?\s*:\s*[\"']?(\w+)", re.MULTILINE)
+_YAML_SCALING = re.compile(r"^[^#\n]*?\b(V|Eps|EDM)Scaling\b", re.MULTILINE)
+_YAML_ZERO = re.compile(
+    r"^[^#\n]*?\b(ztsnr|zsnr|zero_terminal_snr|rescale_betas_zero_snr)[\"']?\s*:\s*true\b", re.MULTILINE | re.IGNORECASE
+)
 _LARGEST_TEXT = 1 << 20  # bytes of a .yaml or .json that are looked at
 
 

@@ -54,6 +54,10 @@ def test_marks_in_keys_yaml_and_metadata(tmp_path: Path):
     assert (keyed.kind, keyed.mark, keyed.zero_snr) == ("v", "its key v_pred", "its key ztsnr")
     beside = read(checkpoint(tmp_path / "beside.safetensors", yaml=V_YAML))
     assert (beside.kind, beside.mark) == ("v", "beside.yaml beside it")
+    flow = checkpoint(tmp_path / "flow.safetensors", yaml="model: {params: {parameterization: v}}")
+    assert read(flow).kind == "v"
+    flow.with_suffix(".yaml").write_text('model:\n  params:  # parameterization: "v"\n', encoding="utf-8")
+    assert read(flow).kind == ""
     spec = {"modelspec.prediction_type": "v"}
     assert read(checkpoint(tmp_path / "spec.safetensors", metadata=spec)).mark == "modelspec.prediction_type"
     kohya = read(
