@@ -452,6 +452,8 @@ def test_resizing_is_the_truncated_svd_of_the_delta(lora: Path, tmp_path: Path) 
     for key, delta in before.items():
         if delta.ndim < 2:
             assert torch.equal(after[key], delta), key
+            own = float(delta.square().sum())  # copied as it is: part of what the LoRA changes, and all of it kept
+            kept, total = kept + own, total + own
             continue
         U, S, Vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
         best = ((U[:, :2] * S[:2]) @ Vh[:2]).reshape(delta.shape)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from lib_dpo.checkpoint import Checkpoint
 from lib_dpo.coverage import contents, left_out, left_out_of_unets
+from lib_dpo.errors import MismatchError
 from lib_dpo.header import TensorInfo
 from lib_dpo.keymap import UNET
 from lib_dpo.model import Model
@@ -132,7 +133,11 @@ def test_the_parts_of_any_file_are_all_of_its_keys(name: str, ours: dict[str, st
     base, tuned = listed("base", with_odd(name, ours)), listed("tuned", with_odd(name if whole else WHOLE[name], theirs))
     for model in (base, tuned):
         check_partition(model)
-    pair = open_pair(base, tuned)
+    try:
+        pair = open_pair(base, tuned)
+    except MismatchError as error:  # an odd name that is read as a known tensor, of another shape in the other file
+        assert "base and tuned must have the same shapes" in str(error)
+        return
     check_pair(pair)
     unets = [key for key in pair.keys if key.startswith(UNET)]
     rows = left_out_of_unets(pair, base, unets)

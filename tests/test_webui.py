@@ -41,7 +41,7 @@ class State:
 
 @pytest.fixture
 def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    found = Strict("shared", state=State(), total_tqdm=Total())
+    found = Strict("shared", state=State(), total_tqdm=Total(), opts=SimpleNamespace(temp_dir=""))
     tasks = Strict(
         "progress", pending_tasks={}, create_task_id=lambda kind: f"task({kind})", add_task_to_queue=lambda task: None,
         start_task=lambda task: None, finish_task=lambda task: None,
