@@ -136,7 +136,8 @@ def test_the_parts_of_any_file_are_all_of_its_keys(name: str, ours: dict[str, st
     try:
         pair = open_pair(base, tuned)
     except MismatchError as error:  # an odd name that is read as a known tensor, of another shape in the other file
-        assert "base and tuned must have the same shapes" in str(error)
+        if "base and tuned must have the same shapes" not in str(error):
+            raise
         return
     check_pair(pair)
     unets = [key for key in pair.keys if key.startswith(UNET)]
