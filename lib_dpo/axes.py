@@ -12,6 +12,7 @@ from lib_dpo.generation import AXES, METHODS, NO_OFFSET, TITLE, Wish, patch_for,
 from lib_dpo.keymap import parse_blocks
 from lib_dpo.recipe import Ingredient
 from lib_dpo.session import Session
+from lib_dpo.settings import one_of
 
 # Costs order the loops of a grid: the dearest axis changes least often. A checkpoint costs 1.0.
 _STRENGTH, _BLOCKS, _RANK, _METHOD, _OFFSET = 0.3, 0.5, 0.6, 0.65, 0.7
@@ -106,7 +107,7 @@ class _Axes:
         axes = {field: getattr(Wish(), field) for field in others} | {name: value}
         wish = wish_of(SimpleNamespace(**{AXES: axes}), True, *self._script_args(p)[1:])
         if name == "method" and value not in METHODS:
-            raise DpoError(f"unknown; expected one of {', '.join(METHODS)}")
+            raise DpoError(f"unknown; expected one of {one_of(value, METHODS)}")
         if name == "rank" and value < 1:
             raise DpoError("no rank; expected a whole number of at least 1, such as 16")
         parse_blocks(wish.blocks.replace(";", ","))

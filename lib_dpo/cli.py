@@ -101,8 +101,10 @@ def _inputs(args: argparse.Namespace) -> dict[str, Any]:
 
 def _outputs(args: argparse.Namespace) -> list[Path | None]:
     """The files that will be written, as far as their names are given."""
-    each = getattr(args, "each", None)
-    return [getattr(args, "output", None), args.json, getattr(args, "plot", None), each and each / "picture.png"]
+    each, output = getattr(args, "each", None), getattr(args, "output", None)
+    if output and args.command == "demo":
+        output /= "report.html"
+    return [output, args.json, getattr(args, "plot", None), each and each / "picture.png"]
 
 
 def _policy(args: argparse.Namespace) -> RankPolicy:

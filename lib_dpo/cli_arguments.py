@@ -8,7 +8,7 @@ from typing import Any
 
 from lib_dpo import __version__
 from lib_dpo.cli_files import input_folder, output_file, output_folder
-from lib_dpo.cli_parser import Parser, any_case, number, program
+from lib_dpo.cli_parser import Parser, among, number, program
 from lib_dpo.cli_pictures import add_commands as add_picture_commands
 from lib_dpo.settings import BUNDLED_MODEL, FIELDS, METHODS, PRECISIONS, PROFILES
 
@@ -58,18 +58,16 @@ def _add_extraction(command: Command, runs: Runs) -> None:
     _output_arguments(sub, "L.safetensors")
     _rank_arguments(sub)
     sub.add_argument("--conv-rank", type=number(int), metavar="N", help=FIELDS["conv_rank"].help)
-    sub.add_argument("--method", type=any_case, choices=METHODS, default="auto", help=FIELDS["method"].help)
-    sub.add_argument("--profile", type=any_case, choices=PROFILES, default="portable", help=FIELDS["profile"].help)
-    sub.add_argument("--precision", type=any_case, choices=PRECISIONS, default="fp16", help=FIELDS["precision"].help)
+    sub.add_argument("--method", **among(METHODS), default="auto", help=FIELDS["method"].help)
+    sub.add_argument("--profile", **among(PROFILES), default="portable", help=FIELDS["profile"].help)
+    sub.add_argument("--precision", **among(PRECISIONS), default="fp16", help=FIELDS["precision"].help)
     sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
     sub.add_argument("--seed", type=number(int), default=0, help=FIELDS["seed"].help)
 
     sub = command("offset", runs["offset"], "write the dense offset file (tuned minus base, UNet)")
     _pair_arguments(sub)
     _output_arguments(sub, "O.safetensors")
-    sub.add_argument(
-        "--precision", type=any_case, choices=("fp32", "fp16", "bf16"), default="fp32", help=FIELDS["precision"].help
-    )
+    sub.add_argument("--precision", **among(("fp32", "fp16", "bf16")), default="fp32", help=FIELDS["precision"].help)
 
     sub = command("verify", runs["verify"], "measure how much of the offset a LoRA or offset file holds")
     sub.add_argument("--lora", required=True, metavar="L", help="the LoRA or offset file")
@@ -84,14 +82,14 @@ def _add_use(command: Command, runs: Runs) -> None:
     _output_arguments(sub, "OUT.safetensors")
     sub.add_argument("--strength", type=number(float), default=1.0, help=FIELDS["strength"].help)
     sub.add_argument("--blocks", default="", help=FIELDS["blocks"].help)
-    sub.add_argument("--precision", type=any_case, choices=("keep", *PRECISIONS), default="keep", help=FIELDS["precision"].help)
+    sub.add_argument("--precision", **among(("keep", *PRECISIONS)), default="keep", help=FIELDS["precision"].help)
 
     sub = command("resize", runs["resize"], "make a LoRA smaller, from its factors alone")
     sub.add_argument("--lora", required=True, metavar="L", help="the LoRA")
     _output_arguments(sub, "L2.safetensors")
     _rank_arguments(sub, "components per layer")
     sub.add_argument("--conv-rank", type=number(int), metavar="N", help=FIELDS["conv_rank"].help)
-    sub.add_argument("--precision", type=any_case, choices=("keep", *PRECISIONS), default="keep", help=FIELDS["precision"].help)
+    sub.add_argument("--precision", **among(("keep", *PRECISIONS)), default="keep", help=FIELDS["precision"].help)
 
     sub = command("inspect", runs["inspect"], "say what files are")
     sub.add_argument("file", nargs="+", metavar="FILE", help=_INSPECTED)

@@ -107,7 +107,7 @@ def _agreed(args: argparse.Namespace, question: str) -> bool:
 def _matches(pattern: str) -> list[Path]:
     """What a pattern fits. Brackets are tried as themselves first: names of models have them."""
     for form in (pattern.replace("[", "[[]"), pattern):
-        if glob.has_magic(form) and (found := sorted(glob.glob(form))):
+        if glob.has_magic(form) and (found := sorted(glob.glob(form, recursive=True))):
             return [Path(name) for name in found]
     return []
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lib_dpo.errors import printable
-from lib_dpo.names import nearest
+from lib_dpo.names import did_you_mean
+from lib_dpo.settings import one_of
 
 REFUSED = 2  # exit code
 _DASHES = "–—−‐‑"  # what word processors and web pages make of a hyphen
@@ -62,7 +63,7 @@ class Parser(argparse.ArgumentParser):
         for word in self._typed:
             name = word.partition("=")[0]
             if name.startswith("--") and len(name) > 2 and not any(option.startswith(name) for option in options):
-                return f"{name} is no option of `{self.prog}`" + _meant(nearest(name, options))
+                return f"{name} is no option of `{self.prog}`" + did_you_mean(name, options)
         return None
 
     def _wrong_command(self) -> str | None:
@@ -73,7 +74,7 @@ class Parser(argparse.ArgumentParser):
             return None if self._typed else f"no command is given, expected one of {known}"
         if word in (commands or ()):
             return None
-        return f"{word} is no command, expected one of {known}" + _meant(nearest(word, commands or ()))
+        return f"{word} is no command, expected one of {known}" + did_you_mean(word, commands or ())
 
 
 def program() -> str:
@@ -94,9 +95,15 @@ def number(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return read
 
 
-def any_case(text: str) -> str:
-    """A type of argparse: one of some choices, in any case."""
-    return text.lower()
+def among(known: Sequence[str]) -> dict[str, Any]:
+    """For `add_argument`: one of some words, in any case. What else was typed is refused, with the word it may stand for."""
+
+    def read(text: str) -> str:
+        if text.lower() not in known:
+            raise argparse.ArgumentTypeError(f"{text!r} is unknown; expected one of {one_of(text, known)}")
+        return text.lower()
+
+    return {"type": read, "choices": known}
 
 
 def _number_meant(text: str, kind: Callable[[str], Any]) -> str | None:

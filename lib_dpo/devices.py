@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from lib_dpo.errors import NoMemoryError, SettingError
+from lib_dpo.names import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +22,7 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         SettingError: unknown, or not on this machine.
     """
+    name = name.strip().lower()
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -28,7 +30,8 @@ def resolve_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise SettingError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:1 or mps") from None
+        meant = did_you_mean("cuda" if name in ("gpu", "nvidia") else name, ("auto", "cpu", "cuda", "cuda:1", "mps"))
+        raise SettingError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:1 or mps{meant}") from None
     present = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),

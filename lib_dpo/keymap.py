@@ -17,6 +17,7 @@ from functools import cache
 
 from lib_dpo.arch import Architecture, TextEncoder
 from lib_dpo.errors import SettingError
+from lib_dpo.names import did_you_mean
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
@@ -281,7 +282,8 @@ def parse_blocks(text: str) -> BlockWeights:
 
 
 def _block_weight(part: str) -> tuple[str, float]:
-    match = re.fullmatch(r"(IN\d\d|OUT\d\d|TE[12]|IN|OUT|MID|TIME|TE|UNET|ALL)\s*=\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)", part)
+    form = r"(IN\d\d|OUT\d\d|TE[12]|IN|OUT|MID|TIME|TE|UNET|ALL)\s*=\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)"
+    match = re.fullmatch(form, part, re.IGNORECASE)
     try:
         weight = float(match[2]) if match else math.nan
     except ValueError:  # such as 1.2.3
@@ -289,9 +291,20 @@ def _block_weight(part: str) -> tuple[str, float]:
     if not match or not math.isfinite(weight):
         raise SettingError(
             f"block weight {part!r} cannot be read; expected NAME=NUMBER with a name such as IN00, MID, OUT11, "
-            "TIME, TE1 or a group IN, OUT, TE, UNET, ALL"
+            f"TIME, TE1 or a group IN, OUT, TE, UNET, ALL{_block_meant(part.partition('=')[0])}"
         )
-    return match[1], weight
+    return match[1].upper(), weight
+
+
+def _block_meant(typed: str) -> str:
+    name = re.sub(r"^(IN|OUT)(\d)$", r"\g<1>0\2", typed.strip().upper())  # IN4 is IN04
+    return did_you_mean(name, _BLOCK_NAMES) if typed.strip().upper() not in _BLOCK_NAMES else ""
+
+
+_BLOCK_NAMES = (
+    *(f"{side}{number:02d}" for side in ("IN", "OUT") for number in range(12)),
+    *("MID", "TIME", "TE1", "TE2", "IN", "OUT", "TE", "UNET", "ALL"),
+)
 
 
 def check_blocks(blocks: BlockWeights, arch: Architecture) -> None:

@@ -56,6 +56,12 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return folded[near[0]] if near else None
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses a word: the known one that was probably meant, or nothing."""
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else ""
+
+
 def names_apart(one: Path, other: Path) -> tuple[str, str]:
     """The names of two files, each with as many folders before it as it takes to tell them apart."""
     first, second = (Path(os.path.abspath(path)).parts for path in (one, other))

@@ -26,7 +26,7 @@ from lib_dpo.model import Model, open_model
 from lib_dpo.offset import Pair, open_pair
 from lib_dpo.patch import Patch, check_changes, open_patch
 from lib_dpo.recipe import Ingredient, baked_in
-from lib_dpo.settings import ExtractSettings, check, strength_to_bake
+from lib_dpo.settings import ExtractSettings, check, one_of, strength_to_bake
 from lib_dpo.writer import check_output
 
 if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts without it
@@ -230,7 +230,7 @@ class Session:
             raise SettingError(f"pictures of {width}x{height} cannot be made; both numbers must be multiples of 8")
         prompts, negative = [_sendable(prompt) for prompt in prompts], _sendable(negative)
         if sampler and sampler not in self.host.samplers():
-            raise SettingError(f"sampler {sampler!r} is unknown; expected one of {', '.join(self.host.samplers())}")
+            raise SettingError(f"sampler {sampler!r} is unknown; expected one of {one_of(sampler, self.host.samplers())}")
         plan = Plan(prompts, parse_seeds(seeds), strength_variants(parse_strengths(strengths)), width, height)
         patch, model = self._to_add(offset, blocks, rank), self.loaded()
         baked = self.host.live.baked()

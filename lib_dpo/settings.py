@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from pathlib import Path
@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from lib_dpo.errors import NothingToDoError, SettingError
+from lib_dpo.names import did_you_mean
 
 Method = Literal["auto", "exact", "randomized"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -78,7 +79,7 @@ def check(name: str, value: Any) -> None:
     if value is None:
         return
     if field.choices and value not in field.choices:
-        raise SettingError(f"{name} {value!r} is unknown; expected one of {', '.join(field.choices)}")
+        raise SettingError(f"{name} {value!r} is unknown; expected one of {one_of(value, field.choices)}")
     if field.kind is str and not isinstance(value, str):
         raise SettingError(f"{name} {value!r} is no text; expected {field.help}")
     if field.kind in (int, float) and not is_finite(value):
@@ -89,6 +90,11 @@ def check(name: str, value: Any) -> None:
         raise SettingError(f"{name} {value} is too small; expected at least {field.minimum:g}")
     if field.maximum is not None and value > field.maximum:
         raise SettingError(f"{name} {value} is too large; expected at most {field.maximum:g}{_meant(name, value)}")
+
+
+def one_of(value: Any, choices: Sequence[str]) -> str:
+    """What was expected in place of an unknown value, and which of it was probably meant."""
+    return ", ".join(choices) + did_you_mean(str(value), choices)
 
 
 def _meant(name: str, value: float) -> str:

@@ -16,10 +16,11 @@ import pytest
 import tiny
 
 from lib_dpo.cli_files import input_file, input_files, unquoted
+from lib_dpo.devices import resolve_device
 from lib_dpo.errors import BadFileError, OutputError, SettingError
 from lib_dpo.hub import meant_on_the_hub
 from lib_dpo.names import nearest
-from lib_dpo.settings import RankPolicy, size_meant
+from lib_dpo.settings import BUNDLED_MODEL, RankPolicy, size_meant
 
 Refused = Callable[..., str]
 
@@ -88,6 +89,9 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Refused:
         (["extract", "--base", "a", "--tuned", "b", "-o", "c", "--size_mb", "80"], "did you mean --size-mb?"),
         (["extract", "--base", "a", "--tuned", "b", "-o", "c", "–rank", "8"], "–rank begins with a dash .* write --rank"),
         (["inspect", "a", "—json", "b"], "—json begins with a dash .* write --json"),
+        (["bake", "--target", "a", "--offset", "b", "-o", "c", "--precision", "fp61"], "one of keep, .*; did you mean fp16?"),
+        (["extract", "--base", "a", "--tuned", "b", "-o", "c", "--method", "exacct"], "'exacct' is unknown; .* mean exact?"),
+        (["extract", "--base", "a", "--tuned", "b", "-o", "c", "--profile", "webiu"], "did you mean webui?"),
         (["diff", "--base", "a", "--tuned", "b", "c"], "c: unknown to `python -m lib_dpo diff`"),
     ],
     ids=str,
@@ -167,6 +171,32 @@ def test_choices_are_read_in_any_case(small: dict[str, Path], tmp_path: Path):
     assert tiny.run("extract", *pair(small), "-o", tmp_path / "l.safetensors", *arguments) == 0
 
 
+@pytest.mark.newest
+def test_a_mistyped_sampler_offers_the_nearest(here: Path, refused: Refused):
+    model = BUNDLED_MODEL / "toy-shapes.safetensors"
+    line = refused(
+        "compare", "--model", model, "--offset", "models/lora.safetensors", "--prompt", "a", "-o", "g.png", "--sampler", "eler"
+    )
+    assert re.search(r"sampler 'eler' is unknown; expected one of Euler, .*; did you mean Euler\?", line), line
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("cuda0", "cuda"), ("gpu", "cuda"), ("cpuu", "cpu"), ("npu-card", None)])
+def test_a_mistyped_device_offers_the_nearest(typed: str, meant: str | None):
+    with pytest.raises(SettingError) as refusal:
+        resolve_device(typed)
+    told = str(refusal.value)
+    assert (f"; did you mean {meant}?" in told) if meant else ("did you mean" not in told)
+    assert resolve_device(" CPU").type == "cpu"
+
+
+def test_a_mistyped_block_offers_the_nearest(here: Path, refused: Refused):
+    files = ("--target", "models/base.safetensors", "--offset", "models/lora.safetensors", "-o", "b.safetensors")
+    assert "did you mean IN00?" in refused("bake", *files, "--blocks", "IN0=0.5")
+    assert "did you mean MID?" in refused("bake", *files, "--blocks", "IN00=1,MIDD=0")
+    assert "did you mean" not in refused("bake", *files, "--blocks", "IN00=x")  # the name is right
+    assert tiny.run("bake", *files, "--blocks", "in=0.5,Mid=0") == 0
+
+
 # ---- files ----
 
 
@@ -192,6 +222,8 @@ def test_home_folders_and_patterns_are_expanded(here: Path, refused: Refused, ca
     assert f"made the folder {here / 'made' / 'here'}\n" in capsys.readouterr().out
     line = refused("diff", "--base", "models/*.safetensors", "--tuned", "models/tuned.safetensors")
     assert "models/*.safetensors: fits 3 files, base.safetensors, lora.safetensors, tuned.safetensors; expected one" in line
+    assert tiny.run("inspect", "**/lora.safetensors") == 0
+    assert "lora.safetensors: a LoRA" in capsys.readouterr().out
     assert "models/*.ckpt: no file fits this pattern" in refused("inspect", "models/*.ckpt")
     assert "is a pattern, expected the name of one file" in refused("diff", "--base", "a", "--tuned", "b", "--json", "*.json")
 

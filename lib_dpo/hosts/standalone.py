@@ -27,6 +27,7 @@ from lib_dpo.model import open_model
 from lib_dpo.patch import Patch
 from lib_dpo.pipeline import Weights, check_whole, open_pipeline
 from lib_dpo.progress import Progress
+from lib_dpo.settings import one_of
 
 SAMPLERS: Mapping[str, str] = {  # as the WebUIs name them -> diffusers' scheduler
     "Euler": "EulerDiscreteScheduler",
@@ -227,7 +228,7 @@ class Standalone:
         pipeline = self.live.pipeline
         sampler = request.sampler or next(iter(SAMPLERS))
         if sampler not in SAMPLERS:
-            raise SettingError(f"sampler {sampler!r} is unknown; expected one of {', '.join(SAMPLERS)}")
+            raise SettingError(f"sampler {sampler!r} is unknown; expected one of {one_of(sampler, list(SAMPLERS))}")
         scheduler = getattr(diffusers, SAMPLERS[sampler])
         if not isinstance(pipeline.scheduler, scheduler):
             # diffusers' DDIM clips by default what Stable Diffusion's must not; the others ignore both settings
