@@ -143,6 +143,7 @@ class FakeHost:
         self.refreshed = 0
         self.interrupted = False
         self.paths_allowed = False
+        self.no_pictures = ""  # why the page can be given none
         self.auth: dict[str, str] = {}
         self.lock = threading.Lock()
         for path in (self.lora_dir, self.checkpoint_dir, self.reference_dir):
@@ -195,6 +196,10 @@ class FakeHost:
         return Picture(
             image, f"{request.prompt}\nSteps: {request.steps}, Seed: {request.seed}, Size: {image.width}x{image.height}"
         )
+
+    def check_pictures(self) -> None:
+        if self.no_pictures:
+            raise HostError(self.no_pictures)
 
     def abort(self, p: Any, message: str) -> None:
         self.aborted.append(message)

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from lib_dpo.errors import HostError
+from lib_dpo.hosts import picture_folder
 from lib_dpo.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,24 +238,44 @@ def test_axes_see_the_arguments_of_our_script(host: Host):
 # ---- what all hosts share ----
 
 
-def test_the_folder_that_answers_put_their_pictures_in_is_made(host: Host, tmp_path: Path):
+def test_the_folder_that_answers_put_their_pictures_in_is_made(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Forge Neo sets it from the start and never makes it: every picture of an answer ends in gradio's bare "Error"."""
     webui = importlib.import_module("lib_dpo.hosts.webui")
     opts = host.modules["modules.shared"].opts
     found = webui.WebUI("Forge Neo", "2.26", SimpleNamespace(checks=list))
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="4.40.0"))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "gradio"))
     for unset in ("", None):
         opts.temp_dir = unset
+        found.check_pictures()
         assert all(check.ok for check in found.self_test())
+        (tmp_path / "gradio").rmdir()
     opts.temp_dir = str(tmp_path / "data" / "tmp")
-    with found.job("Compare"):
-        assert (tmp_path / "data" / "tmp").is_dir()
+    found.check_pictures()
+    assert (tmp_path / "data" / "tmp").is_dir()
+    assert not list((tmp_path / "data" / "tmp").iterdir())
     (tmp_path / "file").touch()
     opts.temp_dir = str(tmp_path / "file" / "tmp")
-    with found.job("Undo"):  # it shows no picture, and goes on
-        pass
+    with pytest.raises(HostError, match=r"Not a directory.*Settings, Directory for temporary images"):
+        found.check_pictures()
     (problem,) = [check for check in found.self_test() if not check.ok]
     assert opts.temp_dir in problem.text
-    assert "Not a directory" in problem.text
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="3.41.2"))  # needs none
+    found.check_pictures()
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(28, "No space left on device")])
+def test_a_folder_that_takes_no_file_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError):
+    """It may be there and yet be another user's: /tmp/gradio on a machine that several share."""
+
+    def refuse(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="6.1.0"))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(picture_folder.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(HostError, match=f"{error.strerror}.*GRADIO_TEMP_DIR"):
+        picture_folder.check_picture_folder()
 
 
 # ---- install.py ----

@@ -526,6 +526,21 @@ def test_pictures_that_are_gone_are_said(with_lora: Session):
         assert where["visible"] is False
 
 
+def test_where_no_picture_can_be_shown_nothing_is_drawn(with_lora: Session, host: FakeHost):
+    """Gradio itself would say "Error", after all of the work."""
+    made = compared(with_lora)[5]
+    host.no_pictures, drawn = "No picture could be shown: disk full", list(host.told)
+    assert host.no_pictures in compared(with_lora)[0]
+    html, plot, _ = run(with_lora, extract.analyse, parts.LOADED, "dpo-sd1", True, outputs=2)
+    assert host.no_pictures in html
+    assert plot == parts.update()
+    assert host.told == drawn
+    html, where = compare.look(with_lora, made, next(iter(compare._labels(made))))
+    assert host.no_pictures in html
+    assert where["visible"] is False
+    assert "Is it the right base?" in run(with_lora, extract.analyse, parts.LOADED, "dpo-sd1", False, outputs=2)[0]
+
+
 def test_compare_with_a_bake_in_the_model_is_refused(with_lora: Session):
     run(with_lora, bake.bake, "mine", 1.0, "")
     assert "undo it first" in compared(with_lora)[0]

@@ -26,6 +26,7 @@ class Flavour:
     vae_comes_back: bool = True  # choosing "Automatic" again brings back the VAE of the checkpoint
     rounds_anew: bool = False  # its own pictures differ by a grey level here and there between a model just loaded and one used
     hires: tuple[tuple[str, object], ...] = ()  # what a hires request needs beside the usual, or in its place
+    pictures_in_files: bool = False  # its page gets the pictures of an answer by files (gradio 4), not in the answer (3)
     own_tokenizer: bool = False  # brings the tokenizer's files in its own folder
     vae_of_checkpoint: bool = False  # a VAE is part of the choice of checkpoint: choosing one loads the model anew
 
@@ -37,6 +38,7 @@ FORGE = Flavour(
     loads_late=True,
     api_infotext=False,  # f2.0.1v1.10.1 answers 500 to any: isinstance() with a parameterized generic
     hires=(_SAME_MODULES,),
+    pictures_in_files=True,
     vae_of_checkpoint=True,
 )
 NEO = Flavour(
@@ -47,6 +49,7 @@ NEO = Flavour(
     hires=(_SAME_MODULES, ("hr_upscaler", "None")),  # it has no latent ones; this one it has without any model file
     rounds_anew=True,  # 2.26 on a CPU, with this extension or without
     own_tokenizer=True,
+    pictures_in_files=True,
     vae_of_checkpoint=True,
 )
 REFORGE = Flavour("reForge", _FORGE_LIKE, vae_comes_back=False)  # with this extension or without, at 3b56b268

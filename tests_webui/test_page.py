@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -97,15 +98,43 @@ def test_bake_and_undo_by_clicks(tab: Tab, server: Server, exact: dict) -> None:
 
 def test_compare_by_a_click(tab: Tab, lora: dict) -> None:
     """The pictures reach the page: gradio writes them to a folder of the host, which may never have been made."""
+    _compare(tab)
+    _pictures_are_shown(tab)
+
+
+def _compare(tab: Tab) -> None:
     tab.dpo("Compare")
     tab.choose("dpo_compare_offset", LORA)
     tab.fill("dpo_compare_prompts", PROMPT)
     for name, value in (("strengths", "1"), ("seeds", "1"), ("steps", "1"), ("width", "64"), ("height", "64")):
         tab.fill(f"dpo_compare_{name}", value)
     tab.click("dpo_compare_go")
+
+
+def _pictures_are_shown(tab: Tab) -> None:
     tab.until(lambda: tab.page.locator("#dpo_compare_result .dpo-card").count(), "the verdict")
     for elem_id in ("dpo_compare_grid", "dpo_compare_where"):
         tab.page.wait_for_function(f"() => (document.querySelector('#{elem_id} img') || {{}}).naturalWidth > 0")
+
+
+def test_compare_where_pictures_cannot_be_written(tab: Tab, server: Server, lora: dict) -> None:
+    """The folder for them is a file: a sentence, not gradio's bare "Error"; where it is only missing it is made."""
+    folder = server.data / "pictures of answers"
+    before = server.get("/sdapi/v1/options")["temp_dir"] or ""
+    folder.mkdir()
+    server.post("/sdapi/v1/options", temp_dir=str(folder))
+    try:
+        shutil.rmtree(folder)
+        folder.touch()
+        _compare(tab)
+        if server.flavour.pictures_in_files:
+            tab.wait_for_text("dpo_compare_result", "No picture could be shown")
+            folder.unlink()
+            tab.click("dpo_compare_go")
+        _pictures_are_shown(tab)
+        assert folder.is_dir() == server.flavour.pictures_in_files
+    finally:
+        server.post("/sdapi/v1/options", temp_dir=before)
 
 
 def test_a_refusal_is_a_sentence(tab: Tab) -> None:

@@ -209,6 +209,9 @@ class Host(Protocol):
     def generate(self, request: Request, patch: Patch | None, strength: float) -> Picture:
         """Make one picture with the host's own pipeline, the patch applied as the always-on script would; inside a job."""
 
+    def check_pictures(self) -> None:
+        """Make ready to show pictures on the page. Raises HostError: why none could be shown, and what to do."""
+
     def abort(self, p: Any, message: str) -> None:
         """Stop a generation and show why: an exception in a script's hook would only be printed."""
 

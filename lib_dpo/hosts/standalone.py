@@ -21,6 +21,7 @@ from lib_dpo.devices import memory_in_words, resolve_device
 from lib_dpo.errors import Cancelled, HostError, NoModelError, SettingError
 from lib_dpo.hosts import inplace
 from lib_dpo.hosts.base import Baked, Check, FileEntry, LoadedModel, Picture, Request
+from lib_dpo.hosts.picture_folder import check_picture_folder, pictures_check
 from lib_dpo.keymap import UNET
 from lib_dpo.lora import open_lora
 from lib_dpo.model import open_model
@@ -268,11 +269,14 @@ class Standalone:
             entries |= {"DPO offset": patch.name, "DPO strength": strength}
         return "\n".join([*words, ", ".join(f"{name}: {value}" for name, value in entries.items())])
 
+    def check_pictures(self) -> None:
+        check_picture_folder()
+
     def abort(self, p: Any, message: str) -> None:
         raise HostError(message)
 
     def self_test(self) -> Sequence[Check]:
-        return self.live.checks()
+        return (*self.live.checks(), pictures_check(self))
 
     def api_auth(self) -> Mapping[str, str]:
         return {}

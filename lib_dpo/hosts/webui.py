@@ -16,6 +16,7 @@ from modules import call_queue, paths, processing, progress, scripts, sd_models,
 
 from lib_dpo.errors import Cancelled, HostError
 from lib_dpo.hosts.base import Check, FileEntry, LiveModel, Picture, Request
+from lib_dpo.hosts.picture_folder import check_picture_folder, pictures_check
 from lib_dpo.patch import Patch
 
 REFERENCE_DIR, ALLOW_PATHS = "dpo_reference_dir", "dpo_allow_paths"  # our entries in the host's settings
@@ -78,7 +79,6 @@ class WebUI:
         progress.add_task_to_queue(task)
         try:
             with call_queue.queue_lock:
-                make_picture_folder()
                 shared.state.begin(job=task)
                 progress.start_task(task)
                 try:
@@ -121,6 +121,9 @@ class WebUI:
             raise HostError(f"{self.name} made no picture: {processed.comments or 'see its console'}")
         return Picture(processed.images[0], processed.infotexts[0] if processed.infotexts else "")
 
+    def check_pictures(self) -> None:
+        check_picture_folder(str(getattr(shared.opts, "temp_dir", "") or ""), "Settings, Directory for temporary images")
+
     def abort(self, p: Any, message: str) -> None:
         p.comment(message)
         shared.state.interrupted = True
@@ -130,13 +133,7 @@ class WebUI:
     def self_test(self) -> Sequence[Check]:
         found = xyz_module() is not None
         text = "the X/Y/Z plot script was found" if found else "the X/Y/Z plot script was not found: its [DPO] axes are missing"
-        broken = make_picture_folder()
-        pictures = (
-            f"pictures on this page end in a bare Error, for want of the host's folder of them: {broken}" if broken else "found"
-        )
-        return (
-            *self.live.checks(), Check("X/Y/Z plot", found, text), Check("folder of temporary pictures", not broken, pictures)
-        )  # fmt: skip
+        return (*self.live.checks(), Check("X/Y/Z plot", found, text), pictures_check(self))
 
     def api_auth(self) -> Mapping[str, str]:
         pairs = (getattr(shared.cmd_opts, "api_auth", None) or "").split(",")
@@ -194,20 +191,6 @@ def _only(script: scripts.Script) -> scripts.ScriptRunner:
     runner = scripts.ScriptRunner()
     runner.scripts = runner.alwayson_scripts = [script]
     return runner
-
-
-def make_picture_folder() -> str:
-    """Make the folder that the host's gradio writes pictures of answers to; why not, or "" where it is there or none is set.
-
-    The host makes it when the setting is changed. On a fresh Forge Neo it is set from the start, and was never made.
-    """
-    folder = str(getattr(shared.opts, "temp_dir", "") or "")
-    try:
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return f"{error.strerror}: {folder} (Settings, Directory for temporary images)"
-    return ""
 
 
 def host_version() -> str:

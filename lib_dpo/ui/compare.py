@@ -123,6 +123,7 @@ def compare(
     for name, value in numbers.items():
         if value is None:
             raise SettingError(f"{name}: a number is missing")
+    session.host.check_pictures()
     found = session.jobs.run(
         "Compare",
         lambda job: session.compare(
@@ -156,6 +157,7 @@ def look(session: Session, found: Comparison | None, label: str | None) -> list[
     try:
         if found is None or label not in (labels := _labels(found)):
             raise NotFoundError("these pictures are gone; compare again")
+        session.host.check_pictures()  # someone may have emptied the temporary folder meanwhile
         before, after = _pair(found, labels[label])
         where = difference_map(before, after)
     except Exception as error:  # noqa: BLE001  # the edge

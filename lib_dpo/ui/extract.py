@@ -122,6 +122,8 @@ def _advanced_controls() -> list[Any]:
 
 def analyse(session: Session, task: str | None, base: str, reference: str, spectra: bool) -> list[Any]:
     """Verdicts as cards, and the picture where spectra were asked for."""
+    if spectra:
+        session.host.check_pictures()
     found = session.jobs.run(
         "Analyse",
         lambda job: session.analyse(job, base=parts.checkpoint_name(base), reference=reference or "", spectra=bool(spectra)),
