@@ -49,6 +49,14 @@ class ExtractReport:
     energy_wanted: float | None
     left_out: tuple[LeftOut, ...]
     capped: int  # layers whose rank is below the one asked for, since larger factors outgrow the layer
+    exhausted: int  # layers that were to get more components than their change has, and got all of those
+
+    @property
+    def exhausted_text(self) -> str:
+        """That layers got fewer components than asked for, for people; empty where none did."""
+        if not self.exhausted:
+            return ""
+        return f"{self.exhausted} of {self.layers} layers hold fewer components than asked for: their change has no more"
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -61,6 +69,7 @@ class ExtractReport:
             "rank_policy": self.policy,
             "ranks": {"min": min(used, default=0), "max": max(used, default=0)},
             "capped_layers": self.capped,
+            "exhausted_layers": self.exhausted,
             "components": list(self.components),
             **self.tally.energy_kept(),
             "energy_wanted": self.energy_wanted,
@@ -143,7 +152,8 @@ class _Run:
     ) -> ExtractReport:
         self.tally = Tally(self.pair.architecture)
         self.digest = hashlib.sha256()
-        self.written = self.capped = 0
+        self.written = self.capped = self.exhausted = 0
+        self.used = dict.fromkeys(self.ranks, 0)
         self.dtype = PRECISION[self.settings.precision]
         largest = max(math.prod(self.pair.base.shape(layer.module.key)) for layer in self.layers)
         self.scratch = Scratch(largest if device.type == "cpu" else 0)
@@ -175,7 +185,7 @@ class _Run:
             architecture=self.pair.architecture.name,
             policy=str(self.settings.policy),
             components=self.components,
-            ranks=self.ranks,
+            ranks=self.used,
             layers=self.written,
             file_bytes=self.output.stat().st_size,
             tally=self.tally,
@@ -185,6 +195,7 @@ class _Run:
             energy_wanted=self.settings.policy.energy,
             left_out=tensors_left_out(self.pair),
             capped=self.capped,
+            exhausted=self.exhausted,
         )
 
     def _expected_bytes(self) -> int:
@@ -219,15 +230,16 @@ class _Run:
             return _Prepared(layer, row)
         up, down, row.residual = self.decomposer.round_(layer, delta, factors, self.dtype)
         self._check_fits(layer, row.residual)
-        return _Prepared(layer, row, up, down)
+        return _Prepared(layer, row, *_without_zeros(up, down, least=int(layer.required)))
 
     def _write_batch(self, batch: Sequence[_Prepared]) -> None:
         for layer, row, up, down in batch:
             if row is None:
                 self._write_whole(layer)
                 continue
-            if up is not None and down is not None:
+            if up is not None and down is not None and up.shape[1]:
                 self._write_pair(layer, up, down)
+                self.exhausted += bool(row.offset) and up.shape[1] < self._rank(layer)
             self.tally.add(layer.module.key, row)
         for layer, *_ in batch:
             self.steps.advance(layer.numel, layer.module.key)
@@ -246,6 +258,7 @@ class _Run:
         self._add(layer, "lora_down.weight", down.reshape(rank, in_ // math.prod(kernel), *kernel))
         self._add(layer, "lora_up.weight", up.reshape(layer.shape[0], rank, *(1 for _ in kernel)))
         self.written += 1
+        self.used[layer.module.name] = rank
         self.capped += self.ranks[layer.module.name] < asked_rank(self.settings.policy, layer)
 
     def _check_fits(self, layer: Layer, residual: float) -> None:
@@ -281,8 +294,7 @@ class _Run:
 
     def _metadata(self, verdict: Verdict) -> dict[str, str]:
         policy = self.settings.policy
-        dim = str(policy.fixed or "Dynamic")
-        conv_dim = str(policy.conv_rank or policy.fixed or "Dynamic")
+        dim, conv_dim = (self._dim(wide_convolutions=wide) for wide in (False, True))
         kohya = kohya_metadata(self.pair.architecture, dim=dim, alpha=dim, conv_dim=conv_dim, title=self.output.stem)
         return kohya | {
             "sshs_model_hash": self.digest.hexdigest(),
@@ -301,6 +313,15 @@ class _Run:
             "dpo.licence": licence(self.pair),
         }
 
+    def _dim(self, *, wide_convolutions: bool) -> str:
+        """The rank asked for, or the largest that there was of it; `Dynamic`, kohya's word, where none was asked for."""
+        policy = self.settings.policy
+        asked = policy.conv_rank if wide_convolutions and policy.conv_rank else policy.fixed
+        if not asked:
+            return "Dynamic"
+        names = [each.module.name for each in self.layers if each.is_wide_convolution == wide_convolutions]
+        return str(max((self.used.get(name, 0) for name in names), default=0) or asked)
+
     def _check_written(self, file: Path) -> None:
         """Read the file again: its data must be, byte for byte, what energy kept was measured on."""
         digest = hashlib.sha256()
@@ -310,6 +331,13 @@ class _Run:
                 digest.update(piece)
         if digest.digest() != self.digest.digest():
             raise OutputError(f"{self.output} reads back differently from what was written; check the disk and try again")
+
+
+def _without_zeros(up: Tensor, down: Tensor, *, least: int) -> tuple[Tensor, Tensor]:
+    """Factors (out, rank) and (rank, in) without the components that are 0 in their dtype, but for the first `least`."""
+    carries = (up != 0).any(0) & (down != 0).any(1)
+    carries[:least] = True
+    return (up, down) if bool(carries.all()) else (up[:, carries], down[carries])
 
 
 def _batches(layers: Sequence[Layer], ranks: Mapping[str, int], device: torch.device) -> Iterator[list[Layer]]:

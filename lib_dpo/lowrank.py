@@ -7,7 +7,8 @@ Two methods give the leading singular subspace of A (out, in):
 * `exact`: eigenvectors of the Gram matrix of the short side. All singular values, three to forty times faster than an
   SVD. Values below about 3e-4 of the largest drown in float32 rounding, where they carry 1e-7 of the energy.
 
-Neither divides by a singular value: the approximation is the projection U (U^T A), which is right for any orthonormal U.
+The approximation is the projection U (U^T A), which is right for any orthonormal U: no singular value is divided by, but
+for sharing it between the factors, and there only one that is no rounding noise.
 All functions take one matrix (out, in) or a batch (batch, out, in) of float32 on any device.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
@@ -36,6 +38,10 @@ _EIGH_COST = 11.0
 _THIN_RATE = 0.8
 _TURNS, _LEFT = 5, 0.5  # Gram-Schmidt: turns at most, and what one must leave of each row to be the last
 _PANEL = 1024  # columns: 5 MB of a matrix with 1280 rows
+_NOTHING = 1e-4  # of the largest: less than rounding its own factors to fp16 takes, more than float32 files leave as noise
+_GRAM_FLOOR = 1e-3  # of the largest: a float32 Gram matrix gives up to 7e-4 for singular values that are 0
+_GRAM_COLUMNS = 4096  # turned into float64 at once
+_SMALLEST = 1e-7  # largest value of a matrix that is factorised as it is
 _KRYLOV_OVERHEAD = 2e8  # operations in the time that its many small calls take
 
 
@@ -94,6 +100,8 @@ def factorise(
 ) -> Factors:
     """Approximate A by factors of a given rank, as near to the truncated SVD as the method comes.
 
+    Components below 1e-4 of the largest carry nothing, 1e-8 of its energy or rounding noise: they come last, as zeros.
+
     Args:
         A: float32, (out, in) or (batch, out, in).
         rank: 1 to min(out, in).
@@ -114,17 +122,37 @@ def factorise(
         raise ValueError(f"rank {rank} is outside 1..{short} of a {out}x{in_} matrix")
     if len(seeds) != len(A):
         raise ValueError(f"{len(seeds)} seeds for {len(A)} matrices")
+    scale = _root_of_scale(A)
+    if scale is not None:
+        A = A / scale**2
     wide = A if out <= in_ else A.mT  # (batch, short, long)
     blocks = blocks or krylov_blocks(rank)
     if resolve_method(short, long, rank, method, blocks=blocks) == "exact":
         U, projection = _gram_subspace(wide, rank)
     else:
         U, projection = _krylov_subspace(wide, rank, seeds, blocks)
-    values = projection.norm(dim=-1)  # (batch, rank)
+    values, order = projection.norm(dim=-1).sort(dim=-1, descending=True, stable=True)  # (batch, rank)
+    values = values.where(carrying(values), torch.zeros_like(values))
     root = values.sqrt()[..., None]
-    left = U * root.mT  # (batch, short, rank)
-    right = projection / root.clamp_min(torch.finfo(A.dtype).tiny)  # (batch, rank, long)
+    left = U.gather(-1, order[:, None].expand_as(U)) * root.mT  # (batch, short, rank)
+    share = root.reciprocal().where(root > 0, torch.zeros_like(root))
+    right = projection.gather(-2, order[..., None].expand_as(projection)) * share  # (batch, rank, long)
+    if scale is not None:
+        left, right, values = left * scale, right * scale, values * scale[..., 0] ** 2
     return Factors(left, right, values) if out <= in_ else Factors(right.mT, left.mT, values)
+
+
+def _root_of_scale(A: Tensor) -> Tensor | None:
+    """Powers of two (batch, 1, 1) whose squares bring matrices near 1 that have fourth powers beyond float32, 1 for others.
+
+    None where all are 1.
+    """
+    largest = torch.linalg.vector_norm(A, math.inf, dim=(-2, -1)).tolist()
+    beyond = [value > 0 and not _SMALLEST < value < 1 / _SMALLEST for value in largest]
+    if not any(beyond):
+        return None
+    roots = [2.0 ** (math.frexp(value)[1] // 2) if far else 1.0 for value, far in zip(largest, beyond, strict=True)]
+    return A.new_tensor(roots)[:, None, None]
 
 
 def resolve_method(
@@ -171,10 +199,24 @@ def krylov_blocks(rank: int) -> int:
 def singular_values(A: Tensor) -> Tensor:
     """All singular values in falling order, float64 (..., min(out, in)) on the CPU, from the Gram matrix of the short side.
 
-    Accurate to about 3e-4 of the largest one (float32 Gram): meant for energies, ranks and budgets.
+    Those that carry nothing are 0, as in `factorise`. Meant for energies, ranks and budgets: below 1e-3 of the largest one
+    a float32 Gram matrix holds rounding noise, and where half of the values lie there it is made in float64, on the CPU.
     """
     wide = A if A.shape[-2] <= A.shape[-1] else A.mT
-    values: Tensor = torch.linalg.eigvalsh(wide @ wide.mT)
+    values, floor = _roots_of_eigenvalues(wide @ wide.mT), _GRAM_FLOOR
+    if bool((values[..., values.shape[-1] // 2] < floor * values[..., 0]).any()):
+        floor = _NOTHING
+        gram = torch.zeros(*wide.shape[:-1], wide.shape[-2], dtype=torch.float64)
+        for panel in torch.split(wide, _GRAM_COLUMNS, dim=-1):
+            part = panel.cpu().double()
+            gram += part @ part.mT
+        values = _roots_of_eigenvalues(gram)
+    return values.where(values > floor * values[..., :1], torch.zeros_like(values))
+
+
+def _roots_of_eigenvalues(gram: Tensor) -> Tensor:
+    """In falling order, float64 on the CPU."""
+    values: Tensor = torch.linalg.eigvalsh(gram)
     return values.cpu().flip(-1).double().clamp_min(0).sqrt()
 
 
@@ -187,6 +229,11 @@ def energy(A: Tensor) -> float:
 def residual_energy_(A: Tensor, up: Tensor, down: Tensor) -> float:
     """||A - up down||^2 of one matrix; A is overwritten with the residual to save a copy."""
     return energy(A.addmm_(up.to(A), down.to(A), alpha=-1))
+
+
+def carrying(values: Tensor) -> Tensor:
+    """Which singular values (..., rank), in falling order, carry anything: more than 1e-4 of the largest, none of zeros."""
+    return values > _NOTHING * values[..., :1]
 
 
 def recompress(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,6 +66,8 @@ def extract_text(report: ExtractReport) -> str:
             f"{report.capped} of {report.layers} layers at a lower rank than asked for: beyond it, factors would be "
             "larger than the layers themselves"
         )
+    if report.exhausted:
+        lines.append(report.exhausted_text)
     if report.fallbacks:
         lines.append("fell back: " + ", ".join(f"{reason} {count} x" for reason, count in report.fallbacks.items()))
     return "\n".join(lines)
@@ -131,8 +133,14 @@ def resize_text(report: ResizeReport) -> str:
         f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.layers} layers, rank {before} -> {after})\n"
         f"keeps {_percent(report.energy_kept)} of the LoRA's energy"
         + _of_the_change(report.energy_of_change)
-        + "".join(f"\n{line}" for line in _twins(report.twins))
+        + "".join(f"\n{line}" for line in (*_exhausted(report), *_twins(report.twins)))
     )
+
+
+def _exhausted(report: ResizeReport) -> list[str]:
+    if not report.exhausted:
+        return []
+    return [f"{report.exhausted} of {report.layers} layers hold fewer components than asked for: the LoRA has no more"]
 
 
 def _of_the_change(share: float | None) -> str:

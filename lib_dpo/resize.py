@@ -20,7 +20,7 @@ from lib_dpo.lora import read_factors
 from lib_dpo.lora_file import FileModules, read_modules
 from lib_dpo.lora_metadata import ENTRY_BYTES
 from lib_dpo.lora_scale import PeftSettings
-from lib_dpo.lowrank import full_precision, recompress
+from lib_dpo.lowrank import carrying, full_precision, recompress
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.ranks import Spectrum, allocate
@@ -49,6 +49,7 @@ class ResizeReport:
     energy_kept: float
     energy_of_change: float | None = None
     twins: tuple[str, ...] = ()  # keys that said again what others say: not written
+    exhausted: int = 0  # layers at a lower rank than was asked for and they had, whose other components carry nothing
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -61,18 +62,19 @@ class ResizeReport:
             "energy_kept_of_lora": self.energy_kept,
             "energy_kept_of_change": self.energy_of_change,
             "twins_left_out": list(self.twins),
+            "exhausted_layers": self.exhausted,
         }
 
 
 @dataclass(frozen=True)
 class _Core:
-    """One module: shapes, and the spectrum of up @ down times its scale.
+    """One module: shapes, and the spectrum of up @ down times its scale, without components that carry nothing.
 
     `alpha` is the key that carries the scale; None where no program would look for one, and the factors have to.
     """
 
     parts: Mapping[str, str]
-    values: Tensor  # float64 (rank,)
+    values: Tensor  # float64, one at least and `rank` at most
     scale: float
     rank: int
     alpha: str | None
@@ -106,6 +108,7 @@ def resize(
         for name, parts in pairs.items():
             up, down, scale = read_factors(lora, parts, found.settings)
             values = recompress(up, down.flatten(1))[1] * abs(scale)
+            values = values[: max(1, int(carrying(values).sum()))]
             cores[name] = _Core(parts, values, scale, down.shape[0], _alpha_key(name, parts))
             steps.advance(1, name)
         ranks = _ranks(lora, cores, others, policy, precision=precision, title=output.stem)
@@ -121,6 +124,7 @@ def resize(
         energy_kept=kept,
         energy_of_change=None if claimed is None else claimed * kept,
         twins=found.twins,
+        exhausted=sum(ranks[name] < _own(policy, lora, core) and ranks[name] < core.rank for name, core in cores.items()),
     )
 
 

@@ -324,7 +324,15 @@ def test_a_batch_that_does_not_fit_is_done_one_by_one(sd1: Files, tmp_path: Path
     assert report.layers == 282
 
 
-def test_a_batch_with_one_delta_on_another_device_is_done_one_by_one(sd1: Files) -> None:
+def test_a_batch_with_one_delta_on_another_device_is_done_one_by_one(sd1: Files, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = decompose.factorise
+
+    def factorise(A: torch.Tensor, rank: int, **options: Any) -> Any:
+        assert A.ndim == 2
+        found = real(torch.zeros_like(A, device="cpu") if A.is_meta else A, rank, **options)
+        return decompose.Factors(*(part.to(A.device) for part in found))
+
+    monkeypatch.setattr(decompose, "factorise", factorise)
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         pair = open_pair(base, tuned)
         decomposer = decompose.Decomposer(pair, torch.device("cpu"), method="exact", seed=0)

@@ -269,6 +269,8 @@ def _extracted_html(session: Session, found: Extracted) -> str:
             f"You asked for {markup.percent(report.energy_wanted)}: beyond this, factors would be larger than the layers "
             "themselves. An offset file holds all of it."
         )
+    if report.exhausted:
+        sentences.append(report.exhausted_text + ".")
     rows: list[tuple[str, object]] = [
         ("File", session.library.place(report.path)), ("Size", markup.size(report.file_bytes)), ("Layers", report.layers),
         ("Ranks", ranks or "no pairs"),
