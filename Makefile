@@ -4,8 +4,9 @@ PYTHON ?= python3
 # more arguments for the command of a target: make test ARGS="-k lora -x"
 ARGS ?=
 IN_ENV = @$(PYTHON) tools/env.py
-# tests in as many processes as there are cores, at most four, a file of them in one; ARGS="-n0" runs all in one process
-PYTEST = -m pytest -n logical --maxprocesses 4 --dist loadfile
+# tests in as many processes as there are cores, at most four, a file of them in one, in the order of tests/conftest.py;
+# ARGS="-n0" runs all in one process
+PYTEST = -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -19,6 +19,14 @@ settings.register_profile("local", deadline=None)  # a shared machine is slow at
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
+# What takes minutes comes first, so that no process is left alone with it at the end; the demo after what it waits for.
+LONGEST = ("test_bundled", "test_bench", "test_extract", "test_demo", "test_ui", "test_cli", "test_standalone", "test_hub")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
