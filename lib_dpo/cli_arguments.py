@@ -50,7 +50,12 @@ def _add_extraction(command: Command, runs: Runs) -> None:
     """From a pair to its offset."""
     sub = command("diff", runs["diff"], "show what changed between a base and its tuned model")
     _pair_arguments(sub)
-    sub.add_argument("--plot", type=output_file, metavar="F.png", help="write a picture too (computes all spectra)")
+    sub.add_argument(
+        "--plot",
+        type=output_file,
+        metavar="F.png",
+        help="draw where the change lies and what LoRAs of several sizes keep (slower)",
+    )
     sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
 
     sub = command("extract", runs["extract"], "extract a LoRA from a base and its tuned model")
@@ -64,7 +69,7 @@ def _add_extraction(command: Command, runs: Runs) -> None:
     sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
     sub.add_argument("--seed", type=number(int), default=0, help=FIELDS["seed"].help)
 
-    sub = command("offset", runs["offset"], "write the dense offset file (tuned minus base, UNet)")
+    sub = command("offset", runs["offset"], "write the offset file: the whole change of the UNet, tuned minus base")
     _pair_arguments(sub)
     _output_arguments(sub, "O.safetensors")
     sub.add_argument("--precision", **among(("fp32", "fp16", "bf16")), default="fp32", help=FIELDS["precision"].help)
@@ -87,26 +92,30 @@ def _add_use(command: Command, runs: Runs) -> None:
     sub = command("resize", runs["resize"], "make a LoRA smaller, from its factors alone")
     sub.add_argument("--lora", required=True, metavar="L", help="the LoRA")
     _output_arguments(sub, "L2.safetensors")
-    _rank_arguments(sub, "components per layer")
+    _rank_arguments(sub, "of the smaller LoRA")
     sub.add_argument("--conv-rank", type=number(int), metavar="N", help=FIELDS["conv_rank"].help)
     sub.add_argument("--precision", **among(("keep", *PRECISIONS)), default="keep", help=FIELDS["precision"].help)
 
     sub = command("inspect", runs["inspect"], "say what files are")
     sub.add_argument("file", nargs="+", metavar="FILE", help=_INSPECTED)
 
-    sub = command("compat", runs["compat"], "say whether the offset fits a finetune, and whether DPO is in it already")
+    sub = command("compat", runs["compat"], "say whether the offset fits a finetune or merge, and whether DPO is in it already")
     sub.add_argument("--target", required=True, metavar="C", help="the finetune")
     _pair_arguments(sub)
 
 
 def _add_demo(command: Command, runs: Runs) -> None:
     sub = command(
-        "demo", runs["demo"], "the whole story on the bundled model, with pictures that are judged, without a network"
+        "demo",
+        runs["demo"],
+        "show it all on the toy model that comes along: measure, extract, bake, draw and judge pictures; needs no network",
     )
     sub.add_argument("-o", "--output", type=output_folder, metavar="DIR", help="folder to write to (default: demo, or study)")
-    sub.add_argument("--study", action="store_true", help="many more pictures and strengths: a quarter of an hour or so")
+    sub.add_argument(
+        "--study", action="store_true", help="draw 500 pictures a point, at more strengths: takes a quarter of an hour or more"
+    )
     sub.add_argument("--pictures", type=number(int), metavar="N", help=FIELDS["pictures"].help)
-    sub.add_argument("--model", type=input_folder, default=BUNDLED_MODEL, metavar="DIR", help="folder of the bundled model")
+    sub.add_argument("--model", type=input_folder, default=BUNDLED_MODEL, metavar="DIR", help="folder of the toy model")
 
 
 def _pair_arguments(sub: argparse.ArgumentParser) -> None:

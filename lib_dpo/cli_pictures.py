@@ -29,22 +29,41 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command("compare", compare, "make the same pictures at several strengths, the untouched model first")
     sub.add_argument("--model", required=True, metavar="C", help="a whole checkpoint")
     sub.add_argument("--offset", required=True, metavar="L_or_O", help="a LoRA or an offset file")
-    sub.add_argument("--prompt", action="append", required=True, metavar="TEXT", help="may be given several times")
+    sub.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="what to draw; may be given several times"
+    )
     sub.add_argument("--negative", default="", metavar="TEXT", help="what the pictures should not show")
     sub.add_argument("--seeds", default="1, 2", help="such as 1, 2 or 100-103; -1 is random")
     sub.add_argument("--strengths", default="0.5, 1, 1.5", help="such as 0.5, 1 or 0-2 (+0.5)")
     sub.add_argument("--blocks", default="", help=FIELDS["blocks"].help)
     sub.add_argument("--steps", type=number(int), default=20, metavar="N", help="steps of each picture")
     sub.add_argument("--cfg", type=number(float), default=7.0, help="how closely pictures follow the prompt")
-    sub.add_argument("--sampler", default="", help="Euler, Euler a, DDIM, DPM++ 2M or UniPC")
-    sub.add_argument("--width", type=number(int), default=0, metavar="N", help="of a picture, in pixels; 0: the model's own")
-    sub.add_argument("--height", type=number(int), default=0, metavar="N", help="of a picture, in pixels; 0: the model's own")
+    sub.add_argument("--sampler", default="", help="Euler (default), Euler a, DDIM, DPM++ 2M or UniPC")
+    sub.add_argument(
+        "--width",
+        type=number(int),
+        default=0,
+        metavar="N",
+        help="of a picture, in pixels (default: what the model was made for)",
+    )
+    sub.add_argument(
+        "--height",
+        type=number(int),
+        default=0,
+        metavar="N",
+        help="of a picture, in pixels (default: what the model was made for)",
+    )
     sub.add_argument("-o", "--output", required=True, type=output_file, metavar="GRID.png", help="the labelled grid")
-    sub.add_argument("--each", type=output_folder, metavar="DIR", help="every picture as a file of its own too")
+    sub.add_argument("--each", type=output_folder, metavar="DIR", help="a folder for the single pictures too")
     _host_arguments(sub)
 
     sub = command("app", app, "serve the tab without a WebUI, on this machine only")
-    sub.add_argument("--models", type=input_folder, metavar="DIR", help="folder with Stable-diffusion, Lora and DPO in it")
+    sub.add_argument(
+        "--models",
+        type=input_folder,
+        metavar="DIR",
+        help="folder with Stable-diffusion, Lora and DPO in it (default: one of our own, with the toy model)",
+    )
     sub.add_argument("--port", type=number(int), default=7861, metavar="N", help="to listen on")
     sub.add_argument("--host", default=LOOPBACK, help="address to listen on (default: this machine only)")
     _host_arguments(sub)

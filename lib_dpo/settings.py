@@ -33,32 +33,36 @@ class Field:
 
 FIELDS: Mapping[str, Field] = MappingProxyType(
     {
-        "rank": Field("Rank", "components per layer (default 64)", int, minimum=1),
+        "rank": Field("Rank", "of the LoRA: more keeps more of the change, in a larger file (default 64)", int, minimum=1),
         "energy": Field(
-            "Energy", "share of the offset to keep, 0 to 1; ranks are chosen per layer", float, minimum=0, maximum=1
+            "Energy", "share of the change to keep, 0 to 1; each layer gets the rank that it needs", float, minimum=0, maximum=1
         ),
         "size_mb": Field(
-            "Size", "size of the file in MB (10^6 bytes); ranks are chosen per layer", float, minimum=0, maximum=1e6
+            "Size", "of the file in MB (10^6 bytes); each layer gets the rank that it needs", float, minimum=0, maximum=1e6
         ),
-        "conv_rank": Field("Rank of convolutions", "components per 3x3 convolution (default: as rank)", int, minimum=1),
-        "method": Field("Method", "auto takes the faster one per layer", str, choices=METHODS),
+        "conv_rank": Field("Rank of convolutions", "of 3x3 convolutions (default: as rank)", int, minimum=1),
+        "method": Field("Method", "auto takes the faster one for each layer", str, choices=METHODS),
         "profile": Field(
             "Profile",
-            "portable: pairs that every loader takes; webui: norms too; full: layers with a changed bias in full",
+            "portable: works in every program; webui: holds the norms too; full: holds layers whole whose bias changed",
             str,
             choices=PROFILES,
         ),
-        "precision": Field("Precision", "numbers in the file", str, choices=PRECISIONS),
-        "device": Field("Device", "auto, cpu, cuda, cuda:1, mps", str),
-        "seed": Field("Seed", "of the randomized method", int, minimum=0),
-        "strength": Field("Strength", "the offset is multiplied by it; 0 is off, 1 the full change", float),
+        "precision": Field("Precision", "number format of the file", str, choices=PRECISIONS),
+        "device": Field("Device", "where to compute: auto, cpu, cuda, cuda:1 or mps", str),
+        "seed": Field("Seed", "of the method randomized: the same seed writes the same file", int, minimum=0),
+        "strength": Field("Strength", "how much of the offset: 0 is none of it, 1 is the full change", float),
         "steps": Field("Steps", "of the sampler, per picture", int, minimum=1, maximum=1000),
         "cfg": Field("CFG scale", "how closely pictures follow the prompt", float, minimum=0, maximum=100),
         "side": Field("Width or height", "of a picture in pixels, a multiple of 8", int, minimum=64, maximum=4096),
         "pictures": Field(
-            "Pictures", "judged at each strength and with each LoRA (default 40; study: 500)", int, minimum=8, maximum=10_000
+            "Pictures",
+            "to draw and judge at each strength and with each LoRA (default: 40, in a study 500)",
+            int,
+            minimum=8,
+            maximum=10_000,
         ),
-        "blocks": Field("Block weights", "such as IN00=0.5,MID=0,OUT=1; what is not named has weight 1", str),
+        "blocks": Field("Block weights", "such as IN00=0.5,MID=0,OUT=1; blocks that are not named have weight 1", str),
     }
 )
 DEFAULT_RANK = 64

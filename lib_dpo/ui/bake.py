@@ -114,7 +114,7 @@ def foresee(session: Session, offset: str | None, blocks: str | None) -> str:
         f"Undo needs {markup.size(needed)} of memory, for the {len(patch.changed_keys()):,} weights that change.",
         f"The loaded file has {inside} baked in already: this comes on top." if inside else "",
         f"It takes the place of {status.baked.offset}, which is baked in now." if status.baked else "",
-        "Whether your model is near enough to the base for it, the page Inspect says: Does it fit?",
+        "To see whether your model is near enough to the base, ask «Does it fit?» on the page Inspect.",
         mood="doubt" if inside else "good",
     )
 

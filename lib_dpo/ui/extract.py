@@ -58,8 +58,8 @@ def page(tab: Tab) -> None:
                 dense = gr.Button("Write offset file", elem_id="dpo_extract_dense")
                 parts.interrupt_button(tab, "dpo_extract_interrupt")
             gr.HTML(markup.note(
-                "An offset file holds all of the change, in float32: for exact bakes. It is as large as a UNet and is "
-                "written into the reference folder."
+                "An offset file holds the whole change, in float32, for exact bakes. It is as large as a UNet, and is written "
+                "into the reference folder."
             ), elem_id="dpo_extract_dense_help")  # fmt: skip
         with gr.Column(elem_classes=["dpo-answers"]):
             place = parts.results("dpo_extract_result", _HINT)
@@ -87,15 +87,15 @@ def _size_controls(tab: Tab) -> list[Any]:
         )
         conv_rank = gr.Slider(
             minimum=0, maximum=320, step=1, value=0, label=FIELDS["conv_rank"].label, elem_id="dpo_extract_conv_rank",
-            info="Components per 3x3 convolution; 0 is as rank",
+            info="Of 3x3 convolutions; 0: the same as Rank",
         )  # fmt: skip
     size = gr.Number(
-        value=80, label="Size in MB", info="Ranks are chosen per layer, which keeps more in the same file",
+        value=80, label="Size in MB", info="Each layer gets the rank that it needs, so the same file keeps more",
         visible=False, elem_id="dpo_extract_size",
     )  # fmt: skip
     energy = gr.Slider(
         minimum=1, maximum=100, step=1, value=50, label="Share of the change to keep, in %",
-        info="Ranks are chosen per layer; DPO changes are flat, so large shares make large files",
+        info="Each layer gets the rank that it needs. A large share makes a large file",
         visible=False, elem_id="dpo_extract_energy",
     )  # fmt: skip
     shown = {rank: BY_RANK, conv_rank: BY_RANK, size: BY_SIZE, energy: BY_ENERGY}
@@ -223,7 +223,10 @@ def _lora_or_bake(spectra: Spectra | None) -> list[str]:
         "bake it from an offset file: that holds all of the change and costs nothing when you generate."
     )
     if not spectra:
-        return [general, "How much of the change a LoRA of each size keeps, Analyse shows where you ask it to (slower)."]
+        return [
+            general,
+            "To see how much a LoRA of each size keeps, tick «With what each size keeps» and Analyse again (slower).",
+        ]
     best = dict(zip(spectra.ranks, zip(spectra.energy_at_rank, spectra.size_mb_at_rank, strict=True), strict=True))
     rank = min(DEFAULT_RANK, max(best))
     kept, size = best[rank]
