@@ -196,6 +196,27 @@ def test_the_tab_the_settings_and_the_routes(host: Host):
     host.callbacks["on_model_loaded"][0](object())
 
 
+def test_send_to_carries_every_control_to_its_own_in_the_other_tab(host: Host):
+    import gradio as gr
+
+    def carried(names: list[Any], fields: list[tuple[Any, Any]]) -> list[str]:
+        """As the hosts choose, in connect_paste_params_buttons of modules/infotext_utils.py: the two lists are zipped there."""
+        return [field.label for field, name in fields if name in names]
+
+    tabs = []
+    for is_img2img in (False, True):
+        script = host.load(files()[0]).DpoOffset() if not tabs else type(tabs[0])()
+        with gr.Blocks():
+            components = script.ui(is_img2img)
+        assert [field for field, _ in script.infotext_fields] == components
+        tabs.append(script)
+    names = tabs[0].paste_field_names
+    labels = [field.label for field, _ in tabs[0].infotext_fields]
+    assert len(labels) == 5
+    assert carried(names, tabs[0].infotext_fields) == carried(names, tabs[1].infotext_fields) == labels
+    assert carried(["Prompt", "Steps"], tabs[0].infotext_fields) == []
+
+
 def test_the_script_has_five_arguments_and_restores_itself_from_infotexts(host: Host, session: Session):
     import gradio as gr
 

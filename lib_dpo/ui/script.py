@@ -14,10 +14,11 @@ _WIDEST_SLIDER, _STEP = 2.0, 0.05
 
 def script_controls(
     session: Session, elem_id: Callable[[str], str], accordion: Callable[..., Any]
-) -> tuple[list[Any], list[tuple[Any, Any]], list[str]]:
-    """Components in the order of the script's arguments, infotext fields, names that "Send to" buttons carry.
+) -> tuple[list[Any], list[tuple[Any, Any]], list[Any]]:
+    """Components in the order of the script's arguments, infotext fields, and which of those "Send to" buttons carry: all.
 
-    The arguments: enabled, offset, strength, blocks, rank.
+    The arguments: enabled, offset, strength, blocks, rank. The hosts find a field by the name or the function that it has in
+    both tabs, `target in paste_field_names` in modules/infotext_utils.py.
 
     Called several times by the host, also outside of any page: it may keep nothing.
 
@@ -64,7 +65,7 @@ def script_controls(
         (blocks, _blocks),
         (rank, _rank),
     ]
-    return [enabled, offset, strength, blocks, rank], fields, [INFOTEXT["offset"], INFOTEXT["strength"]]
+    return [enabled, offset, strength, blocks, rank], fields, [target for _, target in fields]
 
 
 def _offsets(session: Session) -> list[str]:
