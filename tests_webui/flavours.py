@@ -11,6 +11,8 @@ _A1111_LIKE = ("--skip-prepare-environment", "--skip-python-version-check", "--s
 _FORGE_LIKE = (*_A1111_LIKE, "--always-cpu", "--skip-install")
 _NEO_LIKE = (*(flag for flag in _A1111_LIKE if flag != "--no-download-sd-model"), "--skip-install", "--cpu", "--fp16-unet")
 _SAME_MODULES = ("hr_additional_modules", ["Use same choices"])
+# Their API takes styles from an infotext by isinstance(…, list[str]), which raises: any infotext is answered with 500.
+_NO_STYLES: tuple[str, object] = ("styles", [])
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Flavour:
     any_width: bool = False  # takes models of any width, from a .yaml beside the checkpoint; the others guess it from shapes
     loads_late: bool = False  # choosing a checkpoint loads nothing until the next picture
     same_as_prompt: bool = False  # applies our offset by the same code as a LoRA of the prompt: equal to the pixel
-    api_infotext: bool = True  # takes an infotext in an API request
+    infotext_needs: tuple[tuple[str, object], ...] = ()  # what an API request with an infotext needs beside it
     vae_comes_back: bool = True  # choosing "Automatic" again brings back the VAE of the checkpoint
     rounds_anew: bool = False  # its own pictures differ by a grey level here and there between a model just loaded and one used
     hires: tuple[tuple[str, object], ...] = ()  # what a hires request needs beside the usual, or in its place
@@ -36,7 +38,7 @@ FORGE = Flavour(
     "Forge",
     _FORGE_LIKE,
     loads_late=True,
-    api_infotext=False,  # f2.0.1v1.10.1 answers 500 to any: isinstance() with a parameterized generic
+    infotext_needs=(_NO_STYLES,),  # f2.0.1v1.10.1
     hires=(_SAME_MODULES,),
     pictures_in_files=True,
     vae_of_checkpoint=True,
@@ -45,7 +47,7 @@ NEO = Flavour(
     "Forge Neo",
     _NEO_LIKE,  # it ignores flags that it does not know, and would look for a GPU
     loads_late=True,
-    api_infotext=False,  # as Forge
+    infotext_needs=(_NO_STYLES,),  # 2.26
     hires=(_SAME_MODULES, ("hr_upscaler", "None")),  # it has no latent ones; this one it has without any model file
     rounds_anew=True,  # 2.26 on a CPU, with this extension or without
     own_tokenizer=True,
