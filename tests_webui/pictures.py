@@ -29,9 +29,10 @@ class Offset:
     strength: float = 1.0
     blocks: str = ""
     enabled: bool = True
+    rank: int = 0
 
     def args(self) -> dict[str, Any]:
-        return {TITLE: {"args": [self.enabled, self.name, self.strength, self.blocks]}}
+        return {TITLE: {"args": [self.enabled, self.name, self.strength, self.blocks, self.rank]}}
 
 
 @dataclass(frozen=True)

@@ -173,11 +173,36 @@ def test_a_picture_with_the_script(tab: Tab, server: Server, lora: dict) -> None
     tab.until(lambda: "DPO strength: 0.7" in tab.text("html_info_txt2img"), "the picture's infotext")
 
 
+def test_send_to_img2img_brings_the_script_along(tab: Tab, server: Server, lora: dict) -> None:
+    """As PNG Info does: switch, offset, strength, blocks and rank; and off where the picture was made without."""
+    there = SCRIPT.replace("txt2img", "img2img")
+    sent = {"offset": LORA, "strength": "0.7", "blocks": "IN=0.5,MID=0", "rank": "2"}
+    for offset in (Offset(LORA, 0.7, "IN=0.5,MID=0", rank=2), None):
+        _paste(tab, request(server, offset=offset).infotexts[0])
+        tab.until(lambda wanted=bool(offset): _is_on(tab) == wanted, "the script is as in the infotext")
+        tab.click("txt2img_generate")
+        tab.until(lambda wanted=bool(offset): _says_offset(tab) == wanted, "the picture is there")
+        tab.click("txt2img_send_to_img2img")
+        tab.until(lambda wanted=bool(offset): _is_on(tab, there) == wanted, "the script of img2img is as that of txt2img")
+        if offset:
+            tab.until(lambda: _fields(tab, there) == sent, "all of it was sent")
+
+
 def _paste(tab: Tab, infotext: str) -> None:
     tab.top("txt2img")
     tab.field("txt2img_prompt").fill(infotext)
     tab.click("paste")
 
 
-def _is_on(tab: Tab) -> bool:
-    return tab.page.locator(f"#{SCRIPT}_enabled-visible-checkbox").is_checked()
+def _fields(tab: Tab, script: str) -> dict[str, str]:
+    return {name: tab.field(f"{script}_{name}").input_value() for name in ("offset", "strength", "blocks", "rank")}
+
+
+def _says_offset(tab: Tab) -> bool | None:
+    """Whether the infotext below the picture has an offset; None where there is no infotext."""
+    said = tab.text("html_info_txt2img")
+    return "DPO offset" in said if "Steps:" in said else None
+
+
+def _is_on(tab: Tab, script: str = SCRIPT) -> bool:
+    return tab.page.locator(f"#{script}_enabled-visible-checkbox").is_checked()
