@@ -42,7 +42,7 @@ def diff_text(report: DiffReport) -> str:
     ]
     if report.spectra:
         kept = zip(report.spectra.ranks, report.spectra.energy_at_rank, report.spectra.size_mb_at_rank, strict=True)
-        lines += ["", "what a LoRA of one rank can keep at best"]
+        lines += ["", "what a LoRA keeps at best, by rank"]
         lines += [f"  rank {rank:<4} {_percent(share):>8}  {size:8.1f} MB" for rank, share, size in kept]
     return "\n".join(lines)
 
@@ -52,19 +52,19 @@ def extract_text(report: ExtractReport) -> str:
     total = report.tally.total
     used = [rank for rank in report.ranks.values() if rank]
     ranks = _ranks(min(used), max(used)) if used else "no pairs"
-    asked = "" if str(report.policy) == ranks else f", {report.policy}"
+    asked = "" if str(report.policy) == ranks else f", asked for: {report.policy}"
     lines = [
         f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.layers} layers, {ranks}{asked})",
         f"energy kept {_percent(total.energy_kept)} of the DPO change" + _missed(report.energy_wanted, total.energy_kept),
         *_kept_by_component(report.tally),
-        f"noise floor {_percent(total.noise_floor)}: the share that rounding of the two files alone explains",
+        f"{_percent(total.noise_floor)} of the change may be rounding of the two files (noise floor)",
         *_left_out(report.left_out),
     ]
     lines = _with_verdict(report.verdict, lines)
     if report.capped:
         lines.append(
-            f"{report.capped} of {report.layers} layers at a lower rank than asked for: beyond it, factors would be "
-            "larger than the layers themselves"
+            f"{report.capped} of {report.layers} layers at a lower rank than asked for: a LoRA of a "
+            "higher rank would be larger than these layers"
         )
     if report.exhausted:
         lines.append(report.exhausted_text)
@@ -94,7 +94,7 @@ def verify_text(report: VerifyReport) -> str:
     kept = report.tally.total.energy_kept
     lines = [f"energy kept {_percent(kept)} of the change"]
     if kept < 0:
-        lines.append("less than nothing: this file is of another pair, or base and tuned are swapped")
+        lines.append("below zero: this file belongs to another pair, or base and tuned are swapped")
     if report.claimed is not None:
         agrees = abs(report.claimed - kept) < 1e-4
         lines.append(
@@ -114,7 +114,7 @@ def bake_text(report: BakeReport) -> str:
         f"{report.changed} tensors changed at strength {report.strength:g}"
         + (f" with blocks {report.blocks}" if report.blocks else "")
         + f", {report.kept} copied as they were",
-        f"rounding to the stored dtype took {_percent(report.rounding_loss)} of the change",
+        f"rounding to the file's number format lost {_percent(report.rounding_loss)} of the change",
     ]
     if report.already:
         lines.append(f"the target had {' and '.join(map(str, report.already))} baked in already: now both are in it")
@@ -148,7 +148,7 @@ def _of_the_change(share: float | None) -> str:
 
 
 def _twins(keys: Sequence[str]) -> list[str]:
-    return [f"{len(keys)} keys said again what others say, and are not in it, first {keys[0]}"] if keys else []
+    return [f"{len(keys)} keys repeat what others say and were left out, first {keys[0]}"] if keys else []
 
 
 def inspect_text(found: Inspection) -> str:
@@ -230,8 +230,8 @@ def _missed(wanted: float | None, kept: float) -> str:
     if wanted is None or kept >= wanted - 1e-4:
         return ""
     return (
-        f" instead of the {_percent(wanted)} asked for: beyond the ranks used, factors would be larger than the layers "
-        "themselves. An offset file or a bake holds all of it"
+        f" instead of the {_percent(wanted)} asked for: a LoRA that keeps more would be larger than the layers that "
+        "it stands for. An offset file holds all of the change"
     )
 
 

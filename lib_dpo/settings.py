@@ -33,7 +33,7 @@ class Field:
 
 FIELDS: Mapping[str, Field] = MappingProxyType(
     {
-        "rank": Field("Rank", "of the LoRA: more keeps more of the change, in a larger file (default 64)", int, minimum=1),
+        "rank": Field("Rank", "more keeps more of the change, in a larger file (default 64)", int, minimum=1),
         "energy": Field(
             "Energy", "share of the change to keep, 0 to 1; each layer gets the rank that it needs", float, minimum=0, maximum=1
         ),

@@ -56,7 +56,7 @@ def _gain(findings: Findings) -> str:
     text = f"{before} of {at[0.0].n} pictures show all that their prompt names without DPO, {after} with it at strength 1"
     if findings.gain.rises or findings.gain.falls:
         return f"{text}: {points(findings.gain)}, same prompts and seeds."
-    few = "so few pictures cannot tell, `make study` draws 500 a point and found what models/bundled/README.md says"
+    few = "so few pictures cannot tell; `dpo demo --study` draws 500 a point"
     chance = f"{text}: that may be chance, {points(findings.gain)}"
     return f"{chance}; {few}." if at[0.0].n < _FEW else f"{chance}."
 

@@ -148,7 +148,7 @@ def save(
         ),
         task_id=task,
     )
-    lost = f"Rounding to the file's number format took {markup.percent(found.rounding_loss)} of the change."
+    lost = f"Rounding to the file's number format lost {markup.percent(found.rounding_loss)} of the change."
     unchanged = (
         "" if found.changed else f"No number of it changed: {offset} holds nothing but zeros, or too little to round to."
     )

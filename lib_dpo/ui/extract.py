@@ -269,8 +269,8 @@ def _extracted_html(session: Session, found: Extracted) -> str:
     sentences = [f"The LoRA keeps {markup.in_words(kept)} of what DPO changed: {markup.percent(kept)} of the energy."]
     if report.energy_wanted is not None and kept < report.energy_wanted - 1e-4:
         sentences.append(
-            f"You asked for {markup.percent(report.energy_wanted)}: beyond this, factors would be larger than the layers "
-            "themselves. An offset file holds all of it."
+            f"You asked for {markup.percent(report.energy_wanted)}: a LoRA that keeps more would be larger than the "
+            "layers that it stands for. An offset file holds all of the change."
         )
     if report.exhausted:
         sentences.append(report.exhausted_text + ".")
