@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image, ImageDraw, ImageFilter
 
 from lib_dpo.toy.judge import adherence, read
 from lib_dpo.toy.pictures import PROPERTIES, SIZE, Pictures, Scene, all_scenes, caption, draw, held_out
@@ -64,6 +66,53 @@ def test_judge_names_nothing_that_it_does_not_know():
     assert seen[3] == Scene(None, "black", "square", None)
     assert seen[4].shape is None
     assert read(np.zeros((0, SIZE, SIZE, 3), np.uint8)) == []
+
+
+def pillow_draws(kind: str, rng: np.random.Generator, *, blur: float = 0.5, noise: float = 6.0) -> np.ndarray:
+    """A shape as Pillow draws it at eight times the size, slightly turned, made smaller, soft and noisy; uint8 (SIZE, SIZE, 3).
+
+    `kind` is circle, triangle, cross, or the share of a square's half side that its corners' radius has, such as 0.3.
+    """
+    zoom = 8
+    x, y = rng.uniform(20, SIZE - 20, 2) * zoom
+    radius = rng.uniform(6.5, 11) * zoom
+    sheet = Image.new("L", (SIZE * zoom, SIZE * zoom))
+    pen = ImageDraw.Draw(sheet)
+    if kind == "circle":
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+    elif kind == "triangle":
+        pen.regular_polygon((x, y, 1.2 * radius), 3, fill=255)
+    elif kind == "cross":
+        arm = rng.uniform(0.28, 0.38) * radius
+        pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=255)
+        pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=255)
+    else:
+        half = 0.9 * radius
+        pen.rounded_rectangle((x - half, y - half, x + half, y + half), float(kind) * half, fill=255)
+    turned = sheet.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR, center=(x, y))
+    soft = turned.filter(ImageFilter.GaussianBlur(blur * zoom)).resize((SIZE, SIZE), Image.Resampling.BOX)
+    cover = np.asarray(soft)[..., None] / 255.0
+    picture = 230 + (np.array((45, 158, 70)) - 230) * cover + rng.normal(0, noise, (SIZE, SIZE, 3))
+    return np.asarray(np.clip(np.rint(picture), 0, 255), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("circle", {"circle"}), ("triangle", {"triangle"}), ("cross", {"cross"}),
+        ("0", {"square"}), ("0.15", {"square"}), ("0.3", {"square"}),
+        ("0.45", {"square", None}), ("0.55", {None}), ("0.65", {None}), ("0.75", {None, "circle"}),
+        ("0.85", {"circle"}), ("1", {"circle"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("blur", "noise"), [(0.0, 0.0), (0.5, 6.0)])
+def test_judge_names_shapes_of_another_program_and_leaves_what_lies_between(
+    kind: str, names: set[str | None], blur: float, noise: float
+):
+    rng = np.random.default_rng(7)
+    seen = Counter(one.shape for one in read(np.stack([pillow_draws(kind, rng, blur=blur, noise=noise) for _ in range(25)])))
+    assert sum(seen[name] for name in names) >= 24, seen  # at most one of 25 is left without a name
+    assert seen.keys() <= names | {None}, "no shape is taken for another"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Reads count, colour, shape and position off a picture: what was drawn, by rules, without any model.
 
-The paper is the median colour. What differs from it falls into connected pieces; each piece is compared with the
-palette and, scaled to one size, with a stencil of every shape.
+The paper is the median colour. What differs from it falls into connected pieces; each piece's colour is compared with
+the palette, and its outline, as seen from its middle, with that of every shape. What lies between two shapes, such as a
+square with round corners, has no name.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from lib_dpo.toy.pictures import COLOURS, COUNTS, POSITIONS, PROPERTIES, SHAPES,
 _CONTRAST = 60.0  # grey levels: pictures without any such difference are empty
 _SPECK = 20  # pixels: smaller pieces do not count
 _OFF_PALETTE = 75.0  # distance in RGB from which a colour has no name
-_STENCIL = 12  # pieces are scaled to this many pixels a side
-_OFF_STENCIL = 0.17  # mean difference of coverage from which a shape has no name
-_SLIM = 0.6  # short side over long side of a piece's box below which its shape has no name
+_ANGLES = 72  # of the rays from a piece's middle to its outline
+_TILT = 2  # of these: a shape may be turned by as much, either way, which is 10 degrees
+_STEP = 0.25  # pixels between two looks along a ray
+_CLEAR = 0.5  # times as far at most as the next shape lies, from the outline and from the shape itself: else it has no name
 _MIDDLE = 6.0  # pixels: a group nearer to the middle is nowhere
 _ROUNDS = 4 * SIZE  # enough for a piece as winding as fits
 
@@ -115,33 +117,58 @@ def _colour(rgb: NDArray[np.float64]) -> str | None:
 
 
 def _shape(piece: Gray) -> str | None:
-    if min(piece.shape) < _SLIM * max(piece.shape):
-        return None
-    scaled = _scaled(piece)
-    distances = {name: float(np.abs(scaled - stencil).mean()) for name, stencil in _stencils().items()}
+    """The shape whose outline is clearly the nearest.
+
+    A square with corners of half its half side is still a square, one of four fifths is a circle, and between them lies
+    what people would argue about.
+    """
+    outline = _outline(piece)
+    distances = {name: _apart(outline, other) for name, other in _outlines().items()}
     nearest = min(distances, key=distances.__getitem__)
-    return nearest if distances[nearest] < _OFF_STENCIL else None
+    others = [distance for name, distance in distances.items() if name != nearest]
+    apart = [_apart(_outlines()[nearest], other) for name, other in _outlines().items() if name != nearest]
+    return nearest if distances[nearest] < _CLEAR * min(*others, *apart) else None
 
 
 @cache
-def _stencils() -> dict[str, Gray]:
-    return {name: _scaled(coverage(name, SIZE / 2, SIZE / 2, 9.0)) for name in SHAPES}
+def _outlines() -> dict[str, Gray]:
+    return {name: _outline(coverage(name, SIZE / 2, SIZE / 2, 9.0)) for name in SHAPES}
 
 
-def _scaled(cover: Gray) -> Gray:
-    """A piece scaled to (_STENCIL, _STENCIL): its own box, cut at the share of a pixel, sampled linearly."""
-    for axis in (0, 1):
-        profile = cover.max(axis=1 - axis)
-        filled = np.flatnonzero(profile > 0.5)
-        first, last = filled[0], filled[-1] + 1
-        low = first - (profile[first - 1] if first > 0 else 0.0)
-        high = last + (profile[last] if last < len(profile) else 0.0)
-        places = low + (np.arange(_STENCIL) + 0.5) * (high - low) / _STENCIL - 0.5
-        under = np.clip(np.floor(places).astype(int), 0, len(profile) - 1)
-        over = np.minimum(under + 1, len(profile) - 1)
-        share = np.clip(places - under, 0.0, 1.0).reshape((-1, 1) if axis == 0 else (1, -1))
-        cover = np.take(cover, under, axis) * (1 - share) + np.take(cover, over, axis) * share
-    return cover
+def _apart(outline: Gray, other: Gray) -> float:
+    """Root mean square of the differences, in mean radii, in the tilt in which the two are most alike."""
+    turned = [np.roll(other, n) for n in range(-_TILT, _TILT + 1)]
+    return float(np.sqrt(np.square(outline - turned).mean(axis=1).min()))
+
+
+def _outline(piece: Gray) -> Gray:
+    """How far the edge is from the middle of a piece's coverage, (_ANGLES,), over the mean: alike at every size.
+
+    The edge is where the coverage first falls to one half, between pixels too: a soft edge lies where a sharp one would.
+    """
+    piece = np.pad(piece, 1)  # so that every ray ends on paper
+    v, u = np.mgrid[: piece.shape[0], : piece.shape[1]]
+    middle = np.array([(piece * v).sum(), (piece * u).sum()]) / piece.sum()
+    angles = 2 * np.pi * np.arange(_ANGLES) / _ANGLES
+    steps = _STEP * np.arange(int(np.hypot(*piece.shape) / _STEP) + 2)
+    rays = middle[:, None, None] + np.array([np.sin(angles), np.cos(angles)])[:, :, None] * steps
+    seen = _between(piece, *rays)
+    ends = np.argmax(seen < 0.5, axis=1)
+    edges = np.zeros(_ANGLES)  # where the middle is not covered, nothing is to be seen from it
+    for n in np.flatnonzero(ends):
+        inside, outside = seen[n, ends[n] - 1], seen[n, ends[n]]
+        edges[n] = steps[ends[n]] - _STEP * (0.5 - outside) / (inside - outside)
+    return np.asarray(edges / max(edges.mean(), _STEP))
+
+
+def _between(piece: Gray, y: Gray, x: Gray) -> Gray:
+    """Coverage at places between the pixels' middles, linear along both axes; beyond the piece that of its border."""
+    y, x = (np.clip(place, 0, size - 1.001) for place, size in zip((y, x), piece.shape, strict=True))
+    top, left = y.astype(int), x.astype(int)
+    down, right = y - top, x - left
+    upper = piece[top, left] * (1 - right) + piece[top, left + 1] * right
+    lower = piece[top + 1, left] * (1 - right) + piece[top + 1, left + 1] * right
+    return np.asarray(upper * (1 - down) + lower * down)
 
 
 def _position(pieces: Sequence[_Piece]) -> str | None:
