@@ -100,6 +100,11 @@ class Jobs:
         with self._lock:
             return list(self._records.values())
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job of ours is waiting or running."""
+        return any(not record.is_over for record in self.all())
+
     def cancel(self, job_id: str) -> Record:
         """Ask a job to stop; it does at the next tensor or picture. Raises NotFoundError."""
         record = self.get(job_id)

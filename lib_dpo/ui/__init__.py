@@ -22,12 +22,11 @@ def build(session: Session) -> Any:
             tick = gr.Button(
                 "Look at the model", elem_id="dpo_tick", elem_classes=["dpo-hidden"]
             )  # and this, every few seconds
-        parts.on(tick.click, lambda: parts.status_html(session), [], [status], **parts.UNASKED)
         task = parts.unsaved(gr.Textbox(label="Task of the DPO tab", visible=False, elem_id="dpo_task"))
         tab = parts.Tab(session, status, task, rescans=[rescan])
         with gr.Tabs(elem_id="dpo_pages"):
             for module in (extract, bake, compare, inspect):
                 module.page(tab)
         foot = parts.unsaved(gr.HTML("", elem_id="dpo_foot"))
-        lists.wire(tab, shown, foot)
+        lists.wire(tab, shown, tick, foot)
     return blocks

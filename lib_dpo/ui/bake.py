@@ -12,6 +12,7 @@ from lib_dpo.patch import check_changes
 from lib_dpo.session import Session
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.parts import Tab, field_options
+from lib_dpo.ui.standing import Place, about, given
 
 PRESETS = {
     "Everything": "",
@@ -51,17 +52,22 @@ def page(tab: Tab) -> None:
             save_name, overwrite, save_go = _save_controls()
         with gr.Column(elem_classes=["dpo-answers"]):
             before = parts.unsaved(gr.HTML("", elem_id="dpo_bake_before"))
-            place = parts.results("dpo_bake_result", _HINT)
+            foreseen = gr.State(None)
+            place = parts.results(tab, "dpo_bake_result", _HINT)
     for unsaved in (preset, blocks, save_name, overwrite):
         parts.unsaved(unsaved)
     session, chosen = tab.session, [offset, strength, blocks]
     filled = parts.on(preset.change, PRESETS.get, [preset], [blocks], **parts.UNASKED)
+    ahead = partial(foreseen_now, session)
     for changed in (offset.change, blocks.blur, blocks.submit, filled.then):  # not at every key: it opens the file
-        parts.on(changed, partial(foresee, session), [offset, blocks], [before], **parts.UNASKED)
-    parts.start(tab, go, partial(bake, session), chosen, [place])
-    parts.start(tab, undo, partial(unbake, session), [], [place])
+        parts.on(changed, ahead, [offset, blocks], [before, foreseen], **parts.UNASKED)
+    tab.places.append(Place(before, foreseen, again=ahead, inputs=[offset, blocks]))
+    loaded = partial(about, session, model=True, baked=True)
+    parts.start(tab, go, partial(bake, session), chosen, [place], about=lambda *_: loaded())
+    parts.start(tab, undo, partial(unbake, session), [], [place], about=loaded)
     parts.start(
-        tab, save_go, partial(save, session), [*chosen, save_name, overwrite], [place], writes=True
+        tab, save_go, partial(save, session), [*chosen, save_name, overwrite], [place], writes=True,
+        about=lambda *values: about(session, session.library.new_checkpoint(_new_name(session, values[3]))),
     )  # fmt: skip
 
 
@@ -89,6 +95,12 @@ def _save_controls() -> tuple[Any, Any, Any]:
 
 
 # ---- what happens ----
+
+
+def foreseen_now(session: Session, offset: str | None, blocks: str | None) -> list[Any]:
+    """What `foresee` says, and what that is about."""
+    html = foresee(session, offset, blocks)
+    return [html, given(html, lambda: about(session, offset or "", model=True, baked=True)) if html else None]
 
 
 def foresee(session: Session, offset: str | None, blocks: str | None) -> str:
@@ -140,7 +152,7 @@ def save(
     session: Session, task: str | None, offset: str, strength: float, blocks: str, name: str, overwrite: bool
 ) -> str:  # fmt: skip
     """A new checkpoint from the loaded one's file."""
-    new = (name or "").strip() or f"{Path(session.loaded().name).stem}-dpo"
+    new = _new_name(session, name)
     found = session.jobs.run(
         "Save as checkpoint",
         lambda job: session.save(
@@ -162,6 +174,10 @@ def save(
     ])  # fmt: skip
     told = (unchanged or lost, not_applied)
     return markup.card(f"{found.path.stem} is saved", *told, mood="doubt" if unchanged else "good", body=body)
+
+
+def _new_name(session: Session, typed: str) -> str:
+    return (typed or "").strip() or f"{Path(session.loaded().name).stem}-dpo"
 
 
 def _baked_html(found: Baked) -> str:

@@ -14,6 +14,7 @@ from lib_dpo.settings import FIELDS
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.markup import Mood
 from lib_dpo.ui.parts import Tab
+from lib_dpo.ui.standing import about
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -56,7 +57,7 @@ def page(tab: Tab) -> None:
                 go = gr.Button("Compare", variant="primary", elem_id="dpo_compare_go")
                 parts.interrupt_button(tab, "dpo_compare_interrupt")
         with gr.Column(elem_classes=["dpo-answers"]):
-            place = parts.results("dpo_compare_result", _HINT)
+            place = parts.results(tab, "dpo_compare_result", _HINT, keep=True)
             grid = parts.picture(label="All pictures", visible=False, elem_id="dpo_compare_grid")
             pair = parts.unsaved(
                 gr.Dropdown(
@@ -73,6 +74,7 @@ def page(tab: Tab) -> None:
     parts.start(
         tab, go, partial(compare, session), [offset, strengths, prompts, negative, seeds, *rest, blocks],
         [place, grid, pair, wipe, where, made],
+        about=lambda offset, *_: about(session, session.library.offset(offset), model=True, baked=True),
     )  # fmt: skip
     parts.on(pair.input, partial(look, session), [made, pair], [wipe, where], show_progress="hidden")
     taken = [prompts, negative, seeds, *rest]

@@ -15,6 +15,7 @@ from lib_dpo.settings import DEFAULT_RANK, FIELDS, METHODS, PRECISIONS, PROFILES
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.markup import Mood
 from lib_dpo.ui.parts import Tab, field_options
+from lib_dpo.ui.standing import About, about
 
 if TYPE_CHECKING:
     from lib_dpo.analyse import DiffReport, Spectra
@@ -62,16 +63,28 @@ def page(tab: Tab) -> None:
                 "into the reference folder."
             ), elem_id="dpo_extract_dense_help")  # fmt: skip
         with gr.Column(elem_classes=["dpo-answers"]):
-            place = parts.results("dpo_extract_result", _HINT)
+            place = parts.results(tab, "dpo_extract_result", _HINT)
             plot = parts.picture(label="Where the change lies and how it is spread", visible=False, elem_id="dpo_extract_plot")
     for unsaved in (name, overwrite, spectra):
         parts.unsaved(unsaved)
     session, pair = tab.session, [base, reference]
-    parts.start(tab, look, partial(analyse, session), [*pair, spectra], [place, plot])
-    parts.start(tab, go, partial(extract, session), [*pair, name, overwrite, *numbers, *settings], [place], writes=True)
+    library = session.library
+
+    def of_pair(base: str, reference: str, *_: Any) -> About:
+        return about(session, parts.checkpoint_name(base), library.reference(reference), model=True)
+
+    def of_lora(base: str, reference: str, name: str, *_: Any) -> About:
+        return about(session, library.new_lora(_name(name, reference, "lora")), model=True)
+
+    def of_offset(base: str, reference: str, name: str, *_: Any) -> About:
+        return about(session, library.new_offset(_name(name, reference, "offset")))
+
+    named = [*pair, name, overwrite]
+    parts.start(tab, look, partial(analyse, session), [*pair, spectra], [place, plot], about=of_pair)
     parts.start(
-        tab, dense, partial(write_offset, session), [*pair, name, overwrite], [place], writes=True
+        tab, go, partial(extract, session), [*named, *numbers, *settings], [place], about=of_lora, writes=True
     )  # fmt: skip
+    parts.start(tab, dense, partial(write_offset, session), named, [place], about=of_offset, writes=True)
 
 
 def _size_controls(tab: Tab) -> list[Any]:

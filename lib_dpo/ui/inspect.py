@@ -9,6 +9,7 @@ from lib_dpo.session import Session
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.markup import Mood
 from lib_dpo.ui.parts import Tab
+from lib_dpo.ui.standing import About, about
 
 if TYPE_CHECKING:
     from lib_dpo.compat import CompatReport
@@ -50,10 +51,15 @@ def page(tab: Tab) -> None:
                 fit = gr.Button("Does it fit?", variant="primary", elem_id="dpo_inspect_fit")
                 parts.interrupt_button(tab, "dpo_inspect_interrupt")
         with gr.Column(elem_classes=["dpo-answers"]):
-            place = parts.results("dpo_inspect_result", _HINT)
+            place = parts.results(tab, "dpo_inspect_result", _HINT)
     session = tab.session
-    parts.start(tab, look, partial(what_is, session), [file], [place])
-    parts.start(tab, fit, partial(does_it_fit, session), [target, base, reference], [place])
+
+    def of_three(target: str, base: str, reference: str) -> About:
+        chosen = [parts.checkpoint_name(name) for name in (target, base)]
+        return about(session, *chosen, session.library.reference(reference), model=not all(chosen))
+
+    parts.start(tab, look, partial(what_is, session), [file], [place], about=partial(about, session))
+    parts.start(tab, fit, partial(does_it_fit, session), [target, base, reference], [place], about=of_three)
 
 
 def everything(session: Session) -> list[str]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from lib_dpo.session import Session
-from lib_dpo.ui import markup, parts
+from lib_dpo.ui import markup, parts, standing
 from lib_dpo.ui.parts import Listed, Tab
 
 
-def wire(tab: Tab, shown: Any, foot: Any) -> None:
-    """Look again when the tab is shown (`shown` is pressed by the page), at a refresh button, after files were written."""
+def wire(tab: Tab, shown: Any, tick: Any, foot: Any) -> None:
+    """Look again when the tab is shown (`shown` is pressed by the page), at a refresh button, after files were written.
+
+    Every few seconds (`tick`) only at the model, and at what the answers on the page are about.
+    """
     components = [listed.component for listed in tab.lists]
     outputs = [tab.status, foot, *components]
 
@@ -24,10 +28,24 @@ def wire(tab: Tab, shown: Any, foot: Any) -> None:
     parts.on(shown.click, look, components, outputs, **parts.UNASKED)
     for follower in tab.followers:
         parts.on(shown.click, follower.function, [follower.leader], follower.components, **parts.UNASKED)
+    for event in (shown.click, tick.click):  # one request for all
+        answers = [each for place in tab.places for each in (place.component, place.given)]
+        asked = [each for place in tab.places for each in (place.given, *place.inputs)]
+        parts.on(event, partial(still_true, tab), asked, [tab.status, *answers], **parts.UNASKED)
     for button in tab.rescans:
         parts.on(button.click, rescan, components, outputs, **parts.UNASKED)
     for event in tab.writers:
         parts.on(event.then, look, components, outputs, **parts.UNASKED)
+
+
+def still_true(tab: Tab, *values: Any) -> list[Any]:
+    """Status line, and each place of an answer with what is kept of it; `values` are what is kept, and what it asks for."""
+    found, rest = [parts.status_html(tab.session)], list(values)
+    for place in tab.places:
+        count = 1 + len(place.inputs)
+        mine, rest = rest[:count], rest[count:]
+        found += standing.looked_at(tab.session, place, *mine)
+    return found
 
 
 def looked(session: Session, lists: Sequence[Listed], chosen: Sequence[Any], *, rescan: bool = False) -> list[Any]:

@@ -16,6 +16,7 @@ from lib_dpo.errors import Cancelled, DpoError
 from lib_dpo.session import Session
 from lib_dpo.settings import FIELDS
 from lib_dpo.ui import markup
+from lib_dpo.ui.standing import About, Given, Place, given
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Tab:
     rescans: list[Any] = field(default_factory=list)  # buttons that look for new files
     writers: list[Any] = field(default_factory=list)  # events after which the lists are old
     followers: list[Follower] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)  # of answers that something else may make untrue
 
 
 # ---- components ----
@@ -116,12 +118,18 @@ def page(label: str, elem_id: str) -> Any:
     return gr.Tab(label, elem_id=elem_id, **options)
 
 
-def results(elem_id: str, hint: str) -> Any:
-    """Where the results of a page appear, in a column of its own: the host draws its progress bar on the top edge of it."""
+def results(tab: Tab, elem_id: str, hint: str, *, keep: bool = False) -> Any:
+    """Where the results of a page appear, in a column of its own: the host draws its progress bar on the top edge of it.
+
+    Args:
+        keep: results stay to be seen when they do not hold any more, below what has changed.
+    """
     import gradio as gr
 
     with gr.Column(elem_id=f"{elem_id}_place", elem_classes=["dpo-results"]):
-        return unsaved(gr.HTML(markup.note(hint), elem_id=elem_id))
+        found = unsaved(gr.HTML(markup.note(hint), elem_id=elem_id))
+        tab.places.append(Place(found, gr.State(None), keep=keep))
+        return found
 
 
 def interrupt_button(tab: Tab, elem_id: str) -> None:
@@ -163,23 +171,44 @@ def on(event: Any, function: Callable[..., Any] | None, inputs: Sequence[Any], o
 
 
 def start(
-    tab: Tab, button: Any, function: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any], *, writes: bool = False
+    tab: Tab,
+    button: Any,
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    *,
+    about: Callable[..., About],
+    writes: bool = False,
 ) -> None:
     """Long work at a click.
 
     Args:
         function: called with the id of the page's progress bar (None without one) and the inputs; returns HTML for the
             first output, and the values of the others.
-        outputs: the first shows results and errors; the page's progress bar appears above it.
+        outputs: the first, one of `results`, shows results and errors; the page's progress bar appears above it.
+        about: called with the inputs after the work; what the result is true of.
         writes: whether the lists of files are old afterwards.
     """
     place = outputs[0].elem_id
     count = len(inputs) + 1
+    (answers,) = (each.given for each in tab.places if each.component is outputs[0])
+
+    def work(task: str, *values: Any) -> list[Any]:
+        kept: list[Given | None] = []
+
+        def noted(*arguments: Any) -> list[Any]:
+            found = _listed(function(*arguments))
+            kept.append(given(found[0], lambda: about(*values)))
+            return found
+
+        shown = guarded(tab.session, noted, len(outputs))(task, *values)
+        return [*shown, kept[0] if kept else None]  # none with an error
+
     event = on(
         button.click,
-        guarded(tab.session, function, len(outputs)),
+        work,
         [tab.task, *inputs],
-        [*outputs, tab.status],
+        [*outputs, tab.status, answers],
         # older gradio hands over the outputs' values too
         js=f"(...values) => window.dpoStart ? dpoStart('{place}', values.slice(0, {count})) : values.slice(0, {count})",
     )
@@ -193,13 +222,16 @@ def guarded(session: Session, function: Callable[..., Any], outputs: int) -> Cal
 
     def event(task: str, *values: Any) -> list[Any]:
         try:
-            found = function(task or None, *values)
+            found = _listed(function(task or None, *values))
         except Exception as error:  # noqa: BLE001  # the edge: nothing may go further
-            found = error_html(session, error)
-        shown = list(found) if isinstance(found, (tuple, list)) else [found]
-        return [*shown, *(update() for _ in range(outputs - len(shown))), status_html(session)]
+            found = [error_html(session, error)]
+        return [*found, *(update() for _ in range(outputs - len(found))), status_html(session)]
 
     return event
+
+
+def _listed(found: Any) -> list[Any]:
+    return list(found) if isinstance(found, (tuple, list)) else [found]
 
 
 def error_html(session: Session, error: Exception) -> str:
