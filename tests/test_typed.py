@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import tiny
 
-from lib_dpo.cli_files import input_file, input_files, unquoted
+from lib_dpo.cli import _outputs, _runs
+from lib_dpo.cli_arguments import make_parser
+from lib_dpo.cli_files import folders_to_make, input_file, input_files, unquoted
 from lib_dpo.devices import resolve_device
 from lib_dpo.errors import BadFileError, OutputError, SettingError
 from lib_dpo.hub import meant_on_the_hub
@@ -317,6 +319,21 @@ def test_a_folder_that_is_made_is_said(here: Path, capsys: pytest.CaptureFixture
     assert f"made the folder {Path('new', 'folder')}\n" in capsys.readouterr().out
     assert tiny.run(*arguments, "new/folder/l2.safetensors") == 0
     assert "made the folder" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (["demo", "-o", "new/demo"], "new/demo"),
+        (
+            ["compare", "--model", "m", "--offset", "o", "--prompt", "p", "-o", "g.png", "--each", "new/pictures"],
+            "new/pictures",
+        ),
+        (["diff", "--base", "b", "--tuned", "t", "--plot", "new/p.png"], "new"),
+    ],
+)
+def test_every_folder_that_may_be_made_is_looked_at_before(here: Path, arguments: list[str], folder: str):
+    assert folders_to_make(_outputs(make_parser(_runs()).parse_args(arguments))) == [Path(folder)]
 
 
 def test_a_model_and_an_offset_in_each_others_place(here: Path, refused: Refused):
