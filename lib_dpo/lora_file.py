@@ -240,7 +240,7 @@ def _recognise(
 ) -> tuple[tuple[Architecture, ...], bool]:
     """The architectures whose modules fit most, the likeliest first, and whether anything but a guess put it first.
 
-    None for a file of another family. Names come first; then shapes, what is wanted, metadata, and the commoner one.
+    None for a file of another family. Names come first; then shapes, metadata, what is wanted, and the commoner one.
     """
     rows = sorted(ARCHITECTURES.values(), key=lambda row: not _is_likely(row, expected))  # stable
     fits: dict[str, list[Group]] = {}
@@ -257,12 +257,12 @@ def _recognise(
     tied = [row for row in tied if widths[row.name] == max(widths.values())]
     if len(tied) == 1:
         return tuple(tied), True
-    if expected in tied:
-        return (expected, *(row for row in tied if row is not expected)), True
     version = checkpoint.metadata.get("ss_base_model_version", "")
     if checkpoint.metadata.get("ss_v2") == "True":
         version = "sd_v2"
     told = [row for row in tied if version and version.startswith(row.ss_base_model_version)]
+    if expected in (told or tied):
+        return (expected, *(row for row in tied if row is not expected)), True
     return tuple(dict.fromkeys([*told, *tied])), bool(told)
 
 

@@ -368,3 +368,14 @@ def test_names_that_say_no_more_are_called_by_all_that_they_fit(tmp_path: Path) 
 def test_metadata_tells_where_names_do_not(tmp_path: Path) -> None:
     tensors = kohya(ATTENTION + "attn1_to_q", *pair(320, 320))
     assert inspect(saved(tmp_path / "l.safetensors", tensors, {"ss_v2": "True"})).family == "SD 2.x"
+
+
+@pytest.mark.parametrize(("version", "found"), [("sd_v1", "sd1"), ("sdxl_base_v1-0", "sdxl"), ("", "sdxl")])
+def test_a_text_encoder_that_two_families_share_is_of_the_one_that_the_metadata_names(
+    version: str, found: str, tmp_path: Path
+) -> None:
+    """CLIP-L is SD 1's text encoder and one of SDXL's: without a word on it the file is of what it is wanted for."""
+    tensors = kohya("lora_te_text_model_encoder_layers_0_mlp_fc1", *pair(3072, 768))
+    path = saved(tmp_path / "l.safetensors", tensors, {"ss_base_model_version": version} if version else None)
+    with open_checkpoint(path) as checkpoint:
+        assert read_lora(checkpoint, ARCHITECTURES["sdxl"]).architecture.name == found
