@@ -175,6 +175,11 @@ def _inner(a: Tensor, b: Tensor) -> float:
     return float(rows.double().sum())
 
 
+def in_digits(strength: float, form: str = ".2f") -> str:
+    """A strength to two digits; nothing is 0.00, never -0.00."""
+    return format(round(strength, 2) + 0.0, form)
+
+
 def _judge(
     target: Model, pair: Pair, tensors: list[_Sums], blocks: Mapping[str, _Sums], rows: tuple[LeftOut, ...]
 ) -> CompatReport:
@@ -184,7 +189,7 @@ def _judge(
     strength = total.strength
     error = math.hypot(_jackknife(tensors, total), total.rounding / total.offset if total.offset else 0.0)
     drift = f"{100 * total.relative_drift:.3g} %"
-    inside = f"{strength:.2f} ± {error:.2f}"
+    inside = f"{in_digits(strength)} ± {error:.2f}"
     contained = strength > _CONTAINED and strength > _ERRORS * error
     rest = round(max(0.0, 1.0 - strength) / 0.05) * 0.05 if contained else 1.0
     level: Level
@@ -207,7 +212,7 @@ def _judge(
         )
     elif total.relative_drift > _NEAR:
         told = strength + _ERRORS * error <= _COULD_BE
-        without = f" without DPO in it ({inside})" if told else f"; whether DPO is in it, its weights cannot tell ({inside})"
+        without = f" without DPO in it ({inside})" if told else f"; its weights cannot tell whether DPO is in it ({inside})"
         level, text = (
             "fits",
             (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lib_dpo.compat import in_digits
 from lib_dpo.session import Session
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.markup import Mood
@@ -126,7 +127,7 @@ def _inspection_html(found: Inspection) -> str:
 
 
 def _fit_html(report: CompatReport) -> str:
-    inside = f"{report.strength_inside:+.2f} ± {report.strength_error:.2f}"
+    inside = f"{in_digits(report.strength_inside, '+.2f')} ± {report.strength_error:.2f}"
     body = markup.facts([
         ("Strength to start with", f"{report.suggested_strength:.2g}"),
         ("Distance from the base", f"{markup.percent(report.drift)} of the weights' size"),
@@ -135,7 +136,7 @@ def _fit_html(report: CompatReport) -> str:
     ])  # fmt: skip
     card = markup.card("Does it fit?", report.text, mood=_MOODS[report.level], body=body)
     rows = [
-        (name, markup.percent(row.relative_drift), f"{row.strength:+.2f}", f"{row.cosine:+.3f}")
+        (name, markup.percent(row.relative_drift), in_digits(row.strength, "+.2f"), f"{row.cosine:+.3f}")
         for name, row in report.blocks.items()
     ]
     head = ("Block", "Distance from the base", "DPO inside", "Shared direction")
