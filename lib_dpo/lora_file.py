@@ -19,6 +19,8 @@ from lib_dpo.lora_keys import Group, check_decomposition, check_unknown_parts, g
 from lib_dpo.lora_scale import PeftSettings, Scale, pair_scale, read_settings
 from lib_dpo.shapes import checkpoint_shapes
 
+_ONE_ENCODER = ("lora_te_", "lora_te.")  # sd-scripts numbers the encoders of SDXL; loaders read these for it too
+
 
 @dataclass(frozen=True)
 class LoraLayer:
@@ -255,12 +257,14 @@ def _recognise(
     tied = _by_proj_in(tied, groups, checkpoint)
     widths = {row.name: sum(_has_real_size(row, group, checkpoint) for group in fits[row.name]) for row in tied}
     tied = [row for row in tied if widths[row.name] == max(widths.values())]
-    if len(tied) == 1:
-        return tuple(tied), True
     version = checkpoint.metadata.get("ss_base_model_version", "")
     if checkpoint.metadata.get("ss_v2") == "True":
         version = "sd_v2"
     told = [row for row in tied if version and version.startswith(row.ss_base_model_version)]
+    if not told and any(group.module.startswith(_ONE_ENCODER) for group in groups):
+        tied = [row for row in tied if len(row.text_encoders) == 1] or tied
+    if len(tied) == 1:
+        return tuple(tied), True
     if expected in (told or tied):
         return (expected, *(row for row in tied if row is not expected)), True
     return tuple(dict.fromkeys([*told, *tied])), bool(told)

@@ -365,16 +365,38 @@ def test_names_that_say_no_more_are_called_by_all_that_they_fit(tmp_path: Path) 
         assert read_lora(checkpoint, ARCHITECTURES["sd2"]).architecture.name == "sd2"
 
 
+@pytest.mark.parametrize(
+    ("prefix", "version", "wanted", "found"),
+    [
+        ("lora_te_", "", "sdxl", "sd1"),
+        ("lora_te_", "sdxl_base_v1-0", "sdxl", "sdxl"),
+        ("lora_te_", "sdxl_base_v1-0", "sd1", "sdxl"),
+        ("lora_te_", "", "sdxl-refiner", "sdxl-refiner"),
+        ("lora_te1_", "", "sd1", "sd1"),  # diffusers reads and writes it for both
+        ("lora_te1_", "", "sdxl", "sdxl"),
+        ("lycoris_te_", "", "sdxl", "sdxl"),
+    ],
+)
+def test_what_is_wanted_does_not_outweigh_whose_names_they_are(
+    tmp_path: Path, prefix: str, version: str, wanted: str, found: str
+) -> None:
+    """sd-scripts numbers the text encoders of SDXL: without a number it is a LoRA of SD 1, though SDXL's loaders read it."""
+    tensors = kohya(prefix + TE.replace(".", "_"), *pair())
+    path = saved(tmp_path / "l.safetensors", tensors, {"ss_base_model_version": version} if version else None)
+    with open_checkpoint(path) as checkpoint:
+        assert read_lora(checkpoint, ARCHITECTURES[wanted]).architecture.name == found
+
+
 def test_metadata_tells_where_names_do_not(tmp_path: Path) -> None:
     tensors = kohya(ATTENTION + "attn1_to_q", *pair(320, 320))
     assert inspect(saved(tmp_path / "l.safetensors", tensors, {"ss_v2": "True"})).family == "SD 2.x"
 
 
-@pytest.mark.parametrize(("version", "found"), [("sd_v1", "sd1"), ("sdxl_base_v1-0", "sdxl"), ("", "sdxl")])
+@pytest.mark.parametrize(("version", "found"), [("sd_v1", "sd1"), ("sdxl_base_v1-0", "sdxl"), ("", "sd1")])
 def test_a_text_encoder_that_two_families_share_is_of_the_one_that_the_metadata_names(
     version: str, found: str, tmp_path: Path
 ) -> None:
-    """CLIP-L is SD 1's text encoder and one of SDXL's: without a word on it the file is of what it is wanted for."""
+    """CLIP-L is SD 1's text encoder and one of SDXL's, whose own names are numbered: these are SD 1's without a word."""
     tensors = kohya("lora_te_text_model_encoder_layers_0_mlp_fc1", *pair(3072, 768))
     path = saved(tmp_path / "l.safetensors", tensors, {"ss_base_model_version": version} if version else None)
     with open_checkpoint(path) as checkpoint:
