@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from lib_dpo.settings import BUNDLED_MODEL
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PROMPTS = "three red crosses on the left\ntwo green circles at the top"
-WIDTH, SCALE = 1060, 1.5  # CSS pixels of the page, and pixels of the picture to each
+PROMPTS = "two yellow crosses on the right\ntwo black crosses at the bottom"
+WIDTH, SCALE = 1140, 1.4  # CSS pixels of the page, and pixels of the picture to each
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _ARGUMENTS = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # gradio asks for fonts elsewhere
 _PATIENCE_MS = 240_000
