@@ -6,7 +6,7 @@ Of a diffusers folder the UNet alone is written, as one file under diffusers' na
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,14 +15,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lib_dpo.errors import BadTensorError, MismatchError
+from lib_dpo.addition import Sum, add_rounded
+from lib_dpo.arch import Shape
+from lib_dpo.delta import Term, Whole
+from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
 from lib_dpo.header import dtype_name, torch_dtype
 from lib_dpo.keymap import EVERYWHERE, BlockWeights, block_of, check_blocks, component_of
+from lib_dpo.lowrank import full_precision
 from lib_dpo.model import Model
 from lib_dpo.offset import Offset, blocks_in, check_finite, check_is_model, check_left_out
-from lib_dpo.precision import PRECISION, round_once
+from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.recipe import Ingredient, baked_in, with_recipe
+from lib_dpo.threads import side_by_side
 from lib_dpo.writer import SafetensorsWriter, check_output, write_bytes_atomic
 
 SidecarFate = Literal["copied", "replaced", "removed", "kept", "none"]
@@ -31,7 +36,7 @@ _SIDECAR_TEXT = {
     "replaced": "replaced {}, which was another one, by the target's .yaml",
     "removed": "removed {}: the target has no .yaml, and hosts would have loaded the new file with it",
 }
-_PIECE = 1 << 18  # values added at once: their float64 copies stay in the cache
+_AHEAD = 1  # tensors per thread that may wait to be written: 60 MB each at most
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class BakeReport:
     architecture: str
     strength: float
     blocks: str
-    changed: int
+    changed: int  # tensors of which a value differs from the target's
     kept: int
     not_applied: tuple[str, ...]
     rounding_loss: float  # ||stored - exact||^2 / ||strength * offset||^2
@@ -85,7 +90,7 @@ def bake(
     hashes: Callable[[], tuple[str, str]] | None = None,
     on_progress: Progress | None = None,
 ) -> BakeReport:
-    """Write `target + strength * offset`. Sums in float64, rounded once to the stored dtype.
+    """Write `target + strength * offset`: the sums in float64, rounded once to the stored dtype.
 
     Args:
         target: of a diffusers folder the UNet is written, and text encoders are among what was not applied.
@@ -97,6 +102,7 @@ def bake(
         MismatchError: other architectures, a target that lacks tensors or has other shapes, or is itself an offset file.
         SettingError: a block that the architecture does not have.
         BadTensorError: NaN or Inf in the offset or in the result.
+        NothingToDoError: no value would differ from the target's, at the end of the work. Nothing is written then.
         OutputError: the output, or another .yaml beside it, exists or cannot be written.
     """
     plan, not_applied = _plan(target, offset)
@@ -112,6 +118,8 @@ def bake(
     steps = Steps(expected, on_progress)
     with SafetensorsWriter(output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(infos)) as writer:
         _write_tensors(writer, run, plan, dtypes, steps)
+        if not run.changed:
+            raise NothingToDoError(_nothing_changed(run, plan))
         metadata = with_recipe(
             target.checkpoint.metadata,
             Ingredient(offset.name, strength, str(blocks), rank, offset.kind),
@@ -142,13 +150,36 @@ def _write_tensors(
 ) -> None:
     """All tensors in the order of `dtypes`; byte for byte where nothing changes."""
     checkpoint, prefix = run.target.checkpoint, _written_prefix(run.target)
-    for key, dtype in dtypes.items():
-        info, canonical = checkpoint.infos[key], plan.get(key)
-        if canonical is None and dtype == info.dtype:
-            writer.add_raw(key.removeprefix(prefix), dtype, info.shape, checkpoint.raw(key))
-        else:
-            writer.add(key.removeprefix(prefix), run.tensor(key, canonical, dtype))
-        steps.advance(info.nbytes, key)
+
+    def tensor(key: str) -> Sum | None:
+        unchanged = key not in plan and dtypes[key] == checkpoint.infos[key].dtype
+        return None if unchanged else run.tensor(key, plan.get(key), dtypes[key])
+
+    with full_precision(), side_by_side(tensor, dtypes, ahead=_AHEAD) as done:
+        for (key, dtype), found in zip(dtypes.items(), done, strict=True):
+            info, name = checkpoint.infos[key], key.removeprefix(prefix)
+            if found is None:
+                writer.add_raw(name, dtype, info.shape, checkpoint.raw(key))
+            else:
+                writer.add(name, found.result)
+                run.count(found)
+            steps.advance(info.nbytes, key)
+
+
+def _nothing_changed(run: _Run, plan: Mapping[str, str]) -> str:
+    """Why a bake left every value as it was."""
+    offset, target = run.offset.name, run.target.path.name
+    if not plan:
+        return f"{target} has no place for any of the tensors that {offset} changes; choose an offset for such a model"
+    if not run.wanted:
+        return (
+            f"{offset} at strength {run.strength:g} changes nothing of {target}: its changes are all 0, by their own numbers, "
+            "an alpha of 0, or the strength and blocks chosen; inspect the offset, or choose others"
+        )
+    return (
+        f"{offset} at strength {run.strength:g} changes nothing of {target}: each change is too small for its number format; "
+        "choose a larger strength, or a target or precision of fp32"
+    )
 
 
 def _plan(target: Model, offset: Offset) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -229,39 +260,42 @@ class _Run:
         component = component_of(self.target.architecture, self.canonical.get(key, ""))
         return dtype_name(PRECISION[self.precision]) if component else stored
 
-    def tensor(self, key: str, canonical: str | None, dtype: str) -> Tensor:
-        """The tensor to write: changed by the offset, or converted only."""
+    def tensor(self, key: str, canonical: str | None, dtype: str) -> Sum:
+        """The tensor to write: changed by the offset, or converted only. May be called from several threads at once."""
         stored = self.target.checkpoint.read(key)
         to = torch_dtype(dtype)
         assert to is not None, "only dtypes that were read are written"
-        if canonical is None:
-            return stored.to(to)
-        weight = self.strength * self.blocks.of(block_of(self.target.architecture, canonical))
-        if weight == 0:
-            return stored.to(to)
-        delta = self.offset.read(canonical, torch.float64)
-        change = fitted(delta, tuple(stored.shape), canonical, self.offset.name, self.target.path.name).reshape(-1)
-        result = torch.empty(stored.shape, dtype=to)
-        for start in range(0, stored.numel(), _PIECE):
-            piece = slice(start, start + _PIECE)
-            self._add(stored.reshape(-1)[piece], weight * change[piece], result.view(-1)[piece])
-        # torch lacks isfinite for float8
-        if not bool(torch.isfinite(result.float() if result.element_size() == 1 else result).all()):
+        weight = self.strength * self.blocks.of(block_of(self.target.architecture, canonical)) if canonical else 0.0
+        if canonical is None or weight == 0:
+            return Sum(stored.to(to), 0.0, 0.0, changed=False)
+        found = add_rounded(stored, self._terms(canonical, tuple(stored.shape)), weight, to)
+        if not math.isfinite(found.wanted):
+            self.offset.read(canonical, torch.float64)
+        if not math.isfinite(found.lost) and not _all_finite(found.result):
             check_finite(self.target, canonical)
             raise BadTensorError(
                 f"{self.target.path.name}: {key} would hold NaN or Inf as {dtype} after adding {weight:g} x the offset; use "
                 "a smaller strength, or the precision fp32"
             )
-        self.changed += 1
-        return result
+        return found
 
-    def _add(self, stored: Tensor, change: Tensor, result: Tensor) -> None:
-        """result = stored + change, rounded once; counts what was wanted and what rounding took."""
-        exact = stored.double() + change
-        # -0.0 + 0.0 would lose its sign
-        result.copy_(round_once(torch.where(change == 0, stored.double(), exact), result.dtype))
-        self.wanted += float(change.square().sum())
-        self.lost += float((result.double() - exact).square().sum())
+    def _terms(self, canonical: str, shape: Shape) -> Sequence[Term]:
+        """What the offset adds to a tensor of the target, of that shape."""
+        if math.prod(self.offset.shapes[canonical]) == math.prod(shape):
+            return self.offset.terms(canonical)
+        delta = self.offset.read(canonical, torch.float64)
+        return [Whole(fitted(delta, shape, canonical, self.offset.name, self.target.path.name))]
+
+    def count(self, found: Sum) -> None:
+        """Add what became of one tensor to the report's figures."""
+        self.wanted += found.wanted
+        self.lost += found.lost
+        self.changed += found.changed
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """torch lacks isfinite for float8."""
+    return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
 
 
 def check_sidecar(target: Path, output: Path, *, overwrite: bool) -> None:

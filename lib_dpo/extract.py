@@ -15,7 +15,7 @@ from torch import Tensor
 from lib_dpo.checkpoint import tensor_bytes
 from lib_dpo.coverage import LeftOut, nothing_changed
 from lib_dpo.coverage import left_out as tensors_left_out
-from lib_dpo.decompose import Decomposer, Scratch, side_by_side
+from lib_dpo.decompose import Decomposer
 from lib_dpo.devices import batch_size, resolve_device
 from lib_dpo.errors import NothingToDoError, OutputError, SettingError
 from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders, measure, right_base
@@ -28,6 +28,7 @@ from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.rank_plan import asked_rank, entry_bytes, left_out, plan_ranks
 from lib_dpo.settings import ExtractSettings
+from lib_dpo.threads import Scratch, side_by_side
 from lib_dpo.writer import LEGACY_HASH, SafetensorsWriter
 
 

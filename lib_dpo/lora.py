@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lib_dpo.arch import Architecture, Shape
 from lib_dpo.checkpoint import Checkpoint, open_checkpoint
+from lib_dpo.delta import Product, Term, Whole
 from lib_dpo.errors import BadTensorError
 from lib_dpo.lora_file import LoraFile, LoraLayer, read_lora
 from lib_dpo.lora_keys import is_lora
@@ -90,26 +91,25 @@ def lora_offset(lora: LoraFile, rank: int | None = None) -> Offset:
     shapes: dict[str, Shape] = {key: _common_shape(lora, layers) for key, layers in by_key.items()}
     shapes |= {key: lora.checkpoint.infos[name].shape for key, name in biases.items()}
 
-    def read_delta(key: str, dtype: torch.dtype) -> Tensor:
+    def terms(key: str) -> list[Term]:
         if key in biases:
-            return lora.checkpoint.read(biases[key]).to(dtype)
-        delta = torch.zeros(shapes[key], dtype=dtype)
+            return [Whole(lora.checkpoint.read(biases[key]))]
+        found: list[Term] = []
         for layer in by_key[key]:
-            part = layer.module.part
-            rows = delta if part is None else delta.chunk(3)[part]
+            first_row = (layer.module.part or 0) * (shapes[key][0] // 3)
             if "diff" in layer.parts:
-                rows.add_(read_difference(lora, layer).to(dtype).reshape(rows.shape))
+                found.append(Whole(read_difference(lora, layer), first_row))
             if "up" in layer.parts:
                 up, down, scale = truncated_factors(lora, layer, rank)
-                rows.add_((up.to(dtype) @ down.to(dtype).flatten(1)).reshape(rows.shape), alpha=scale)
-        return delta
+                found.append(Product(up, down.flatten(1), scale, first_row))
+        return found
 
     return Offset(
         architecture=lora.architecture,
         name=lora.checkpoint.name,
         kind="lora",
         shapes=shapes,
-        read_delta=read_delta,
+        terms=terms,
         metadata=lora.checkpoint.metadata,
         unmatched=lora.unmatched,
     )

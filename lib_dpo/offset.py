@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lib_dpo.arch import Architecture, Shape
+from lib_dpo.delta import Term, Whole, total
 from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
 from lib_dpo.keymap import UNET, block_of
 from lib_dpo.model import Model
@@ -25,23 +26,23 @@ POSITIONS = r"(^|\.)position_ids$"  # 0, 1, 2, …: no weights, though some file
 
 @dataclass(frozen=True)
 class Offset:
-    """Deltas by canonical key. `read_delta(key, dtype)` makes one tensor on the CPU; nothing else is held in memory."""
+    """Deltas by canonical key, each the sum of the `terms` that are read when it is asked for; nothing is held in memory."""
 
     architecture: Architecture
     name: str
     kind: Kind
     shapes: Mapping[str, Shape]
-    read_delta: Callable[[str, torch.dtype], Tensor]
+    terms: Callable[[str], Sequence[Term]]
     metadata: Mapping[str, str]
     unmatched: tuple[str, ...] = ()  # keys of the file that belong to no weight of the architecture
 
     def read(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """One delta on the CPU.
+        """One delta on the CPU, summed in `dtype`. It may be a view of the file: never write to it.
 
         Raises:
             BadTensorError: it holds NaN or Inf.
         """
-        delta = self.read_delta(key, dtype)
+        delta = total(self.terms(key), self.shapes[key], dtype)
         # a sum is cheaper than looking at each value; it overflows where the values are huge
         if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
             raise BadTensorError(f"{self.name}: the offset of {key} holds NaN or Inf; the file is damaged, get it again")
@@ -267,7 +268,7 @@ def dense_offset(model: Model) -> Offset:
         name=model.name,
         kind="dense",
         shapes={key: model.shape(key) for key in keys},
-        read_delta=lambda key, dtype: model.read(key).to(dtype),
+        terms=lambda key: [Whole(model.read(key))],
         metadata=model.checkpoint.metadata,
         unmatched=tuple(name for name in model.checkpoint.infos if name not in read),
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lib_dpo.decompose import Decomposer, side_by_side
+from lib_dpo.decompose import Decomposer
 from lib_dpo.errors import SettingError
 from lib_dpo.figures import measure
 from lib_dpo.keymap import component_of
@@ -18,6 +18,7 @@ from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Steps
 from lib_dpo.ranks import Spectrum, allocate, break_even_rank
 from lib_dpo.settings import ExtractSettings, RankPolicy, size_meant
+from lib_dpo.threads import side_by_side
 
 
 def plan_ranks(

@@ -11,6 +11,7 @@ import tiny
 import torch
 from fakes_a1111 import A1111
 
+from lib_dpo.delta import Whole
 from lib_dpo.errors import HostError, NoModelError
 from lib_dpo.patch import Patch, open_patch
 
@@ -147,10 +148,8 @@ def test_what_cannot_be_applied_while_generating_is_said(host: A1111, tmp_path: 
     assert host.comments == []
     offset = patch.offset
     offset.shapes[embedding] = tuple(before[embedding].shape)  # type: ignore[index]
-    read = offset.read_delta
-    object.__setattr__(
-        offset, "read_delta", lambda key, dtype: torch.ones(16, 16, dtype=dtype) if key == embedding else read(key, dtype)
-    )
+    terms = offset.terms
+    object.__setattr__(offset, "terms", lambda key: [Whole(torch.ones(16, 16))] if key == embedding else terms(key))
     object.__setattr__(patch, "id", "other")
     assert torch.equal(host.generate(patch, 1.0)[embedding], before[embedding])
     assert "1 of its tensors cannot be applied" in host.comments[0]

@@ -21,7 +21,7 @@ from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.bake import BakeReport, bake
 from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.dense import write_offset
-from lib_dpo.errors import BadTensorError, Cancelled, MismatchError, OutputError, SettingError
+from lib_dpo.errors import BadTensorError, Cancelled, MismatchError, NothingToDoError, OutputError, SettingError
 from lib_dpo.extract import extract
 from lib_dpo.inspection import inspect
 from lib_dpo.keymap import EVERYWHERE, UNET, BlockWeights, block_of, parse_blocks, unet_to_diffusers
@@ -355,11 +355,41 @@ def test_block_weights_scale_their_blocks(sd1: Files, offset_file: Path, tmp_pat
         assert torch.equal(baked[key], (base[key].double() + weight * offset.double()).float()), key
 
 
-def test_strength_0_changes_no_number(sd1: Files, lora: Path, tmp_path: Path) -> None:
-    report = run(sd1[0], lora, tmp_path / "b.safetensors", strength=0.0)
+def only(lora: Path, path: Path, *, alpha: float, modules: int = 3) -> Path:
+    """A LoRA of which some modules keep their alpha and all others get this one."""
+    tensors = load_file(lora)
+    for key in sorted(key for key in tensors if key.endswith(".alpha"))[modules:]:
+        tensors[key] = torch.tensor(alpha, dtype=tensors[key].dtype)
+    save_file({key: tensor for key, tensor in tensors.items() if "_norm" not in key}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("alpha", "options", "why"),
+    [
+        (0.0, {}, "its changes are all 0"),
+        (6.0, {"strength": 0.0}, "at strength 0 changes nothing of base.safetensors: its changes are all 0"),
+        (6.0, {"strength": 1e-9}, "each change is too small for its number format; choose a larger strength"),
+        (6.0, {"blocks": parse_blocks("ALL=0")}, "its changes are all 0"),
+        (0.0, {"precision": "bf16"}, "its changes are all 0"),
+    ],
+)
+def test_a_bake_that_changes_no_value_is_refused_with_the_reason(
+    sd1: Files, lora: Path, tmp_path: Path, alpha: float, options: dict[str, Any], why: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    offset = only(lora, tmp_path / "l.safetensors", alpha=alpha, modules=0)
+    with pytest.raises(NothingToDoError, match=why):
+        run(sd1[0], offset, tmp_path / "out" / "b.safetensors", **options)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_tensors_are_counted_that_hold_other_values_afterwards(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    report = run(sd1[0], only(lora, tmp_path / "l.safetensors", alpha=0.0), tmp_path / "b.safetensors")
     base, baked = load_file(sd1[0]), load_file(tmp_path / "b.safetensors")
-    assert all(bits(baked[key]) == bits(base[key]) for key in base)
-    assert report.changed == 0
+    assert report.changed == sum(bits(baked[key]) != bits(base[key]) for key in base) == 3
+    assert report.kept == len(base) - 3
+    assert "\n3 tensors changed at strength 1, " in bake_text(report)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from lib_dpo import decompose
-from lib_dpo.decompose import Decomposer, side_by_side
+from lib_dpo.decompose import Decomposer
 from lib_dpo.errors import Cancelled
 from lib_dpo.lowrank import factorise
 from lib_dpo.model import open_model
 from lib_dpo.offset import Pair, open_pair
 from lib_dpo.synthetic import small_pair
+from lib_dpo.threads import side_by_side
 
 CPU = torch.device("cpu")
 

@@ -17,6 +17,7 @@ FLOOR = {
     "devices": 0, "errors": 0, "names": 0, "precision": 0, "progress": 0, "settings": 0,
     "arch": 1, "foreign": 0, "checkpoint": 1, "hashes": 1, "header": 1, "hub": 1, "lowrank": 1, "ranks": 1,
     "shapes": 1, "writer": 1,
+    "delta": 1, "addition": 2, "threads": 2,
     "keymap": 2, "model": 2, "pruning": 2, "synthetic": 2,
     "lora_alias": 3, "lora_keys": 2, "lora_metadata": 2, "lora_scale": 3, "unplaced": 0,
     "offset": 3,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from fakes_forge import Harness as Fork
 from fakes_standalone import Standalone
 from harness import Harness, Tensors
 
+from lib_dpo.delta import Term, Whole
 from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, NoModelError, SettingError
 from lib_dpo.hosts.inplace import all_finite, checksum, digest
 from lib_dpo.keymap import UNET, VAE, parse_blocks
@@ -155,16 +156,16 @@ def test_a_second_bake_replaces_the_first(start, files: Path):
 
 def failing(patch: Patch, error: BaseException | None) -> Patch:
     """The patch, whose tensor in the middle cannot be read, or holds NaN."""
-    bad, read = patch.changed_keys()[len(patch.changed_keys()) // 2], patch.offset.read_delta
+    bad, read = patch.changed_keys()[len(patch.changed_keys()) // 2], patch.offset.terms
 
-    def read_delta(key: str, dtype: torch.dtype) -> torch.Tensor:
+    def terms(key: str) -> Sequence[Term]:
         if key != bad:
-            return read(key, dtype)
+            return read(key)
         if error:
             raise error
-        return torch.full(patch.offset.shapes[key], float("nan"), dtype=dtype)
+        return [Whole(torch.full(patch.offset.shapes[key], float("nan")))]
 
-    return replace(patch, offset=replace(patch.offset, read_delta=read_delta))
+    return replace(patch, offset=replace(patch.offset, terms=terms))
 
 
 @pytest.mark.parametrize("earlier", [False, True])

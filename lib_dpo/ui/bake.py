@@ -161,9 +161,6 @@ def save(
         task_id=task,
     )
     lost = f"Rounding to the file's number format lost {markup.percent(found.rounding_loss)} of the change."
-    unchanged = (
-        "" if found.changed else f"No number of it changed: {offset} holds nothing but zeros, or too little to round to."
-    )
     not_applied = f"{len(found.not_applied):,} parts of the offset have no place in it." if found.not_applied else ""
     body = markup.facts([
         ("File", session.library.place(found.path)), ("Offset", offset),
@@ -172,8 +169,7 @@ def save(
         *([("In it before", ", ".join(map(str, found.already)))] if found.already else []),
         *([("Configuration", session.library.names_only(found.sidecar_text))] if found.sidecar_text else []),
     ])  # fmt: skip
-    told = (unchanged or lost, not_applied)
-    return markup.card(f"{found.path.stem} is saved", *told, mood="doubt" if unchanged else "good", body=body)
+    return markup.card(f"{found.path.stem} is saved", lost, not_applied, mood="good", body=body)
 
 
 def _new_name(session: Session, typed: str) -> str:
