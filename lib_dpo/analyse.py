@@ -16,13 +16,14 @@ from lib_dpo.decompose import Decomposer
 from lib_dpo.devices import resolve_device
 from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders, measure, right_base
 from lib_dpo.keymap import block_labels, block_of
-from lib_dpo.layers import plan_layers
+from lib_dpo.layers import Layer, plan_layers
 from lib_dpo.lowrank import full_precision
 from lib_dpo.offset import Pair, blocks_in
 from lib_dpo.prediction import Prediction, predictions
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.pruning import Blocks
 from lib_dpo.ranks import Spectrum, break_even_rank, size_curve
+from lib_dpo.threads import side_by_side
 
 # Kinds of layer for the heat-map, by a part of the canonical key; the first match counts.
 _KINDS: tuple[tuple[str, str], ...] = (
@@ -134,14 +135,14 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
     relative: list[tuple[str, float]] = []
     steps = Steps(sum(math.prod(pair.base.shape(key)) for key in pair.keys) * (2 if spectra else 1), on_progress)
     with full_precision():
-        for key in pair.keys:
-            delta, row = measure(pair, key)
-            tally.add(key, row)
-            block = block_of(pair.architecture, key)
-            if block is not None:
-                kinds[_kind(key, delta.ndim)].setdefault(block, Row()).add(row)
-            relative.append((key, row.relative_change))
-            steps.advance(delta.numel(), key)
+        with side_by_side(lambda key: measure(pair, key)[1], pair.keys) as rows:
+            for key, row in zip(pair.keys, rows, strict=True):
+                tally.add(key, row)
+                block = block_of(pair.architecture, key)
+                if block is not None:
+                    kinds[_kind(key, len(pair.base.shape(key)))].setdefault(block, Row()).add(row)
+                relative.append((key, row.relative_change))
+                steps.advance(row.numel, key)
         if not tally.total.offset:
             both = "UNet and text encoders" if len(tally.components) > 1 else "UNet"
             raise nothing_changed(pair, both, "there is no offset")
@@ -185,13 +186,17 @@ def _spectra(pair: Pair, tally: Tally, device: torch.device, steps: Steps) -> Sp
     decomposer = Decomposer(pair, device, method="exact", seed=0)
     rows: dict[str, Spectrum] = {}
     effective: dict[str, list[float]] = {}
-    for layer in layers:
+
+    def squares(layer: Layer) -> NDArray[np.float64] | None:
         delta, row = decomposer.load(layer)
-        if row.offset:
-            energies = decomposer.singular_values(delta, layer.module.name).square().numpy()
-            rows[layer.module.name] = Spectrum(energies, _FP16 * sum(layer.matrix), 0, break_even_rank(*layer.matrix))
-            effective.setdefault(block_of(pair.architecture, layer.module.key) or "", []).append(_effective_rank(energies))
-        steps.advance(layer.numel, layer.module.key)
+        return decomposer.singular_values(delta, layer.module.name).square().numpy() if row.offset else None
+
+    with side_by_side(squares, layers, device) as found:
+        for layer, energies in zip(layers, found, strict=True):
+            if energies is not None:
+                rows[layer.module.name] = Spectrum(energies, _FP16 * sum(layer.matrix), 0, break_even_rank(*layer.matrix))
+                effective.setdefault(block_of(pair.architecture, layer.module.key) or "", []).append(_effective_rank(energies))
+            steps.advance(layer.numel, layer.module.key)
     total = sum(row.offset for name, row in tally.components.items() if name in components)
     largest = max(min(layer.matrix) for layer in layers)
     ranks = [rank for rank in _CURVE_RANKS if rank <= largest]  # those that `extract` takes

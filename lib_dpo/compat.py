@@ -19,6 +19,7 @@ from lib_dpo.model import Model
 from lib_dpo.offset import Pair, blocks_in, check_finite, check_is_model, check_left_out
 from lib_dpo.prediction import Prediction, prediction_doubt, prediction_of, predictions, target_doubt
 from lib_dpo.progress import Progress, Steps
+from lib_dpo.threads import side_by_side
 
 # Heuristics on drift, ||target - base|| / ||base|| of the UNet. Finetunes and merges of SD 1.5 and SDXL lie near 5 to
 # 25 %; Pony and Illustrious, trained for very long, beyond.
@@ -130,23 +131,27 @@ def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) ->
     tensors: list[_Sums] = []
     no_place: list[str] = []
     blocks: dict[str, _Sums] = {name: _Sums() for name in block_labels(pair.architecture)}
-    with full_precision():
-        for key in keys:
-            if key not in held:
-                check_left_out(target, its, key, "the pair")
+
+    def compared(key: str) -> _Sums | None:
+        """None for a tensor that the target does not have."""
+        if key not in held:
+            check_left_out(target, its, key, "the pair")
+            return None
+        base = pair.weight(key)
+        drift = _comparable(target.read(key).float(), base, key, target) - base
+        if not bool(torch.isfinite(drift).all()):
+            check_finite(target, key)
+        size = energy(base)
+        offset = pair.to_delta_(base, key)
+        return _Sums(size, energy(drift), energy(offset), _inner(drift, offset), rounding_energy(pair.base.read(key)))
+
+    with full_precision(), side_by_side(compared, keys) as done:
+        for key, sums in zip(keys, done, strict=True):
+            if sums is None:
                 no_place.append(key)
-                steps.advance(1, key)
-                continue
-            base, offset = pair.weight(key), pair.delta(key)
-            weight = _comparable(target.read(key).float(), base, key, target)
-            drift = weight - base
-            if not bool(torch.isfinite(drift).all()):
-                check_finite(target, key)
-            sums = _Sums(
-                energy(base), energy(drift), energy(offset), _inner(drift, offset), rounding_energy(pair.base.read(key))
-            )
-            tensors.append(sums)
-            blocks[block_of(pair.architecture, key) or ""].add(sums)
+            else:
+                tensors.append(sums)
+                blocks[block_of(pair.architecture, key) or ""].add(sums)
             steps.advance(1, key)
     if not any(sums.offset for sums in tensors):
         raise nothing_changed(pair, "UNet", "there is no offset")

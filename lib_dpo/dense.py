@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lib_dpo import __version__
 from lib_dpo.coverage import LeftOut, left_out, nothing_changed
 from lib_dpo.errors import SettingError
-from lib_dpo.figures import Tally, Verdict, changed_text_encoders, measure, right_base
+from lib_dpo.figures import Row, Tally, Verdict, changed_text_encoders, measure, right_base
 from lib_dpo.keymap import component_of, unet_to_diffusers
 from lib_dpo.lora_metadata import modelspec_metadata
 from lib_dpo.lowrank import energy, full_precision
 from lib_dpo.offset import Pair, licence
 from lib_dpo.precision import PRECISION
 from lib_dpo.progress import Progress, Steps
+from lib_dpo.threads import side_by_side
 from lib_dpo.verify import counted
 from lib_dpo.writer import SafetensorsWriter
 
@@ -78,22 +80,30 @@ def write_offset(
     steps = Steps(sum(numel.values()), on_progress)
     tally = Tally(pair.architecture)
     expected = sum(numel[key] for key in unet) * torch.finfo(dtype).bits // 8
+
+    def rounded(key: str) -> tuple[Row, str | None, Tensor | None]:
+        """The figures of a tensor's delta, its name in the file, and the delta to be written; None for what is left out."""
+        delta, row = measure(pair, key)
+        row.residual = row.offset
+        name = unet_to_diffusers(pair.architecture, key)
+        if name is None:
+            return row, None, None
+        stored = delta.to(dtype)
+        row.residual = 0.0 if stored is delta else energy(delta.sub_(stored))
+        if not row.residual < float("inf"):  # NaN too
+            raise SettingError(f"the offset of {name} does not fit into {precision}; choose the precision fp32")
+        return row, name, stored
+
     with (
         full_precision(),
         SafetensorsWriter(output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(unet)) as writer,
     ):
-        for key in pair.keys:
-            delta, row = measure(pair, key)
-            row.residual = row.offset
-            name = unet_to_diffusers(pair.architecture, key)
-            if name is not None:
-                stored = delta.to(dtype)
-                row.residual = energy(delta - stored.float())
-                if not row.residual < float("inf"):  # NaN too
-                    raise SettingError(f"the offset of {name} does not fit into {precision}; choose the precision fp32")
-                writer.add(name, stored)
-            tally.add(key, row)
-            steps.advance(numel[key], key)
+        with side_by_side(rounded, pair.keys, ahead=1) as done:
+            for key, (row, name, stored) in zip(pair.keys, done, strict=True):
+                if name is not None and stored is not None:
+                    writer.add(name, stored)
+                tally.add(key, row)
+                steps.advance(numel[key], key)
         if not tally.components["unet"].offset:
             raise nothing_changed(pair, "UNet", "there is no offset to write")
         verdict = right_base(pair, tally)

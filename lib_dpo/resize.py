@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from lib_dpo.progress import Progress, Steps
 from lib_dpo.ranks import Spectrum, allocate
 from lib_dpo.resize_metadata import NewPair, energy_claimed, resized_metadata
 from lib_dpo.settings import RankPolicy, size_meant
+from lib_dpo.threads import side_by_side
 from lib_dpo.writer import SafetensorsWriter
 
 _FACTORS = ("up", "down", "mid", "alpha")
@@ -104,13 +105,18 @@ def resize(
     others = _others(found)
     steps = Steps(2 * len(pairs), on_progress)
     with full_precision():
-        cores = {}
-        for name, parts in pairs.items():
+
+        def core(name: str) -> _Core:
+            parts = pairs[name]
             up, down, scale = read_factors(lora, parts, found.settings)
             values = recompress(up, down.flatten(1))[1] * abs(scale)
             values = values[: max(1, int(carrying(values).sum()))]
-            cores[name] = _Core(parts, values, scale, down.shape[0], _alpha_key(name, parts))
-            steps.advance(1, name)
+            return _Core(parts, values, scale, down.shape[0], _alpha_key(name, parts))
+
+        cores = {}
+        with side_by_side(core, pairs) as done:
+            for name, cores[name] in zip(pairs, done, strict=True):
+                steps.advance(1, name)
         ranks = _ranks(lora, cores, others, policy, precision=precision, title=output.stem)
         job = _Job(lora, found.settings, policy, precision)
         kept = _write(job, cores, others, ranks, output, overwrite=overwrite, steps=steps)
@@ -247,12 +253,12 @@ def _write(
         for name, core in cores.items():  # all alphas first: they are float32, and so every tensor stays aligned
             if core.alpha and ranks[name]:
                 writer.add(core.alpha, torch.tensor(core.scale * ranks[name], dtype=torch.float32))
-        for name, core in cores.items():
-            if ranks[name]:
-                missed += _write_pair(job, writer, name, core, ranks[name])
-            else:
-                missed += float(core.values.square().sum())
-            steps.advance(1, name)
+        with side_by_side(lambda name: _smaller(job, name, cores[name], ranks[name]), cores) as done:
+            for name, smaller in zip(cores, done, strict=True):
+                for key, tensor in smaller.tensors.items():
+                    writer.add(key, tensor)
+                missed += smaller.missed
+                steps.advance(1, name)
         total = _copy(lora, writer, others) + sum(float(core.values.square().sum()) for core in cores.values())
         kept = 1 - missed / total if total else 1.0
         written = [
@@ -264,8 +270,17 @@ def _write(
     return kept
 
 
-def _write_pair(job: _Job, writer: SafetensorsWriter, name: str, core: _Core, rank: int) -> float:
-    """Write both factors of a module; the energy that they miss of the old ones."""
+class _Smaller(NamedTuple):
+    """The new factors of a module by key, and the energy that they miss of the old ones."""
+
+    tensors: Mapping[str, Tensor]
+    missed: float
+
+
+def _smaller(job: _Job, name: str, core: _Core, rank: int) -> _Smaller:
+    """A module at another rank; no tensors at rank 0. May be called from several threads at once."""
+    if not rank:
+        return _Smaller({}, float(core.values.square().sum()))
     lora = job.lora
     up, down, _ = read_factors(lora, core.parts, job.settings)
     U, S, Vh = recompress(up, down.flatten(1))
@@ -276,11 +291,13 @@ def _write_pair(job: _Job, writer: SafetensorsWriter, name: str, core: _Core, ra
     down_factor, up_factor = (root[:, None] * Vh[:rank]).to(dtype), (U[:, :rank] * root).to(dtype)
     if not all(bool(torch.isfinite(factor.float()).all()) for factor in (down_factor, up_factor)):
         raise SettingError(f"{lora.path.name}: {name} does not fit into {dtype_name(dtype)}; choose the precision fp32")
-    writer.add(core.parts["down"], down_factor.reshape(rank, *down.shape[1:]))
     kernel = lora.infos[core.parts["up"]].shape[2:]
-    writer.add(core.parts["up"], up_factor.reshape(-1, rank, *kernel))
+    tensors = {
+        core.parts["down"]: down_factor.reshape(rank, *down.shape[1:]),
+        core.parts["up"]: up_factor.reshape(-1, rank, *kernel),
+    }
     scale = core.scale if core.alpha else 1.0
-    return _missed((up, down.flatten(1), core.scale), (up_factor, down_factor, scale))
+    return _Smaller(tensors, _missed((up, down.flatten(1), core.scale), (up_factor, down_factor, scale)))
 
 
 def _copy(lora: Checkpoint, writer: SafetensorsWriter, others: Mapping[str, str]) -> float:

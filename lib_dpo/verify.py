@@ -9,11 +9,12 @@ from typing import Any
 
 from lib_dpo.coverage import LeftOut, left_out, nothing_changed
 from lib_dpo.errors import BadTensorError, MismatchError
-from lib_dpo.figures import Tally, changed_text_encoders, measure
+from lib_dpo.figures import Row, Tally, changed_text_encoders, measure
 from lib_dpo.keymap import component_of
 from lib_dpo.lowrank import energy, full_precision
 from lib_dpo.offset import Offset, Pair
 from lib_dpo.progress import Progress, Steps
+from lib_dpo.threads import side_by_side
 
 
 @dataclass(frozen=True)
@@ -59,17 +60,22 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
     numel = {key: math.prod(pair.base.shape(key)) for key in pair.keys}
     steps = Steps(sum(numel.values()), on_progress)
     tally = Tally(pair.architecture)
-    with full_precision():
-        for key in pair.keys:
-            delta, row = measure(pair, key)
-            row.residual = row.offset
-            if key in offset.shapes:
-                if math.prod(offset.shapes[key]) != delta.numel():
-                    raise BadTensorError(
-                        f"{offset.name}: {key} has the shape {list(offset.shapes[key])}, the pair {list(delta.shape)}; "
-                        "the file was made for another model"
-                    )
-                row.residual = energy(delta - offset.read(key).reshape(delta.shape))
+
+    def missed(key: str) -> Row:
+        """Its figures, and what the offset misses of it."""
+        delta, row = measure(pair, key)
+        row.residual = row.offset
+        if key in offset.shapes:
+            if math.prod(offset.shapes[key]) != delta.numel():
+                raise BadTensorError(
+                    f"{offset.name}: {key} has the shape {list(offset.shapes[key])}, the pair {list(delta.shape)}; "
+                    "the file was made for another model"
+                )
+            row.residual = energy(delta.sub_(offset.read(key).reshape(delta.shape)))
+        return row
+
+    with full_precision(), side_by_side(missed, pair.keys) as rows:
+        for key, row in zip(pair.keys, rows, strict=True):
             tally.add(key, row)
             steps.advance(numel[key], key)
     touched = {component_of(pair.architecture, key) for key in offset.shapes}
