@@ -86,10 +86,21 @@ function dpoWatchScripts() {
 
 // ---- before and after ----
 
+// The line follows the arrow keys and a finger, which move the range, and a mouse over the picture, pressed or not.
 document.addEventListener("input", (event) => {
     const range = event.target;
     const wipe = range.closest && range.closest(".dpo-wipe");
     if (wipe) wipe.style.setProperty("--dpo-at", `${range.value}%`);
+});
+
+document.addEventListener("pointermove", (event) => {
+    const wipe = event.pointerType === "mouse" && event.target.closest && event.target.closest(".dpo-wipe");
+    const range = wipe && wipe.querySelector('input[type="range"]');
+    if (!range) return;
+    const {left, width} = wipe.getBoundingClientRect();
+    const at = Math.min(100, Math.max(0, 100 * (event.clientX - left) / width));
+    range.value = Math.round(at);
+    wipe.style.setProperty("--dpo-at", `${at}%`);
 });
 
 // ---- take over what txt2img has ----

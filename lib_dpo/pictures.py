@@ -211,6 +211,7 @@ _COLOURS = np.array(  # black, violet, red, orange, cream: even steps of lightne
 )  # fmt: skip
 SCALES = (8, 16, 32, 64, 128, 255)  # grey levels that the brightest colour may stand for
 _SHOWN = 0.995  # share of the pixels that a scale must hold
+_AROUND = 8  # columns that count for one another: within a sixteenth of the width to each side
 
 
 def difference_map(before: Image, after: Image, *, scale: float | None = None) -> Image:
@@ -241,6 +242,23 @@ def difference_map(before: Image, after: Image, *, scale: float | None = None) -
         write(draw, (x, top + bar), text.lines, text.face, text.colour)
     write(draw, (width / 2, top + bar + texts[0].height), caption.lines, caption.face, caption.colour, centred=True)
     return canvas
+
+
+def where_most(before: Image, after: Image) -> float:
+    """The column in which two pictures differ most, as a share of their width: 0 left, 1 right, 0.5 where they are the same.
+
+    Neighbouring columns count too, so that a wide change outweighs one bright line.
+
+    Raises:
+        SettingError: pictures of different size.
+    """
+    columns = difference(pixels(before), pixels(after)).sum(axis=0, dtype=np.float64)
+    if not columns.any():
+        return 0.5
+    reach = len(columns) // (2 * _AROUND)
+    near = np.convolve(columns, np.ones(2 * reach + 1), mode="same")
+    best = np.flatnonzero(near >= near.max() * (1 - 1e-9))
+    return float((best[len(best) // 2] + 0.5) / len(columns))
 
 
 def difference_scale(levels: NDArray[Any]) -> float:

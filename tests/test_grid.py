@@ -19,7 +19,7 @@ from lib_dpo.effects import CAVEAT, effects, fallen_apart, pixels, structure
 from lib_dpo.errors import Cancelled, SettingError
 from lib_dpo.grid import MAX_PICTURES, UNTOUCHED, Cell, Plan, Variant, parse_seeds, parse_strengths, run, strength_variants
 from lib_dpo.hosts.base import Silent
-from lib_dpo.pictures import Grid, difference_map, draw_grid
+from lib_dpo.pictures import Grid, difference_map, draw_grid, where_most
 
 LONG = "masterpiece, best quality, " * 60 + "x" * 400
 
@@ -401,6 +401,18 @@ def test_the_map_is_bright_where_pictures_differ_and_tells_its_scale():
     assert strong[96, 96].sum() > weak[96, 96].sum()
     with pytest.raises(SettingError, match="256x256 and 128x128 cannot be compared"):
         difference_map(before, before.resize((128, 128)))
+
+
+@pytest.mark.parametrize(("left", "right"), [(0, 24), (30, 60), (200, 256), (100, 140)])
+def test_the_place_where_pictures_differ_most_lies_in_what_changed(left: int, right: int):
+    before = picture(photo(size=256))
+    after = before.copy()
+    after.paste((255, 255, 255), (left, 64, right, 128))
+    after.paste((0, 0, 0), (170, 0, 172, 40))  # a thin line elsewhere is less
+    assert left < 256 * where_most(before, after) < right
+    assert where_most(before, before) == 0.5
+    with pytest.raises(SettingError, match="256x256 and 128x128 cannot be compared"):
+        where_most(before, before.resize((128, 128)))
 
 
 def test_structure_is_one_for_equal_pictures_and_falls_with_noise():

@@ -202,12 +202,18 @@ def _report_html(report: EffectReport) -> str:
 
 
 def wipe_html(before: Image, after: Image, label: str) -> str:
-    """Two pictures over each other, and a range that moves the line between them: by mouse, finger and arrow keys."""
+    """Two pictures over each other, and a range that moves the line between them: by mouse, finger and arrow keys.
+
+    It opens where they differ most: in the middle there may be nothing to see.
+    """
+    from lib_dpo.pictures import where_most
+
+    at = round(100 * where_most(before, after))
     return (
-        f'<div class="dpo-wipe"><img src="{_data(before)}" alt="Before: the untouched model">'
+        f'<div class="dpo-wipe" style="--dpo-at:{at}%"><img src="{_data(before)}" alt="Before: the untouched model">'
         f'<img src="{_data(after)}" alt="After: {markup.text(label)}">'
         f'<span class="dpo-tag dpo-left">untouched</span><span class="dpo-tag dpo-right">{markup.text(label)}</span>'
-        '<input type="range" min="0" max="100" value="50" aria-label="Line between before, left, and after, right"></div>'
+        f'<input type="range" min="0" max="100" value="{at}" aria-label="Line between before, left, and after, right"></div>'
         + markup.note("Where they differ:")
     )
 
