@@ -14,14 +14,20 @@ function dpoElement(id) {
     return root.querySelector(`[id="${id}"]`);
 }
 
+function dpoIsDark() {
+    return document.querySelector("html.dark, body.dark, .dark #dpo_tab") !== null;
+}
+
 function dpoPress(id) {
     const button = dpoElement(id);
     if (button) button.click();
 }
 
-// Called by gradio before a long job: gives it an id under which the host shows how far it is.
-function dpoStart(placeId, values) {
+// Called by gradio before a long job: gives it an id under which the host shows how far it is, and where the job draws, the
+// page's theme in the place `themed`.
+function dpoStart(placeId, values, themed) {
     const place = dpoElement(placeId);
+    if (themed >= 0) values[themed] = dpoIsDark() ? "dark" : "light";
     if (place) place.setAttribute("aria-busy", "true");
     if (place && typeof requestProgress === "function" && typeof randomId === "function") {
         values[0] = randomId();

@@ -146,7 +146,7 @@ def _diff(args: argparse.Namespace) -> Result:
     if args.plot:
         from lib_dpo.plots import plot_diff
 
-        plot_diff(report, args.plot)
+        plot_diff(report, args.plot, dark=args.dark)
     return report.as_json(), diff_text(report) + (f"\npicture: {args.plot}" if args.plot else "")
 
 

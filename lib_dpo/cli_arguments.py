@@ -56,6 +56,7 @@ def _add_extraction(command: Command, runs: Runs) -> None:
         metavar="F.png",
         help="draw where the change lies and what LoRAs of several sizes keep (slower)",
     )
+    sub.add_argument("--dark", action="store_true", help="draw it for a dark page")
     sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
 
     sub = command("extract", runs["extract"], "extract a LoRA from a base and its tuned model")

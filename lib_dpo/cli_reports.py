@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lib_dpo.errors import OutputError, missing_extra
+from lib_dpo.errors import OutputError, SettingError, missing_extra
 
 
 @contextmanager
@@ -41,6 +41,8 @@ def check_reports(args: argparse.Namespace) -> None:
         raise missing_extra("--plot needs", "matplotlib", instead="leave --plot out")
     if plot and args.json and plot.absolute() == args.json.absolute():
         raise OutputError(f"{plot}: is to be both the report and the picture; choose another name for one")
+    if getattr(args, "dark", False) and not plot:
+        raise SettingError("--dark is about the picture of --plot; give a file with --plot, or leave --dark out")
     for path in filter(None, (args.json, plot)):
         from lib_dpo.writer import check_output
 

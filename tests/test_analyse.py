@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib_dpo import plots
 from lib_dpo.analyse import KINDS, diff
 from lib_dpo.bake import bake
 from lib_dpo.compat import CompatReport, compat, in_digits
@@ -121,6 +123,43 @@ def test_a_picture_without_spectra(sd1: Files, tmp_path: Path) -> None:
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         plot_diff(diff(open_pair(base, tuned)), tmp_path / "d.png")
     assert (tmp_path / "d.png").stat().st_size > 10_000
+
+
+def contrast(one: Any, other: Any) -> float:
+    """Of two colours of matplotlib, from 1 to 21: https://www.w3.org/TR/WCAG21/#dfn-contrast-ratio."""
+    from matplotlib.colors import to_rgb
+
+    def luminance(colour: Any) -> float:
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize(("dark", "page"), [(False, "white"), (True, "#0b0f19")])  # gradio's own dark page
+def test_a_picture_is_of_the_colour_of_its_page_and_all_of_it_can_be_read(
+    sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dark: bool, page: str
+) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.text import Text
+
+    figures: list[Any] = []
+    real = plots.write_figure
+    monkeypatch.setattr(plots, "write_figure", lambda figure, path: (figures.append(figure), real(figure, path)))
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        plot_diff(diff(open_pair(base, tuned), spectra=True), tmp_path / "d.png", dark=dark)
+    (figure,) = figures
+    paper = figure.get_facecolor()
+    assert contrast(paper, page) < 1.2
+    texts = [text for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()]
+    assert len(texts) > 40
+    assert [text.get_text() for text in texts if contrast(text.get_color(), paper) < 4.5] == []
+    lines = [line for axes in figure.axes for line in axes.lines]
+    assert len(lines) >= 3
+    assert all(isinstance(line, Line2D) and contrast(line.get_color(), paper) >= 3 for line in lines)
+    spots = [axes for axes in figure.axes if not axes.images and axes.lines]
+    assert all(axes.get_facecolor() == paper for axes in spots)
 
 
 def test_the_json_holds_the_heat_map(sd1: Files) -> None:

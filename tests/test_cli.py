@@ -193,6 +193,11 @@ def test_diff_draws_a_picture(sd1: Layouts, tmp_path: Path):
     assert [path.name for path in picture.parent.iterdir()] == ["pair.png"]
 
 
+def test_a_dark_picture_without_a_picture_is_refused(sd1: Layouts, capsys: pytest.CaptureFixture[str]):
+    assert tiny.run("diff", *pair(sd1), "--dark") == 2
+    assert "give a file with --plot" in capsys.readouterr().err
+
+
 def test_blocks_and_strength_scale_what_is_baked(sd1: Layouts, tmp_path: Path):
     offset, baked = tmp_path / "offset.safetensors", tmp_path / "baked.safetensors"
     assert tiny.run("offset", *pair(sd1), "-o", offset) == 0

@@ -23,7 +23,8 @@ def build(session: Session) -> Any:
                 "Look at the model", elem_id="dpo_tick", elem_classes=["dpo-hidden"]
             )  # and this, every few seconds
         task = parts.unsaved(gr.Textbox(label="Task of the DPO tab", visible=False, elem_id="dpo_task"))
-        tab = parts.Tab(session, status, task, rescans=[rescan])
+        theme = parts.unsaved(gr.Textbox(label="Theme of the page", visible=False, elem_id="dpo_theme"))
+        tab = parts.Tab(session, status, task, theme, rescans=[rescan])
         with gr.Tabs(elem_id="dpo_pages"):
             for module in (extract, bake, compare, inspect):
                 module.page(tab)

@@ -80,7 +80,7 @@ def page(tab: Tab) -> None:
         return about(session, library.new_offset(_name(name, reference, "offset")))
 
     named = [*pair, name, overwrite]
-    parts.start(tab, look, partial(analyse, session), [*pair, spectra], [place, plot], about=of_pair)
+    parts.start(tab, look, partial(analyse, session), [*pair, spectra, tab.theme], [place, plot], about=of_pair)
     parts.start(
         tab, go, partial(extract, session), [*named, *numbers, *settings], [place], about=of_lora, writes=True
     )  # fmt: skip
@@ -133,8 +133,8 @@ def _advanced_controls() -> list[Any]:
 # ---- what happens at a click ----
 
 
-def analyse(session: Session, task: str | None, base: str, reference: str, spectra: bool) -> list[Any]:
-    """Verdicts as cards, and the picture where spectra were asked for."""
+def analyse(session: Session, task: str | None, base: str, reference: str, spectra: bool, theme: str = "") -> list[Any]:
+    """Verdicts as cards, and the picture where spectra were asked for, in the colours of the page's theme."""
     if spectra:
         session.host.check_pictures()
     found = session.jobs.run(
@@ -142,9 +142,8 @@ def analyse(session: Session, task: str | None, base: str, reference: str, spect
         lambda job: session.analyse(job, base=parts.checkpoint_name(base), reference=reference or "", spectra=bool(spectra)),
         task_id=task,
     )
-    shown = (
-        parts.update(value=_plot(found.diff), visible=True) if found.diff.spectra else parts.update(value=None, visible=False)
-    )
+    picture = _plot(found.diff, theme) if found.diff.spectra else None
+    shown = parts.update(value=picture, visible=picture is not None)
     return [_analysis_html(session, found), shown]
 
 
@@ -328,7 +327,7 @@ def _places(in_webui: bool) -> str:
     return "on the pages Compare and Bake" + (", or in «DPO offset» below the prompt" if in_webui else "")
 
 
-def _plot(report: DiffReport) -> Any:
+def _plot(report: DiffReport, theme: str) -> Any:
     """The picture of `diff --plot`, in memory."""
     from PIL import Image
 
@@ -336,6 +335,6 @@ def _plot(report: DiffReport) -> Any:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "diff.png"
-        plot_diff(report, path)
+        plot_diff(report, path, dark=theme == parts.DARK)
         with Image.open(path) as picture:
             return picture.copy()

@@ -26,6 +26,8 @@ LOADED = "The loaded checkpoint"  # the first choice where a checkpoint is asked
 # waits for it.
 UNASKED: Mapping[str, Any] = {"show_progress": "hidden", "queue": False}
 
+DARK = "dark"  # what the page says of itself; see `Tab.theme`
+
 _NOT_LOADED = "Make one picture and it will be: some WebUIs load it only then. Files can be chosen by name meanwhile."
 
 
@@ -54,6 +56,7 @@ class Tab:
     session: Session
     status: Any
     task: Any  # invisible; the page writes the id of its progress bar into it
+    theme: Any  # invisible; the page writes DARK into it where it is dark
     lists: list[Listed] = field(default_factory=list)
     rescans: list[Any] = field(default_factory=list)  # buttons that look for new files
     writers: list[Any] = field(default_factory=list)  # events after which the lists are old
@@ -190,7 +193,8 @@ def start(
         writes: whether the lists of files are old afterwards.
     """
     place = outputs[0].elem_id
-    count = len(inputs) + 1
+    own = f"values.slice(0, {len(inputs) + 1})"
+    themed = 1 + inputs.index(tab.theme) if tab.theme in inputs else -1
     (answers,) = (each.given for each in tab.places if each.component is outputs[0])
 
     def work(task: str, *values: Any) -> list[Any]:
@@ -210,7 +214,7 @@ def start(
         [tab.task, *inputs],
         [*outputs, tab.status, answers],
         # older gradio hands over the outputs' values too
-        js=f"(...values) => window.dpoStart ? dpoStart('{place}', values.slice(0, {count})) : values.slice(0, {count})",
+        js=f"(...values) => window.dpoStart ? dpoStart('{place}', {own}, {themed}) : {own}",
     )
     if writes:
         tab.writers.append(event)

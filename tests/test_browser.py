@@ -59,10 +59,12 @@ def pair() -> tuple[Image.Image, Image.Image]:
 
 def line(page: Any) -> float:
     """Where the line is drawn, as a share of the picture's width."""
-    return float(page.evaluate("""() => {
+    return float(
+        page.evaluate("""() => {
         const wipe = document.querySelector(".dpo-wipe");
         return parseFloat(getComputedStyle(wipe, "::after").left) / wipe.getBoundingClientRect().width;
-    }"""))
+    }""")
+    )
 
 
 def test_the_line_opens_where_the_pair_differs_most(page: Any, pair: tuple[Image.Image, Image.Image]):
