@@ -25,7 +25,7 @@ from lib_dpo.ui import bake, compare, inspect, lists, parts
 from lib_dpo.ui import extract as page
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lib_dpo"
-COMMAND_LINE = re.compile(r"(?<![\w-])--[a-z]|`|python -m|pip install|\bexit code")
+COMMAND_LINE = re.compile(r"(?<![\w-])--(?!dpo-)[a-z]|`|python -m|pip install|\bexit code")  # --dpo-… is a style's
 ONLY_ON_THE_COMMAND_LINE = {
     "app.py": "the command `app` itself, before there is a page",
     "demo.py": "the command `demo`",
