@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import tempfile
@@ -25,18 +26,19 @@ from lib_dpo.offset import Pair, open_pair
 from lib_dpo.plots import plot_diff
 from lib_dpo.settings import ExtractSettings, RankPolicy
 from lib_dpo.toy import words
-from lib_dpo.toy.bundled import BASE, FOLDER, REFERENCE, check_there, load
+from lib_dpo.toy.bundled import BASE, FOLDER, MEASURED, REFERENCE, check_there, load
 from lib_dpo.toy.chart import plot_study
 from lib_dpo.toy.generate import GUIDANCE, STEPS
 from lib_dpo.toy.page import Card, Picture, page
 from lib_dpo.toy.series import SHORT, Amount, OnProgress, Series, draw_series
-from lib_dpo.toy.sheets import lora_sheet, strength_sheet
+from lib_dpo.toy.sheets import lora_sheet, strength_sheet, turned_sheet
 from lib_dpo.toy.study import Findings, find
 from lib_dpo.verify import verify
 from lib_dpo.writer import check_output, write_bytes_atomic, write_text_atomic
 
 _OFFSET, _BAKED = "dpo_offset.safetensors", "baked.safetensors"
-_DIFF, _CURVE, _STRENGTHS, _LORAS, _PAGE = "diff.png", "adherence.png", "strengths.png", "loras.png", "report.html"
+_DIFF, _CURVE, _TURNED, _STRENGTHS, _LORAS = "diff.png", "adherence.png", "turned.png", "strengths.png", "loras.png"
+_PAGE = "report.html"
 _MODEL, _TUNING = "toy-shapes", "toy-shapes-dpo"
 _WIDTH = 100  # of the text on a terminal
 
@@ -86,9 +88,10 @@ def demo(
         loras = {rank: work / _lora(rank) for rank in amount.ranks}
         series = draw_series(networks, work / _OFFSET, loras, amount, on_progress=on_progress)
         findings = _find(series, figures)
-        _tell_findings(findings, series, tell)
-        _draw(findings, series, work)
-        write_text_atomic(work / _PAGE, _page(findings, series, figures, work, "\n".join(printed).strip()))
+        study = _study(model)
+        _tell_findings(findings, series, study, tell)
+        _draw(findings, series, study, work)
+        write_text_atomic(work / _PAGE, _page(findings, series, study, figures, work, "\n".join(printed).strip()))
         files = [str(folder / file.name) for file in sorted(work.iterdir())]
     say(f"\nEverything is in {folder}: open {_PAGE}, or try `dpo inspect` on any of the files.")
     switching = {"switch_seconds": series.switch_seconds, "picture_seconds": series.cell_seconds}
@@ -97,7 +100,7 @@ def demo(
 
 def _names(amount: Amount) -> list[str]:
     loras = [_lora(rank) for rank in amount.ranks]
-    return [_OFFSET, _BAKED, Path(_BAKED).with_suffix(".yaml").name, *loras, _DIFF, _CURVE, _STRENGTHS, _LORAS, _PAGE]
+    return [_OFFSET, _BAKED, Path(_BAKED).with_suffix(".yaml").name, *loras, _DIFF, _CURVE, _TURNED, _STRENGTHS, _LORAS, _PAGE]
 
 
 def _lora(rank: int) -> str:
@@ -204,33 +207,50 @@ def _find(series: Series, figures: Mapping[str, Any]) -> Findings:
     )
 
 
-def _tell_findings(findings: Findings, series: Series, say: Say) -> None:
+def _study(model: Path) -> Findings | None:
+    """What the study found that comes with a model, where one does."""
+    file = model / MEASURED
+    return Findings.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+
+def _tell_findings(findings: Findings, series: Series, study: Findings | None, say: Say) -> None:
     say("   Share of the pictures that show everything their prompt names, and its 95 % interval:\n")
     for name, share, interval in words.table(findings):
         say(f"   {name:<16} {share:>8}   {interval}")
     say("")
-    for line in (*words.sentences(findings, series), "", words.TOYS):
+    for line in (*words.sentences(findings, series, study), "", words.TOYS):
         say(textwrap.fill(line, _WIDTH, initial_indent="   ", subsequent_indent="   "))
 
 
-def _draw(findings: Findings, series: Series, work: Path) -> None:
-    plot_study(findings, work / _CURVE)
+def _draw(findings: Findings, series: Series, study: Findings | None, work: Path) -> None:
+    plot_study(findings, work / _CURVE, study=study)
+    write_bytes_atomic(work / _TURNED, turned_sheet(series))
     write_bytes_atomic(work / _STRENGTHS, strength_sheet(series, model=_MODEL, offset=_TUNING))
-    write_bytes_atomic(work / _LORAS, lora_sheet(series, model=_MODEL, offset=_TUNING))
+    write_bytes_atomic(work / _LORAS, lora_sheet(series))
 
 
-def _page(findings: Findings, series: Series, figures: Mapping[str, Any], work: Path, printed: str) -> str:
+def _page(
+    findings: Findings, series: Series, study: Findings | None, figures: Mapping[str, Any], work: Path, printed: str
+) -> str:
     rows = words.table(findings)
-    shares = "; ".join(f"{name} {share}" for name, share, _ in rows)
+    told = findings if findings.told or not study else study
+    shares = "; ".join(f"{name} {share}" for name, share, _ in words.table(told))
+    turned = f"{findings.became_right} became right and {findings.became_wrong} became wrong"
     shown = [
-        (_CURVE, "Adherence against strength", f"Share of the pictures that show all their prompt names: {shares}.",
-         "Bars and band are 95 % intervals. Shaded: strengths that these pictures cannot tell from the best one."),
+        (_CURVE, "Adherence against strength",
+         f"Of {findings.points[0].n} pictures {turned} from strength 0 to 1. Share of {told.points[0].n} pictures that show "
+         f"all their prompt names: {shares}.",
+         "Bars and band are 95 % intervals. Shaded: strengths that so many pictures cannot tell from the best one. What these "
+         f"{findings.points[0].n} pictures cannot tell apart is not plotted."),
+        (_TURNED, "All that the change turned", f"Pairs of pictures before and after: {turned} from strength 0 to 1.",
+         "All of them, at strength 0 and at strength 1."),
         (_STRENGTHS, "The same pictures at several strengths",
          "A grid of pictures of coloured shapes: a row per prompt and seed, a column per strength, the untouched model first.",
          "Every column has the same prompts and seeds; only the strength differs."),
         (_LORAS, "With LoRAs, and with the full change",
-         "The same rows of pictures without DPO, with LoRAs of rising rank, and with the full change, at strength 1.",
-         "All at strength 1: LoRAs of rising rank beside the model alone and the whole change."),
+         "Rows of pictures without DPO, with LoRAs of rising rank, and with the full change, at strength 1.",
+         "The pictures that the full change alters most, chosen for that: LoRAs of rising rank between the model alone and "
+         "the whole change, all at strength 1."),
         (_DIFF, "What DPO changed in the weights",
          "Heat-map of the size of the change by block and kind of layer, mean spectrum, and energy kept against file size. "
          + figures["diff"]["verdict"]["text"], figures["diff"]["verdict"]["text"]),
@@ -241,8 +261,8 @@ def _page(findings: Findings, series: Series, figures: Mapping[str, Any], work: 
         "to do what the prompt says. The offset is the difference of the two: here it is taken off, made into LoRAs, put back, "
         "and tried on prompts that no training showed.",
         warning=words.TOYS,
-        cards=[Card(figure, text) for figure, text in words.headlines(findings)],
-        findings=words.sentences(findings, series),
+        cards=[Card(figure, text) for figure, text in words.headlines(findings, study)],
+        findings=words.sentences(findings, series, study),
         pictures=[Picture(title, (work / name).read_bytes(), alt, text) for name, title, alt, text in shown],
         table=[("applied", "pictures that fit their prompt", "95 % interval"), *rows],
         printed=printed,

@@ -18,10 +18,10 @@ from lib_dpo.lora import open_offset
 from lib_dpo.model import open_model
 from lib_dpo.offset import open_pair
 from lib_dpo.shapes import checkpoint_shapes
-from lib_dpo.toy.bundled import BASE, CLIP, FOLDER, REFERENCE, generate, load
+from lib_dpo.toy.bundled import BASE, CLIP, FOLDER, MEASURED, REFERENCE, generate, load
 from lib_dpo.toy.generate import LATENTS, sample
 from lib_dpo.toy.pictures import Scene, held_out
-from lib_dpo.toy.study import gain, plateau, point
+from lib_dpo.toy.study import Findings, gain, plateau, point
 from tools.bundled import autoencoder, denoiser, preference, text_encoder, training
 from tools.bundled.captions import all_captions, seen_by_captioner
 from tools.bundled.files import hashes
@@ -145,5 +145,17 @@ def test_intervals_are_those_of_the_textbook():
     assert mean == 0.5
     assert low == pytest.approx(0.5 - 1.959964 * 0.502519 / 10, abs=1e-5)
     assert high == pytest.approx(1 - low)
-    curve = [point(n / 2, np.repeat([1.0, 0.0], [share, 100 - share])) for n, share in enumerate((30, 74, 80, 78, 40))]
-    assert plateau(curve) == (0.5, 1.5)
+    curve = {n / 2: np.repeat([1.0, 0.0], [share, 100 - share]) for n, share in enumerate((30, 74, 80, 78, 40))}
+    assert plateau(curve) == (1.0, 1.5)  # six pictures are right at 1 alone and none at 0.5 alone: paired, z is 2.5
+
+
+def test_the_study_that_comes_with_the_model_is_the_notes():
+    study = Findings.from_json(json.loads((FOLDER / MEASURED).read_text(encoding="utf-8")))
+    note = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert f"Share of {study.points[0].n} pictures" in note
+    assert re.findall(r"^\| ([\d.]+) \| ([\d.]+) % \|", note, re.MULTILINE) == [
+        (f"{one.strength:g}", f"{100 * one.mean:.1f}") for one in study.points
+    ]
+    assert f"{study.became_right} became right and {study.became_wrong} became wrong" in note
+    assert study.points[0].n >= 500
+    assert study.told

@@ -39,7 +39,7 @@ def test_demo_writes_what_it_says_and_nothing_else(told: Told):
     files = sorted(path.name for path in told.folder.iterdir())
     assert files == [Path(file).name for file in told.figures["files"]]
     assert all(Path(file).is_file() for file in told.figures["files"])
-    assert {"report.html", "adherence.png", "strengths.png", "loras.png", "diff.png"} <= set(files)
+    assert {"report.html", "adherence.png", "turned.png", "strengths.png", "loras.png", "diff.png"} <= set(files)
     assert [path.name for path in told.folder.parent.iterdir()] == ["demo"]
 
 
@@ -53,6 +53,7 @@ def test_figures_have_the_form_that_others_rely_on(told: Told):
     assert set(figures["gain"]) == {"mean", "low", "high"}
     assert len(figures["plateau"]) == 2
     assert figures["suggested"] == 1
+    assert figures["gain"]["mean"] == pytest.approx((figures["became_right"] - figures["became_wrong"]) / 8)
     assert [one["rank"] for one in figures["loras"]] == list(SHORT.ranks)
     assert 0 < figures["switching"]["switch_seconds"] < 60
 
@@ -73,7 +74,7 @@ def test_the_report_loads_nothing_and_describes_its_pictures(told: Told):
     words = re.sub(r"data:image/png;base64,[A-Za-z0-9+/=]+", "", text)
     assert not re.search(r"https?:|//\w|@import|url\(|<script|<link", words)
     pictures = [dict(attributes) for tag, attributes in _tags(text) if tag == "img"]
-    assert len(pictures) == 4
+    assert len(pictures) == 5
     for picture in pictures:
         assert (picture["src"] or "").startswith("data:image/png;base64,iVBOR")
         assert len(picture["alt"] or "") > 40

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib_dpo.toy import words
+from lib_dpo.toy import sheets, words
 from lib_dpo.toy.chart import plot_study
 from lib_dpo.toy.page import Card, Picture, page
-from lib_dpo.toy.pictures import SIZE, VALUES, held_out
+from lib_dpo.toy.pictures import SIZE, VALUES, caption, held_out
 from lib_dpo.toy.series import SHORT, STUDY, Drawn, Series, shown, subjects
-from lib_dpo.toy.sheets import lora_sheet, strength_sheet
+from lib_dpo.toy.sheets import lora_sheet, strength_sheet, turned_sheet
 from lib_dpo.toy.study import Findings, Interval, Scores, find, gain, point, share_of_gain
 from tools.bundled.recipe import SHIPPED
 
@@ -37,9 +38,10 @@ FLAT = found({0: 0.5, 0.5: 0.5, 1: 0.51, 1.5: 0.5, 2: 0.5}, {2: 0.5, 8: 0.51})
 
 
 def series_of(value: int = 200) -> Series:
-    """Grey pictures, of which those of strength 1 alone are right."""
+    """Grey pictures, of which those of strength 1 alone are right, but for the first three, which are right but there."""
     pictures = np.full((len(shown()), SIZE, SIZE, 3), value, np.uint8)
-    drawn = {strength: Drawn(np.full(N, float(strength == 1)), pictures, 0.02) for strength in (0.0, 1.0, 2.0)}
+    full = (np.arange(len(shown())) >= 3).astype(float)
+    drawn = {strength: Drawn(full if strength == 1 else 1 - full, pictures, 0.02) for strength in (0.0, 1.0, 2.0)}
     return Series(drawn, {8: drawn[0.0]}, cell_seconds=0.5)
 
 
@@ -94,16 +96,27 @@ def test_there_is_no_share_of_a_gain_that_may_be_chance():
 def test_words_say_what_the_figures_say():
     said = " ".join(words.sentences(RISES_AND_FALLS, series_of()))
     for part in ("40.0 % of 400 pictures", "+40.0 points", "rises up to strength 1,", "falls from there to strength 2",
-                 "400 pictures cannot tell strengths 1 to 1.5 apart",
+                 "400 pictures cannot tell strengths 1 to 1.5 from the best, 1",
                  "is among them", "rank 8", "keeps 90 %", "4 % of the 0.50 s"):  # fmt: skip
         assert part in said, part
     doubtful = " ".join(words.sentences(FLAT, series_of()))
-    for part in ("may be chance", "does not rise for sure", "cannot be told"):
+    for part in ("may be chance", "400 pictures tell neither strengths nor LoRAs apart."):
         assert part in doubtful, part
+    for part in ("curve", "suggested", "keeps"):
+        assert part not in doubtful, part
+    beside = " ".join(words.sentences(FLAT, series_of(), RISES_AND_FALLS))
+    assert beside.index("may be chance") < beside.index("In the study that comes with the model, of 400 pictures")
+    assert "rises up to strength 1," in beside
+    assert "In the study" not in " ".join(words.sentences(RISES_AND_FALLS, series_of(), RISES_AND_FALLS))
+    assert "With the LoRA of rank 8, 0 of these 5 become right too, and 0 of these 3 wrong." in doubtful
     assert "NOT among them" in " ".join(words.sentences(replace(RISES_AND_FALLS, suggested=0.5), series_of()))
     for said in (*words.sentences(FLAT, series_of()), *words.sentences(RISES_AND_FALLS, series_of())):
         assert "as good as" not in said, "that no difference was found does not make strengths equal"
-    assert words.headlines(FLAT)[0][0] == "+1 points"
+    assert not any("points" in figure for figure, _ in words.headlines(FLAT)), "a gain that may be chance is no headline"
+    assert [figure for figure, _ in words.headlines(FLAT, RISES_AND_FALLS)][1] == "+40.0 points"
+    turned = words.headlines(FLAT)[0]
+    assert turned[0] == f"{FLAT.became_right} right, {FLAT.became_wrong} wrong"
+    assert (FLAT.became_right - FLAT.became_wrong) / N == pytest.approx(FLAT.gain.mean)
     wide = [replace(one, share=Interval(0.5, -0.2, 1.2)) for one in RISES_AND_FALLS.loras]
     few = replace(RISES_AND_FALLS, loras=wide)
     assert "cannot tell (50 %, 95 % interval -20 to 120 %)" in " ".join(words.sentences(few, series_of()))
@@ -112,20 +125,56 @@ def test_words_say_what_the_figures_say():
 
 @pytest.mark.parametrize("findings", [RISES_AND_FALLS, FLAT, found({0: 0, 1: 0}, {8: 0})])
 def test_a_chart_is_drawn_of_whatever_was_found(findings: Findings, tmp_path: Path):
-    plot_study(findings, tmp_path / "curve.png")
-    with Image.open(tmp_path / "curve.png") as image:
-        assert min(image.size) > 500
+    for study in (None, RISES_AND_FALLS):
+        plot_study(findings, tmp_path / "curve.png", study=study)
+        with Image.open(tmp_path / "curve.png") as image:
+            assert min(image.size) > 500
+
+
+def test_figures_are_read_back_as_they_were():
+    for findings in (RISES_AND_FALLS, FLAT):
+        assert Findings.from_json(json.loads(json.dumps(findings.as_json() | {"files": []}))) == findings
+
+
+def test_all_that_turned_is_shown_and_counted(monkeypatch: pytest.MonkeyPatch):
+    groups: list[sheets.Group] = []
+    monkeypatch.setattr(sheets, "gallery", lambda _title, _note, found: groups.extend(found) or b"")
+    series = series_of()
+    turned_sheet(series)
+    assert [(group.heading, len(group.items)) for group in groups] == [("Became right: 5", 5), ("Became wrong: 3", 3)]
+    assert [(item.prompt, item.seed) for group in groups for item in group.items] == [
+        (caption(scene), seed) for scene, seed in (shown()[3:] + shown()[:3])
+    ]
+
+
+def test_the_pictures_of_loras_are_those_that_the_full_change_alters_most(monkeypatch: pytest.MonkeyPatch):
+    groups: list[sheets.Group] = []
+    monkeypatch.setattr(sheets, "gallery", lambda _title, _note, found: groups.extend(found) or b"")
+    pictures = np.full((20, SIZE, SIZE, 3), 200, np.uint8)
+    altered = pictures.copy()
+    altered[::2] = 100 + np.arange(10, dtype=np.uint8)[:, None, None, None]  # the first of these most
+    scores = np.zeros(20)
+    drawn = {0.0: Drawn(scores, pictures, 0.0), 1.0: Drawn(scores, altered, 0.0)}
+    lora_sheet(Series(drawn, {8: drawn[1.0]}, cell_seconds=0.5))
+    expected = [(caption(scene), seed) for scene, seed in subjects(20)[:16:2]]
+    assert [(item.prompt, item.seed) for item in groups[0].items] == expected
+    assert [name for name, _ in groups[0].items[0].pictures] == ["without DPO", "rank 8", "full change"]
 
 
 def test_grids_frame_the_pictures_that_are_right():
     series = series_of()
-    for sheet, columns in ((strength_sheet, 3), (lora_sheet, 3)):
-        with Image.open(io.BytesIO(sheet(series, model="toy", offset="toy-dpo"))) as image:
-            assert "Size: 64x64" in image.info["parameters"]
+    n = len(shown())
+    strengths = strength_sheet(series, model="toy", offset="toy-dpo")
+    with Image.open(io.BytesIO(strengths)) as image:
+        assert "Size: 64x64" in image.info["parameters"]
+    for sheet, columns, right in (
+        (strengths, 3, 5 + 3 + 3), (lora_sheet(series), 3, 5 + 3 + 3), (turned_sheet(series), 2, n),
+    ):  # fmt: skip
+        with Image.open(io.BytesIO(sheet)) as image:
             pixels = np.asarray(image.convert("RGB"))
         grey, green = (pixels == 200).all(axis=-1), (pixels == (21, 128, 61)).all(axis=-1)
-        assert grey.sum() == columns * len(shown()) * (2 * SIZE) ** 2
-        assert green.sum() == len(shown()) * ((2 * SIZE + 8) ** 2 - (2 * SIZE) ** 2)
+        assert grey.sum() == columns * n * (2 * SIZE) ** 2
+        assert green.sum() == right * ((2 * SIZE + 8) ** 2 - (2 * SIZE) ** 2)
 
 
 def test_a_page_escapes_and_describes():
@@ -162,7 +211,7 @@ def test_few_pictures_are_an_even_sample_of_the_prompts(count: int):
 
 def test_amounts_are_what_the_texts_say():
     assert STUDY.pictures >= 500
-    assert (STUDY.strengths[0], STUDY.strengths[-1], len(STUDY.strengths)) == (0, 3, 13)
+    assert (STUDY.strengths[0], STUDY.strengths[-1], len(STUDY.strengths)) == (0, 3, 7)
     for amount in (SHORT, STUDY):
         assert {0.0, 1.0} <= set(amount.strengths)
         assert 4 * max(amount.ranks) <= min(SHIPPED.unet_widths)  # at most a quarter of the full rank

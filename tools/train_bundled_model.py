@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.measure:
         amount = replace(STUDY, pictures=args.measure)
         figures = demo(args.work / "study", model=out, amount=amount, overwrite=True, say=say)
+        note.write_measured(out, figures)
     (args.work / "figures.json").write_text(json.dumps(figures, indent=2), encoding="utf-8")
     (out / "README.md").write_text(
         note.note(recipe, files.hashes(out), figures, device=str(device)), encoding="utf-8", newline="\n"

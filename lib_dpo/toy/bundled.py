@@ -23,6 +23,7 @@ from lib_dpo.toy.pictures import Pictures, Scene, caption
 FOLDER = BUNDLED_MODEL
 BASE = "toy-shapes.safetensors"
 REFERENCE = "toy-shapes-dpo/unet/diffusion_pytorch_model.safetensors"
+MEASURED = "study.json"  # what the study found on these files
 CLIP = "clip"  # folder of the tokenizer and of the text encoder's configuration
 _TOKENS = 77
 _BATCH = 20

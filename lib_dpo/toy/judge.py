@@ -22,7 +22,9 @@ _OFF_PALETTE = 75.0  # distance in RGB from which a colour has no name
 _ANGLES = 72  # of the rays from a piece's middle to its outline
 _TILT = 2  # of these: a shape may be turned by as much, either way, which is 10 degrees
 _STEP = 0.25  # pixels between two looks along a ray
-_CLEAR = 0.5  # times as far at most as the next shape lies, from the outline and from the shape itself: else it has no name
+# How far an outline may lie from a shape's, at most: times what lies between it and the next shape, and between the two
+# shapes. A cross with fat arms is still a cross to people, and nothing else; a square with round corners is disputed.
+_CLEAR = {"circle": 0.5, "square": 0.5, "triangle": 0.7, "cross": 0.7}
 _MIDDLE = 6.0  # pixels: a group nearer to the middle is nowhere
 _ROUNDS = 4 * SIZE  # enough for a piece as winding as fits
 
@@ -127,7 +129,7 @@ def _shape(piece: Gray) -> str | None:
     nearest = min(distances, key=distances.__getitem__)
     others = [distance for name, distance in distances.items() if name != nearest]
     apart = [_apart(_outlines()[nearest], other) for name, other in _outlines().items() if name != nearest]
-    return nearest if distances[nearest] < _CLEAR * min(*others, *apart) else None
+    return nearest if distances[nearest] < _CLEAR[nearest] * min(*others, *apart) else None
 
 
 @cache

@@ -39,7 +39,7 @@ class Amount:
 
 # The layers of the bundled model are 32 to 64 wide: rank 8 is a quarter of what the narrowest can have.
 SHORT = Amount(pictures=40, strengths=(0.0, 0.5, 1.0, 1.5, 2.0), ranks=(2, 4, 8))
-STUDY = Amount(pictures=500, strengths=tuple(n / 4 for n in range(13)), ranks=(1, 2, 4, 8))
+STUDY = Amount(pictures=500, strengths=tuple(n / 2 for n in range(7)), ranks=(1, 2, 4, 8))
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Drawn:
     """The pictures of one strength or LoRA."""
 
     scores: Scores
-    shown: Pictures  # the first ones, for people
+    pictures: Pictures  # of `subjects`, in the same order
     switch_seconds: float  # what it took to give the UNet this strength
 
 
@@ -116,7 +116,7 @@ def _draw(networks: Networks, path: Path, strength: float, pictures: int, tell: 
     pairs = subjects(pictures)
     scenes = [scene for scene, _ in pairs]
     made = generate(networks, scenes, [seed for _, seed in pairs], on_progress=tell)
-    return Drawn(adherence(made, scenes)[:, 1], made[: len(shown())], seconds)
+    return Drawn(adherence(made, scenes)[:, 1], made, seconds)
 
 
 def _switch(networks: Networks, offset: Offset, strength: float) -> float:

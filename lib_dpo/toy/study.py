@@ -27,6 +27,11 @@ class Interval(NamedTuple):
     high: float
 
     @property
+    def is_told(self) -> bool:
+        """Of a share: not where none of it and all of it are as likely."""
+        return self.high - self.low < 1
+
+    @property
     def rises(self) -> bool:
         """All of it lies above 0."""
         return self.low > 0
@@ -79,13 +84,20 @@ class Findings:
     """The curve over the strengths, and the LoRAs. Differences are of the same prompts and seeds."""
 
     points: tuple[Point, ...]  # by rising strength
+    became_right: int  # pictures, from strength 0 to the full change
+    became_wrong: int
     gain: Interval  # of the full change over the base
     best: float  # the strength of the highest mean
     rise: Interval  # from strength 0 to the best
     fall: Interval  # from the best to the last strength
-    plateau: tuple[float, float]
+    plateau: tuple[float, float]  # first and last strength that are not surely worse than the best
     suggested: float
     loras: tuple[LoraPoint, ...]  # by rising rank
+
+    @property
+    def told(self) -> bool:
+        """Whether so many pictures tell that the full change does anything at all."""
+        return self.gain.rises or self.gain.falls
 
     @property
     def suggested_is_best(self) -> bool:
@@ -95,6 +107,8 @@ class Findings:
     def as_json(self) -> dict[str, Any]:
         return {
             "adherence": [one.as_json() for one in self.points],
+            "became_right": self.became_right,
+            "became_wrong": self.became_wrong,
             "gain": self.gain.as_json(),
             "best": self.best,
             "rise": self.rise.as_json(),
@@ -104,6 +118,29 @@ class Findings:
             "suggested_on_plateau": self.suggested_is_best,
             "loras": [one.as_json() for one in self.loras],
         }
+
+    @classmethod
+    def from_json(cls, figures: Mapping[str, Any]) -> Findings:
+        """What `as_json` gave; other keys do not matter."""
+        first, last = figures["plateau"]
+        return cls(
+            points=tuple(Point(**one) for one in figures["adherence"]),
+            became_right=figures["became_right"],
+            became_wrong=figures["became_wrong"],
+            gain=Interval(**figures["gain"]),
+            best=figures["best"],
+            rise=Interval(**figures["rise"]),
+            fall=Interval(**figures["fall"]),
+            plateau=(first, last),
+            suggested=figures["suggested"],
+            loras=tuple(
+                LoraPoint(
+                    one["rank"], one["energy_kept"], Point(**one["adherence"]), Interval(**one["gain"]),
+                    Interval(**one["share_of_gain"]) if one["share_of_gain"] else None,
+                )
+                for one in figures["loras"]
+            ),
+        )  # fmt: skip
 
 
 def find(
@@ -120,11 +157,13 @@ def find(
     best = _best(points).strength
     return Findings(
         points=points,
+        became_right=int((full > base).sum()),
+        became_wrong=int((full < base).sum()),
         gain=gain(base, full),
         best=best,
         rise=gain(base, strengths[best]),
         fall=gain(strengths[best], strengths[points[-1].strength]),
-        plateau=plateau(points),
+        plateau=plateau(strengths),
         suggested=suggested,
         loras=tuple(
             LoraPoint(rank, energy_kept[rank], point(FULL, scores), gain(base, scores), share_of_gain(base, scores, full))
@@ -162,15 +201,19 @@ def share_of_gain(before: Scores, part: Scores, full: Scores) -> Interval | None
     return Interval(share, share - half, share + half)
 
 
-def plateau(points: Sequence[Point]) -> tuple[float, float]:
-    """First and last of the neighbouring strengths, around the best one, whose interval reaches the best mean."""
-    best = _best(points)
-    first = last = points.index(best)
-    while first > 0 and points[first - 1].high >= best.mean:
+def plateau(strengths: Mapping[float, Scores]) -> tuple[float, float]:
+    """First and last of the neighbouring strengths, around the best one, that are not surely worse than it.
+
+    Sure is what the paired differences show: the same prompts and seeds at both strengths.
+    """
+    order = sorted(strengths)
+    best = _best([point(strength, strengths[strength]) for strength in order]).strength
+    first = last = order.index(best)
+    while first > 0 and not gain(strengths[order[first - 1]], strengths[best]).rises:
         first -= 1
-    while last + 1 < len(points) and points[last + 1].high >= best.mean:
+    while last + 1 < len(order) and not gain(strengths[order[last + 1]], strengths[best]).rises:
         last += 1
-    return points[first].strength, points[last].strength
+    return order[first], order[last]
 
 
 def _best(points: Sequence[Point]) -> Point:

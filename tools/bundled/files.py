@@ -14,7 +14,7 @@ from torch import Tensor
 from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.hashes import file_sha256
 from lib_dpo.keymap import text_encoder_from_hf, unet_from_diffusers, vae_from_diffusers
-from lib_dpo.toy.bundled import BASE, CLIP, REFERENCE
+from lib_dpo.toy.bundled import BASE, CLIP, MEASURED, REFERENCE
 from lib_dpo.toy.generate import alphas_cumprod
 from tools.bundled.recipe import LATENT_SCALE, TEXT_LAYERS, TOKENS, Recipe
 
@@ -46,8 +46,8 @@ def write_reference(folder: Path, unet: Any) -> None:
 
 
 def hashes(folder: Path) -> dict[str, tuple[int, str]]:
-    """Path below the folder -> size in bytes and SHA-256, of every file but the note."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md")
+    """Path below the folder -> size in bytes and SHA-256, of every file but the note and the study's figures."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in ("README.md", MEASURED))
     return {file.relative_to(folder).as_posix(): (file.stat().st_size, file_sha256(file)) for file in files}
 
 

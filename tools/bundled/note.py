@@ -1,16 +1,24 @@
-"""The note beside the files: what they are, how they were made, what was measured on them, and their hashes."""
+"""The note beside the files: what they are, how they were made, what was measured on them, and their hashes.
+
+After a study of the shipped files: `python -m tools.bundled.note study/figures.json`.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
-from lib_dpo.toy.bundled import BASE, CLIP, REFERENCE
+from lib_dpo.toy.bundled import BASE, CLIP, FOLDER, MEASURED, REFERENCE
+from lib_dpo.toy.study import Findings
 from tools.bundled.recipe import Recipe, Stage
 
+_MEASURED, _FILES = "## What was measured", "## Files"
 _HEAD = f"""\
 # The bundled model
 
@@ -33,7 +41,8 @@ on the left, on the right, at the top, at the bottom. It knows no other words.
 they take two for three and left for right nearly half of the time, and blue for purple and circles for squares often.
 
 **What DPO taught it.** The Diffusion-DPO loss (arXiv 2311.12908, eq. 14) on pairs of the base's own pictures for one caption,
-of which the judge finds that one fits it better. UNet only, as with the published models.
+of which the judge finds that one fits it better (by its rule of then, which took squares with soft edges for circles).
+UNet only, as with the published models.
 
 **In AUTOMATIC1111's WebUI**: copy or link `{BASE}` and its `.yaml` into `models/Stable-diffusion`, and choose 64 × 64 pixels,
 CFG scale 3. The `.yaml` names the folder `{CLIP}` as seen from the WebUI's own folder, for an extension that is installed as
@@ -57,9 +66,25 @@ def note(
     lines += [f"| {field.name} | {_shown(getattr(recipe, field.name))} |" for field in fields(recipe)]
     if figures:
         lines += ["", *_measured(figures)]
-    lines += ["", "## Files", "", "| file | bytes | SHA-256 |", "|---|--:|---|"]
+    lines += ["", _FILES, "", "| file | bytes | SHA-256 |", "|---|--:|---|"]
     lines += [f"| `{name}` | {size:,} | `{digest}` |" for name, (size, digest) in hashes.items()]
     return "\n".join([*lines, ""])
+
+
+def measure_again(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Put the figures of a new study of the same files into their note, and beside it as `study.json`."""
+    path = folder / "README.md"
+    text = path.read_text(encoding="utf-8")
+    before, rest = text.split(_MEASURED)
+    after = rest.split(_FILES)[1]
+    path.write_text(before + "\n".join([*_measured(figures), "", _FILES]) + after, encoding="utf-8", newline="\n")
+    write_measured(folder, figures)
+
+
+def write_measured(folder: Path, figures: Mapping[str, Any]) -> None:
+    """Write what the demo shows beside figures of its own that too few pictures cannot tell apart."""
+    text = json.dumps(Findings.from_json(figures).as_json(), indent=1)
+    (folder / MEASURED).write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
 def _shown(value: Any) -> str:
@@ -71,13 +96,14 @@ def _shown(value: Any) -> str:
 def _measured(figures: Mapping[str, Any]) -> list[str]:
     """Adherence: the share of pictures that show everything their prompt names, read off by `lib_dpo/toy/judge.py`."""
     n = figures["adherence"][0]["n"]
-    lines = ["## What was measured", "", f"Share of {n} pictures of held-out prompts that show all that the prompt names.", ""]
+    lines = [_MEASURED, "", f"Share of {n} pictures of held-out prompts that show all that the prompt names.", ""]
     lines += ["| strength of the exact offset | share | 95 % interval |", "|--:|--:|---|"]
     for one in figures["adherence"]:
         lines.append(f"| {one['strength']:g} | {_percent(one['mean'])} | {_percent(one['low'])} to {_percent(one['high'])} |")
     low, high = (_points(figures["gain"][name]) for name in ("low", "high"))
     gain = f"{_points(figures['gain']['mean'])} points, 95 % interval {low} to {high}"
-    lines += ["", f"Gain at strength 1, same prompts and seeds: {gain}."]
+    turned = f"{figures['became_right']} became right and {figures['became_wrong']} became wrong"
+    lines += ["", f"Gain at strength 1, same prompts and seeds: {gain}; {turned}."]
     for one in figures["loras"]:
         line = f"A LoRA of rank {one['rank']} keeps {_percent(one['energy_kept'])} of the offset's energy"
         if share := one["share_of_gain"]:
@@ -85,7 +111,9 @@ def _measured(figures: Mapping[str, Any]) -> list[str]:
             line += f" and {kept} of the gain, 95 % interval {low} to {high}"
         lines.append(line + ".")
     first, last = figures["plateau"]
-    lines.append(f"The best strengths are {first:g} to {last:g}; `compat` suggests {figures['suggested']:g}.")
+    lines.append(
+        f"{n} pictures cannot tell strengths {first:g} to {last:g} from the best; `compat` suggests {figures['suggested']:g}."
+    )
     return lines
 
 
@@ -95,3 +123,7 @@ def _points(difference: float) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+if __name__ == "__main__":
+    measure_again(FOLDER, json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
