@@ -73,10 +73,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
     parser.add_argument("--rank", type=int, help=f"default: {DEFAULT_RANK}, with --small {_SMALL_RANK}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
-    parser.add_argument("--folder", type=Path, help="where the made-up files go: 11.6 GB for SD 1.5, 35 GB for SDXL")
+    parser.add_argument("--folder", type=Path, help="where the made-up files go: 14 GB for SD 1.5, 43 GB for SDXL")
     parser.add_argument("--keep", action="store_true", help="keep them in --folder, and take those of an earlier run")
     parser.add_argument("--small", action="store_true", help="a quick run with small widths, whose figures mean nothing")
     parser.add_argument("--tour-only", action="store_true", help="no contest: only every command in turn")
+    parser.add_argument("--busy", action="store_true", help="every command in turn beside two busy processes too")
     parser.add_argument("--svd-lowrank-samples", type=int, metavar="N", help="layers of each shape (default: all)")
     parser.add_argument("--json", type=Path, metavar="F", help="write the figures to a file too")
     parser.add_argument("--markdown", type=Path, metavar="F", help="write what is printed to a file too")
@@ -121,7 +122,7 @@ def _bench(arch: str, args: argparse.Namespace, folder: Path, device: torch.devi
             figures, spent = _contest(arch, args, base, tuned, folder, device, show)
             seconds |= spent
         begin = time.perf_counter()
-        stops = list(tour(arch, base, tuned, args.rank, device, folder))
+        stops = list(tour(arch, base, tuned, args.rank, device, folder, beside_others=args.busy))
         seconds["tour"] = time.perf_counter() - begin
     figures |= {"tour": [asdict(stop) for stop in stops], "seconds": seconds}
     show(tour_table(stops))
@@ -183,8 +184,8 @@ def _check_disk(args: argparse.Namespace, folder: Path) -> None:
     nearest = next(each for each in Path(os.path.abspath(folder), "x").parents if each.is_dir())
     pairs = [_pair_bytes(arch, args) for arch in args.arch]
     needed = (
-        (sum(pairs) if args.keep else max(pairs)) + max(pairs) + _ROOM_FOR_LORAS * args.rank
-    )  # the tour writes as much again
+        (sum(pairs) if args.keep else max(pairs)) + max(pairs) * 3 // 2 + _ROOM_FOR_LORAS * args.rank
+    )  # the tour writes as much again, and copies the base
     free = shutil.disk_usage(nearest).free
     if free < needed:
         raise OutputError(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -19,6 +23,7 @@ _EVERY = 0.01  # seconds between two looks at the memory
 _PIECE = 16 << 20  # bytes per read
 _PRODUCTS = ((2048, 2048, 2048), (1280, 11520, 1280))  # a square one, and the Gram matrix of a common convolution
 _REPEATS = 5
+_BUSY = "import os; parent = os.getppid()\nwhile os.getppid() == parent: pass"  # ends with the one that began it
 
 
 class Measured(NamedTuple):
@@ -121,3 +126,29 @@ def read_seconds(files: Sequence[Path]) -> float:
             while file.readinto(buffer):
                 pass
     return time.perf_counter() - begin
+
+
+def copy_seconds(file: Path, folder: Path) -> float:
+    """Seconds to copy a file into a folder, until it is on the disk; the copy is deleted."""
+    copy = folder / "copy.bin"
+    begin = time.perf_counter()
+    try:
+        with file.open("rb") as source, copy.open("wb") as target:
+            shutil.copyfileobj(source, target, _PIECE)
+            target.flush()
+            os.fsync(target.fileno())
+        return time.perf_counter() - begin
+    finally:
+        copy.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[None]:
+    """Other processes that keep a core busy each while the block runs."""
+    others = [subprocess.Popen([sys.executable, "-c", _BUSY]) for _ in range(processes)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()

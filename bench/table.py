@@ -145,15 +145,22 @@ def command_table(rank: int, figures: CommandFigures) -> str:
 def tour_table(stops: Sequence[Stop]) -> str:
     """Every command in turn."""
     rows = [
-        f"| {one.title} | {_seconds(one.seconds)} | {one.peak / 1e6:,.0f} MB "
+        f"| {one.title} | {_seconds(one.seconds)} | {one.seconds / one.copying:.1f} "
+        f"| {'' if one.busy is None else f'{one.busy / one.seconds:.1f}'} | {one.peak / 1e6:,.0f} MB "
         f"| {f'{one.written / 1e6:,.1f} MB' if one.written else ''} | {one.found} |"
         for one in stops
     ]
     head = (
-        "| every command, process start and hashes included | time | peak memory | written | what came of it |",
-        "|---|--:|--:|--:|---|",
+        "| every command, process start and hashes included | time | times copying | beside two busy / quiet | peak memory "
+        "| written | what came of it |",
+        "|---|--:|--:|--:|--:|--:|---|",
     )
-    return "\n".join([*head, *rows])
+    note = (
+        "Times copying: to the time in which the base's file is copied and on the disk, measured just before. Beside two busy: "
+        "the time beside two processes that keep a core busy each, to the one alone; only with `--busy`. *Save as checkpoint* "
+        "in the tab does what `bake` does."
+    )
+    return "\n".join([*head, *rows, "", note])
 
 
 def machine_line(facts: Mapping[str, Any]) -> str:

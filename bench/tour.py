@@ -13,9 +13,11 @@ import torch
 from safetensors import safe_open
 
 from bench.command import process_start, run_command
+from bench.measure import busy, copy_seconds
 from lib_dpo.shapes import unet_name_pairs
 
 _SMALLER = 4  # times, by `resize`
+_OTHERS = 2  # busy processes
 
 
 @dataclass(frozen=True)
@@ -26,11 +28,18 @@ class Stop:
     seconds: float  # process start and the hashes of its files included
     peak: int  # bytes of anonymous memory over a process that has only imported the engine
     written: int  # bytes
+    copying: float  # seconds to copy the base's file to the disk, just before
+    busy: float | None  # seconds beside as many busy processes as `_OTHERS`; None where that was not asked for
     found: str  # what its figures say, or what its file was checked for
 
 
-def tour(arch: str, base: Path, tuned: Path, rank: int, device: torch.device, folder: Path) -> Iterator[Stop]:
+def tour(
+    arch: str, base: Path, tuned: Path, rank: int, device: torch.device, folder: Path, *, beside_others: bool = False
+) -> Iterator[Stop]:
     """Each command as it ends, in the order in which they need each other's files; these are deleted at the end.
+
+    Args:
+        beside_others: run each a second time, beside two processes that keep a core busy each.
 
     Raises:
         DpoError: a command failed; its own words.
@@ -44,10 +53,18 @@ def tour(arch: str, base: Path, tuned: Path, rank: int, device: torch.device, fo
 
         def stop(title: str, find: Callable[[Any], str], output: Path | None, *command: object) -> Stop:
             arguments = [*map(str, command), "--json", str(report), "--overwrite"]
-            with tempfile.TemporaryDirectory(dir=place) as cache:
-                seconds, peak = run_command(arguments, on_device if "--device" in arguments else on_cpu, Path(cache))
+            copying = copy_seconds(base, place)
+            seconds, peak = run_fresh(arguments)
+            slow = None
+            if beside_others:
+                with busy(_OTHERS):
+                    slow, _ = run_fresh(arguments)
             said = json.loads(report.read_text(encoding="utf-8"))
-            return Stop(title, seconds, peak, output.stat().st_size if output else 0, find(said))
+            return Stop(title, seconds, peak, output.stat().st_size if output else 0, copying, slow, find(said))
+
+        def run_fresh(arguments: list[str]) -> tuple[float, int]:
+            with tempfile.TemporaryDirectory(dir=place) as cache:
+                return run_command(arguments, on_device if "--device" in arguments else on_cpu, Path(cache))
 
         pair = ("--base", base.resolve(), "--tuned", tuned.resolve())
         bake = ("bake", "--target", base.resolve(), "-o", baked, "--offset")

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections import namedtuple
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+
+from bench.measure import busy
+from bench.table import tour_table
+from bench.tour import tour
+from lib_dpo.synthetic import small_pair
 
 pytestmark = [pytest.mark.newest, pytest.mark.slow]  # LyCORIS is one of the contestants
 
@@ -149,3 +157,25 @@ def test_kept_pairs_serve_the_next_run(tmp_path: Path, monkeypatch: pytest.Monke
     for _ in range(2):
         assert bench.__main__.main(["--small", "--arch", "sd1", "--folder", str(tmp_path), "--keep"]) == 130
     assert seen[0] == seen[1]
+
+
+def test_a_command_is_set_beside_copying_and_run_beside_busy_processes(tmp_path: Path):
+    base, tuned = small_pair(tmp_path / "pair")
+    stop = next(tour("sd1", base, tuned, 4, torch.device("cpu"), tmp_path, beside_others=True))
+    assert stop.title == "`inspect`, the base"
+    assert 0 < stop.copying < stop.seconds  # which starts Python
+    assert stop.busy is not None
+    line = tour_table([stop]).splitlines()[2].split("|")
+    assert float(line[3]) == pytest.approx(stop.seconds / stop.copying, abs=0.06)
+    assert float(line[4]) == pytest.approx(stop.busy / stop.seconds, abs=0.06)
+    assert tour_table([replace(stop, busy=None)]).splitlines()[2].split("|")[4].strip() == ""
+
+
+def test_busy_processes_are_busy_and_end():
+    before = set(psutil.Process().children())
+    with busy(2):
+        others = set(psutil.Process().children()) - before
+        time.sleep(1)
+        assert len(others) == 2
+        assert all(other.cpu_times().user > 0 for other in others)
+    assert not any(other.is_running() for other in others)
