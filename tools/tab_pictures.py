@@ -27,11 +27,11 @@ from lib_dpo.settings import BUNDLED_MODEL
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PROMPTS = "two yellow crosses on the right\ntwo black crosses at the bottom"
-WIDTH, SCALE = 1140, 1.4  # CSS pixels of the page, and pixels of the picture to each
+WIDTH, SCALE = 1060, 1.5  # CSS pixels of the page, and pixels of the picture to each
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _ARGUMENTS = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # gradio asks for fonts elsewhere
 _PATIENCE_MS = 240_000
-_COLOURS = 128  # of a picture's palette: a page has few, and its file a fifth of the size
+_COLOURS = 256  # of a picture's palette: a page has few, and its file a third of the size
 _DRIFT = 0.03  # of the made-up finetune, as a share of each weight's size
 
 
