@@ -140,7 +140,7 @@ def test_full_disk_is_refused_before_anything_is_written(
     usage = namedtuple("usage", "total used free")(10**12, 10**12 - 10**10, 10**10)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert main(["--folder", str(tmp_path / "new")]) == 2
-    assert "needs 34.9 GB, 10.0 GB are free" in capsys.readouterr().err
+    assert "needs 43.5 GB, 10.0 GB are free" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
