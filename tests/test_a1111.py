@@ -14,6 +14,7 @@ from fakes_a1111 import A1111
 from lib_dpo.delta import Whole
 from lib_dpo.errors import HostError, NoModelError
 from lib_dpo.patch import Patch, open_patch
+from lib_dpo.ui.bake import _baked_html
 
 TE_KEY = "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight"
 
@@ -157,6 +158,18 @@ def test_what_cannot_be_applied_while_generating_is_said(host: A1111, tmp_path: 
     assert torch.equal(host.weights()[embedding], before[embedding] + 1)
     host.live.unbake()
     assert torch.equal(host.weights()[embedding], before[embedding])
+
+
+def test_a_bake_counts_the_tensors_whose_values_changed(host: A1111, tmp_path: Path):
+    norms = ["model.diffusion_model.out.0.bias", "model.diffusion_model.out.0.weight"]
+    before = host.weights()
+    for number, keys in enumerate([norms, norms[:1], []]):
+        (tmp_path / str(number)).mkdir()
+        baked = host.live.bake(dense_patch(tmp_path / str(number), keys), 1.0)
+        after = host.weights()
+        assert baked.tensors == len(keys) == sum(not torch.equal(after[key], before[key]) for key in before)
+    assert "No value of the model changed" in _baked_html(baked)
+    host.live.unbake()
 
 
 def test_without_the_lora_extension_a_bake_works_and_a_generation_says_why_not(

@@ -45,7 +45,7 @@ class Baked:
     strength: float
     blocks: str
     rank: int | None
-    tensors: int
+    tensors: int  # that hold other values than without it; of a patched model, those that are patched
     not_applied: tuple[str, ...]  # keys of the offset that this host or model has no place for
     bytes_kept: int  # memory that undo keeps occupied
     online: bool = False  # added in every forward pass, because the stored weights are quantised

@@ -50,9 +50,19 @@ class Slot:
         """Real copies in main memory."""
         return tuple(_copy(tensor.detach()) for tensor in self.tensors)
 
+    def differs(self, values: Values) -> bool:
+        """Whether any value is another one than in what `read` gave; 0 and -0 are one value."""
+        pairs = zip(self.tensors, values, strict=True)
+        return any(not torch.equal(_comparable(each.detach()), _comparable(value.to(each.device))) for each, value in pairs)
+
     def write(self, values: Values) -> None:
         for tensor, value in zip(self.tensors, values, strict=True):
             tensor.copy_(value)
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    """torch compares no float8."""
+    return tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -200,6 +210,7 @@ def bake(
     originals: dict[str, Values] = {}
     adder = _Adder(strength, patch.name)
     steps = Steps(sum(slot.tensor.numel() for slot in plan.slots), on_progress)
+    changed = 0
     with torch.inference_mode(), all_or_nothing() as saved:
         for key, values in (earlier.originals if earlier else {}).items():
             saved.keep(slots[key])
@@ -209,6 +220,7 @@ def bake(
             originals[slot.key] = earlier.originals.get(slot.key, kept) if earlier else kept
             delta = fitted(patch.delta(slot.key), tuple(slot.tensor.shape), slot.key, patch.name, "the live model")
             adder.add(slot, delta)
+            changed += slot.differs(originals[slot.key])
             steps.advance(slot.tensor.numel(), slot.key)
         adder.check_loss()
         finish()
@@ -218,7 +230,7 @@ def bake(
         strength=strength,
         blocks=str(patch.blocks),
         rank=patch.rank,
-        tensors=len(plan.slots),
+        tensors=changed,
         not_applied=plan.not_applied,
         bytes_kept=plan.nbytes,
         file=patch.checkpoint.path,

@@ -182,6 +182,12 @@ def _baked_html(found: Baked) -> str:
         if found.not_applied
         else ""
     )
+    nothing = (
+        ""
+        if found.tensors
+        else "No value of the model changed: the offset holds nothing but zeros here, or too little to round to. Choose a "
+        "larger strength, or another offset."
+    )
     online = "The weights are quantised, so it is added anew in every step: a little slower." if found.online else ""
     body = markup.facts([
         ("Offset", found.offset), ("Strength", f"{found.strength:g}"), ("Blocks", found.blocks or "everything"),
@@ -190,5 +196,5 @@ def _baked_html(found: Baked) -> str:
     return markup.card(
         "Baked into the loaded model",
         "Every picture you make now has it, until Undo or until another checkpoint is loaded.",
-        missing, online, mood="doubt" if missing else "good", body=body,
+        nothing, missing, online, mood="doubt" if missing or nothing else "good", body=body,
     )  # fmt: skip
