@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts wit
     from lib_dpo.effects import EffectReport
     from lib_dpo.extract import ExtractReport
     from lib_dpo.grid import Images, Plan
+    from lib_dpo.offset import Offset
     from lib_dpo.pictures import Grid
 
 
@@ -89,3 +90,4 @@ class Comparison:
     images: Images
     grid: Grid
     report: EffectReport
+    offset: Offset

@@ -54,6 +54,7 @@ class BakeReport:
     sidecar: SidecarFate  # what was done with the .yaml beside the output
     unet_only: bool  # the target is a diffusers folder
     already: tuple[Ingredient, ...]  # baked into the target before, as its metadata says
+    twins: tuple[str, ...] = ()  # keys of the offset that say again what others say: they count once
 
     @property
     def sidecar_text(self) -> str:
@@ -70,6 +71,7 @@ class BakeReport:
             "tensors_changed": self.changed,
             "tensors_kept": self.kept,
             "not_applied": list(self.not_applied),
+            "twins": list(self.twins),
             "rounding_loss": self.rounding_loss,
             "sidecar": self.sidecar,
             "already_baked_in": [asdict(ingredient) for ingredient in self.already],
@@ -142,6 +144,7 @@ def bake(
         sidecar=sidecar,
         unet_only=unet_only,
         already=baked_in(target.checkpoint.metadata),
+        twins=offset.twins,
     )
 
 

@@ -23,7 +23,7 @@ from lib_dpo.offset import blocks_in, is_offset_file
 from lib_dpo.prediction import prediction_of
 from lib_dpo.recipe import Ingredient, baked_in
 from lib_dpo.resize_metadata import energy_claimed
-from lib_dpo.unplaced import unplaced_lines
+from lib_dpo.unplaced import twin_lines, unplaced_lines
 
 _TITLES = {
     "checkpoint": "a whole checkpoint",
@@ -165,8 +165,7 @@ def _lora_notes(lora: LoraFile) -> Iterator[str]:
     biases = sum("diff_b" in layer.parts for layer in lora.layers)
     if biases:
         yield f"{biases} layers carry biases (diff_b or b_norm): not every loader takes them"
-    if lora.twins:
-        yield f"{len(lora.twins)} keys say again what others say, and count once, first {lora.twins[0]}"
+    yield from twin_lines(lora.twins)
     if any(scale.source == "none" for scale in lora.scales()) and unused_config(lora.checkpoint, lora.settings):
         yield f"{ADAPTER_CONFIG} beside it is not taken for its own: that goes with adapter_model.safetensors and PEFT's names"
 

@@ -112,6 +112,7 @@ def lora_offset(lora: LoraFile, rank: int | None = None) -> Offset:
         terms=terms,
         metadata=lora.checkpoint.metadata,
         unmatched=lora.unmatched,
+        twins=lora.twins,
     )
 
 

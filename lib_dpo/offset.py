@@ -35,6 +35,7 @@ class Offset:
     terms: Callable[[str], Sequence[Term]]
     metadata: Mapping[str, str]
     unmatched: tuple[str, ...] = ()  # keys of the file that belong to no weight of the architecture
+    twins: tuple[str, ...] = ()  # keys of the file that say again what others say: they count once
 
     def read(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """One delta on the CPU, summed in `dtype`. It may be a view of the file: never write to it.

@@ -16,7 +16,7 @@ from lib_dpo.inspection import Inspection
 from lib_dpo.keymap import block_labels
 from lib_dpo.prediction import Prediction
 from lib_dpo.resize import ResizeReport
-from lib_dpo.unplaced import unplaced_lines
+from lib_dpo.unplaced import twin_lines, unplaced_lines
 from lib_dpo.verify import VerifyReport
 
 
@@ -102,7 +102,7 @@ def verify_text(report: VerifyReport) -> str:
         )
     lines += _kept_by_component(report.tally)
     lines += [f"  {name:<6} {_percent(row.energy_kept):>8}  {_bar(row.energy_kept)}" for name, row in _ordered(report.tally)]
-    lines += unplaced_lines(report.unmatched)
+    lines += twin_lines(report.twins) + unplaced_lines(report.unmatched)
     lines += _left_out(report.left_out)
     return "\n".join(lines)
 
@@ -122,7 +122,7 @@ def bake_text(report: BakeReport) -> str:
         lines.append("holds the UNet alone, in diffusers naming, as a file in unet/ does: the target is a folder")
     if report.sidecar_text:
         lines.append(report.sidecar_text)
-    lines += unplaced_lines(report.not_applied)
+    lines += twin_lines(report.twins) + unplaced_lines(report.not_applied)
     return "\n".join(lines)
 
 

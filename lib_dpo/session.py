@@ -255,7 +255,7 @@ class Session:
             settings=settings,
             note=f"{report.text} {report.caveat}",
         )
-        return Comparison(plan, images, grid, report)
+        return Comparison(plan, images, grid, report, patch.offset)
 
     # ---- the live model ----
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _PLACES = (
     (
@@ -35,6 +35,13 @@ def unplaced_lines(keys: Iterable[str]) -> list[str]:
     for key in keys:
         by_place.setdefault(place_of(key), []).append(key)
     return [_sentence(place, found) for place, found in sorted(by_place.items(), reverse=True)]
+
+
+def twin_lines(keys: Sequence[str]) -> list[str]:
+    """That keys of a LoRA were counted once with others that name the same weight; none for no keys."""
+    one = "1 key says again what another says, and counts"
+    several = f"{len(keys):,} keys say again what others say, and count"
+    return [f"{several} once, first {keys[0]}" if len(keys) > 1 else f"{one} once: {keys[0]}"] if keys else []
 
 
 def _sentence(place: str, keys: list[str]) -> str:

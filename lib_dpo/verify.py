@@ -27,6 +27,7 @@ class VerifyReport:
     unmatched: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     claimed: float | None  # what the file's own metadata says
+    twins: tuple[str, ...] = ()  # keys that say again what others say: they count once
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -38,6 +39,7 @@ class VerifyReport:
             "noise_floor": self.tally.total.noise_floor,
             "tensors": self.layers,
             "unmatched": list(self.unmatched),
+            "twins": list(self.twins),
             "left_out": [row.as_json() for row in self.left_out],
         }
 
@@ -89,6 +91,7 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
         unmatched=offset.unmatched + tuple(sorted(offset.shapes.keys() - numel.keys())),
         left_out=left_out(pair),
         claimed=_claimed(offset.metadata),
+        twins=offset.twins,
     )
 
 

@@ -68,7 +68,7 @@ class FakeLive:
             str(patch.blocks),
             patch.rank,
             len(keys),
-            (),
+            patch.offset.unmatched,
             self.bake_bytes(patch),
             file=patch.checkpoint.path,
         )

@@ -57,6 +57,16 @@ def dense_patch(folder: Path, keys: list[str], size: float = 0.01) -> Patch:
     return open_patch(tiny.save(folder / "dense.safetensors", tensors))
 
 
+def test_what_of_a_file_no_model_has_a_place_for_is_said_while_generating(host: A1111, tmp_path: Path):
+    up, down = torch.ones(32, 2) * 0.05, torch.ones(2, 32) * 0.05
+    names = ("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q", "lora_te_text_model_encoder_layers_40_mlp_fc1")
+    tensors = {f"{name}.lora_{end}.weight": tensor for name in names for end, tensor in (("up", up), ("down", down))}
+    host.generate(open_patch(tiny.save(tmp_path / "odd.safetensors", tensors)), 1.0)
+    (comment,) = host.comments
+    assert comment.startswith("DPO offset: the text encoder's part is missing or incomplete: 2 keys")
+    assert "layers_40" in comment
+
+
 # ---- prompts that the host has encoded ----
 
 

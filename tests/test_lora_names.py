@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lib_dpo.arch import ARCHITECTURES
+from lib_dpo.bake import bake
 from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.errors import MismatchError
 from lib_dpo.inspection import inspect
@@ -18,11 +19,15 @@ from lib_dpo.lora import open_offset
 from lib_dpo.lora_alias import find_module, lora_aliases, readable_modules
 from lib_dpo.lora_file import read_lora
 from lib_dpo.lora_keys import parse_key
-from lib_dpo.report import inspect_text, resize_text
+from lib_dpo.model import open_model
+from lib_dpo.offset import open_pair
+from lib_dpo.report import bake_text, inspect_text, resize_text, verify_text
 from lib_dpo.resize import resize
 from lib_dpo.settings import RankPolicy
 from lib_dpo.shapes import checkpoint_shapes
+from lib_dpo.synthetic import small_pair
 from lib_dpo.unplaced import place_of, unplaced_lines
+from lib_dpo.verify import verify
 from tests.lora_files import (
     TE,
     TE_KEY,
@@ -238,6 +243,16 @@ def test_the_same_numbers_under_two_names_count_once_and_are_told(tmp_path: Path
     with open_checkpoint(path) as checkpoint:
         report = resize(checkpoint, tmp_path / "r.safetensors", RankPolicy(rank=4), precision="fp32")
     assert "repeat what others say" in resize_text(report)
+    base, tuned = small_pair(tmp_path, "sd1")
+    again = found.twins[0]
+    checkpoint, offset = open_offset(path)
+    with checkpoint, open_model(base) as model, open_model(tuned) as other_model:
+        baked = bake(model, offset, tmp_path / "b.safetensors")
+        kept = verify(offset, open_pair(model, other_model))
+    for text, figures in ((bake_text(baked), baked.as_json()), (verify_text(kept), kept.as_json())):
+        assert again in text
+        assert "say again what" in text or "says again what" in text
+        assert figures["twins"] == list(found.twins)
     torch.testing.assert_close(read(tmp_path / "r.safetensors", TO_Q_KEY), product(*pair()), atol=1e-4, rtol=1e-4)
 
 

@@ -21,6 +21,7 @@ import pytest
 import tiny
 import torch
 from fake_host import FakeHost
+from safetensors.torch import load_file
 
 from lib_dpo.errors import Cancelled
 from lib_dpo.hosts.base import Check, FileEntry
@@ -471,6 +472,31 @@ def test_bake_and_undo(with_lora: Session):
     assert "clean" in status
     assert with_lora.host.live.fingerprint() == before
     assert "Nothing was baked" in run(with_lora, bake.unbake)[0]
+
+
+def test_what_of_a_lora_counts_once_or_has_no_place_is_said_wherever_it_is_used(with_lora: Session, host: FakeHost):
+    tensors = load_file(host.lora_dir / "mine.safetensors")
+    one, other = (
+        f"lora_unet_{block}_transformer_blocks_0_attn1_to_q" for block in ("down_blocks_0_attentions_0", "input_blocks_1_1")
+    )
+    again = {other + key.removeprefix(one): tensor for key, tensor in tensors.items() if key.startswith(one + ".")}
+    assert len(again) == 3
+    odd = {f"lora_te_text_model_encoder_layers_40_mlp_fc1.lora_{end}.weight": torch.ones(2, 2) for end in ("up", "down")}
+    tiny.save(host.lora_dir / "odd.safetensors", tensors | again | odd)
+    once, missing = (
+        "3 keys say again what others say, and count once",
+        "The text encoder&#x27;s part is missing or incomplete: 2 keys",
+    )
+    html = run(with_lora, compare.compare, "odd", "1", "a cat", "", "1", 4, 7, "", 64, 64, "", outputs=6)[0]
+    for said in (
+        html,
+        bake.foresee(with_lora, "odd", ""),
+        run(with_lora, bake.save, "odd", 1.0, "", "", False)[0],
+    ):
+        assert once in said
+        assert missing in said
+    assert missing in run(with_lora, bake.bake, "odd", 1.0, "")[0]
+    assert "count once" not in bake.foresee(with_lora, "mine", "")
 
 
 @pytest.mark.parametrize("arch", ["sd1", "sdxl"])

@@ -25,6 +25,7 @@ from lib_dpo.hosts.builtin_lora import LiveTensor, live_tensors
 from lib_dpo.keymap import UNET
 from lib_dpo.patch import Patch
 from lib_dpo.progress import Progress
+from lib_dpo.unplaced import unplaced_lines
 
 _log = logging.getLogger(__name__)
 
@@ -175,6 +176,8 @@ class A1111Live:
                     f"DPO offset: {len(built.not_applied)} of its tensors cannot be applied while generating "
                     f"({built.not_applied[0]}, …); bake it to apply all"
                 )
+            for line in unplaced_lines(patch.offset.unmatched if patch else ()):  # not by a bake either
+                p.comment(f"DPO offset: {line}")
         elif networks is not None:
             builtin_lora.remove(networks)
         if patch is None and hasattr(model, _BUILT):

@@ -13,6 +13,7 @@ from lib_dpo.session import Session
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.parts import Tab, field_options
 from lib_dpo.ui.standing import Place, about, given
+from lib_dpo.unplaced import twin_lines, unplaced_lines
 
 PRESETS = {
     "Everything": "",
@@ -126,8 +127,9 @@ def foresee(session: Session, offset: str | None, blocks: str | None) -> str:
         f"Undo needs {markup.size(needed)} of memory, for the {len(patch.changed_keys()):,} weights that change.",
         f"The loaded file has {inside} baked in already: this comes on top." if inside else "",
         f"It takes the place of {status.baked.offset}, which is baked in now." if status.baked else "",
+        *markup.sentences(twin_lines(patch.offset.twins) + unplaced_lines(patch.offset.unmatched)),
         "To see whether your model is near enough to the base, ask «Does it fit?» on the page Inspect.",
-        mood="doubt" if inside else "good",
+        mood="doubt" if inside or patch.offset.unmatched else "good",
     )
 
 
@@ -161,7 +163,7 @@ def save(
         task_id=task,
     )
     lost = f"Rounding to the file's number format lost {markup.percent(found.rounding_loss)} of the change."
-    not_applied = f"{len(found.not_applied):,} parts of the offset have no place in it." if found.not_applied else ""
+    gaps = markup.sentences(twin_lines(found.twins) + unplaced_lines(found.not_applied))
     body = markup.facts([
         ("File", session.library.place(found.path)), ("Offset", offset),
         ("Strength", f"{found.strength:g}"), ("Blocks", found.blocks or "everything"),
@@ -169,7 +171,7 @@ def save(
         *([("In it before", ", ".join(map(str, found.already)))] if found.already else []),
         *([("Configuration", session.library.names_only(found.sidecar_text))] if found.sidecar_text else []),
     ])  # fmt: skip
-    return markup.card(f"{found.path.stem} is saved", lost, not_applied, mood="good", body=body)
+    return markup.card(f"{found.path.stem} is saved", lost, *gaps, mood="doubt" if found.not_applied else "good", body=body)
 
 
 def _new_name(session: Session, typed: str) -> str:
@@ -177,11 +179,7 @@ def _new_name(session: Session, typed: str) -> str:
 
 
 def _baked_html(found: Baked) -> str:
-    missing = (
-        f"{len(found.not_applied):,} parts of the offset have no place in this model or WebUI, first {found.not_applied[0]}."
-        if found.not_applied
-        else ""
-    )
+    missing = markup.sentences(unplaced_lines(found.not_applied))
     nothing = (
         ""
         if found.tensors
@@ -196,5 +194,5 @@ def _baked_html(found: Baked) -> str:
     return markup.card(
         "Baked into the loaded model",
         "Every picture you make now has it, until Undo or until another checkpoint is loaded.",
-        nothing, missing, online, mood="doubt" if missing or nothing else "good", body=body,
+        nothing, *missing, online, mood="doubt" if missing or nothing else "good", body=body,
     )  # fmt: skip

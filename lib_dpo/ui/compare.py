@@ -15,12 +15,14 @@ from lib_dpo.ui import markup, parts
 from lib_dpo.ui.markup import Mood
 from lib_dpo.ui.parts import Tab
 from lib_dpo.ui.standing import about
+from lib_dpo.unplaced import twin_lines, unplaced_lines
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from lib_dpo.effects import EffectReport
     from lib_dpo.grid import Cell
+    from lib_dpo.offset import Offset
 
 _MOODS: dict[str, Mood] = {"none": "doubt", "subtle": "good", "strong": "good", "broken": "bad"}
 _WORDS = {"none": "No visible effect", "subtle": "A subtle effect", "strong": "A strong effect", "broken": "Too much"}
@@ -143,7 +145,7 @@ def compare(
     grid.info["parameters"] = found.grid.infotext  # the WebUI writes it into the file that the page shows
     wipe, where = look(session, found, start)
     return [
-        _report_html(found.report),
+        _report_html(found.report, found.offset),
         parts.update(value=grid, visible=True),
         parts.update(choices=list(labels), value=start, visible=True),
         wipe,
@@ -184,7 +186,7 @@ def _pair(found: Comparison, cell: Cell) -> tuple[Image, Image]:
 # ---- in words and pictures ----
 
 
-def _report_html(report: EffectReport) -> str:
+def _report_html(report: EffectReport, offset: Offset) -> str:
     rows = [
         (
             f"{effect.variant.label}{' ← start here' if effect.variant == report.suggested else ''}",
@@ -198,7 +200,9 @@ def _report_html(report: EffectReport) -> str:
     head = ("", "Effect", "Mean difference", "Least to most", "Same structure")
     caption = "Differences in grey levels of 255, against the untouched model"
     table = markup.table(head, rows, caption)
-    return markup.card(_WORDS[report.level], report.text, mood=_MOODS[report.level], body=table + markup.note(report.caveat))
+    gaps = markup.sentences(twin_lines(offset.twins) + unplaced_lines(offset.unmatched))
+    body = table + markup.note(report.caveat)
+    return markup.card(_WORDS[report.level], report.text, *gaps, mood=_MOODS[report.level], body=body)
 
 
 def wipe_html(before: Image, after: Image, label: str) -> str:

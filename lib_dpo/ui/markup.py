@@ -105,6 +105,11 @@ def code(content: str) -> str:
     return f'<p><code class="dpo-code">{text(content)}</code></p>'
 
 
+def sentences(lines: Iterable[str]) -> list[str]:
+    """Lines of a report as sentences of a card."""
+    return [_sentence(line).rstrip(".") + "." for line in lines]
+
+
 def percent(share: float) -> str:
     """0.3062 as `30.6 %`; small shares keep two digits."""
     return f"{100 * share:.2g} %" if abs(share) < 0.1 else f"{100 * share:.1f} %"
