@@ -60,7 +60,7 @@ class Page:
         found = function(*(self.values[each] for each in row["inputs"]))
         found = found if len(row["outputs"]) != 1 or isinstance(found, list) else [found]
         for each, value in zip(row["outputs"], found, strict=True):
-            if isinstance(value, dict) and value.get("__type__") == "update":
+            if isinstance(value, dict) and "update" in value.get("__type__", ""):
                 if "value" not in value:
                     continue
                 value = value["value"]
