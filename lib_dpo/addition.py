@@ -196,8 +196,8 @@ def _near(stored: Tensor, parts: _Parts, tile: _Tile, weight: float, dtype: torc
 
     The bound holds the rounding of the sum and of its bounds, one unit each, and one for what is rounded in computing it.
     """
-    delta = _delta(parts, tile, torch.float32)
-    middle = torch.add(stored.float(), delta, alpha=weight)
+    delta, before = _delta(parts, tile, torch.float32), stored.float()
+    middle = torch.add(before, delta, alpha=weight)
     error = torch.tensor(abs(weight) * _error(parts, tile) + _TINY)
     bound = torch.add(error, middle.abs(), alpha=3 * _UNIT)
     low, sums = torch.sub(middle, bound).to(dtype), bound.add_(middle).to(dtype)
@@ -207,8 +207,8 @@ def _near(stored: Tensor, parts: _Parts, tile: _Tile, weight: float, dtype: torc
     if len(unsure):
         rows, columns = map(torch.from_numpy, np.divmod(unsure, sums.shape[1]))
         change = _delta_at(parts, rows + tile[0].start, columns + tile[1].start).mul_(weight)
-        _bits(sums)[rows, columns] = _bits(_rounded(stored[rows, columns], change, dtype)[0])
-    return sums, delta, middle.sub_(sums)
+        _bits(sums)[rows, columns] = _bits(_rounded(before[rows, columns], change, dtype)[0])
+    return sums, delta, middle.sub_(sums.float() if sums.element_size() == 1 else sums)  # float8 takes no part in arithmetic
 
 
 def _bits(tensor: Tensor) -> Tensor:

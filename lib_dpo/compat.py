@@ -19,6 +19,7 @@ from lib_dpo.model import Model
 from lib_dpo.offset import Pair, blocks_in, check_finite, check_is_model, check_left_out
 from lib_dpo.prediction import Prediction, prediction_doubt, prediction_of, predictions, target_doubt
 from lib_dpo.progress import Progress, Steps
+from lib_dpo.settings import in_digits
 from lib_dpo.threads import side_by_side
 
 # Heuristics on drift, ||target - base|| / ||base|| of the UNet. Finetunes and merges of SD 1.5 and SDXL lie near 5 to
@@ -178,11 +179,6 @@ def _inner(a: Tensor, b: Tensor) -> float:
     """<a, b>: rows in float32, their sum in float64."""
     rows = (a * b).flatten(1).sum(dim=-1) if a.ndim > 1 else a.double() * b.double()
     return float(rows.double().sum())
-
-
-def in_digits(strength: float, form: str = ".2f") -> str:
-    """A strength to two digits; nothing is 0.00, never -0.00."""
-    return format(round(strength, 2) + 0.0, form)
 
 
 def _judge(

@@ -146,6 +146,11 @@ def strength_to_bake(value: Any) -> float:
     return number
 
 
+def in_digits(strength: float, form: str = ".2f") -> str:
+    """A strength to two digits; nothing is 0.00, never -0.00."""
+    return format(round(strength, 2) + 0.0, form)
+
+
 def is_finite(value: Any) -> bool:
     """Whether it is a number that can be counted with; `True` is none."""
     try:

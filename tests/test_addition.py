@@ -137,6 +137,24 @@ def test_values_that_the_delta_leaves_alone_keep_their_bits(dtype: torch.dtype) 
         assert found.wanted == found.lost == 0
 
 
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_float8_is_the_nearest_of_all_its_values(dtype: torch.dtype) -> None:
+    """By hand: of the 256 values the nearest to the float64 sum, and of two as near the one with an even last bit."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    table = codes.view(dtype).double()
+    table, codes = table[table.isfinite()], codes[table.isfinite()]
+    generator = torch.Generator().manual_seed(0)
+    stored = (torch.randn(64, 48, generator=generator) * 3).to(dtype)
+    grid = (torch.randn(64, 48, generator=generator) * 16).round() / 64  # so that ties occur
+    product = Product(torch.randn(64, 4, generator=generator), torch.randn(4, 48, generator=generator), 0.1)
+    for terms in ([Whole(grid)], [product], [Whole(grid), product]):
+        exact = stored.double() + total(terms, (64, 48), torch.float64)
+        apart = (exact[..., None] - table).abs()
+        is_near = apart == apart.amin(-1, keepdim=True)
+        wanted = table[(is_near * (1 + (codes % 2 == 0))).argmax(-1)]
+        assert torch.equal(add_rounded(stored, terms, 1.0, dtype).result.double(), wanted)
+
+
 @pytest.mark.parametrize("huge", [1e20, 3e38, math.inf, math.nan])
 def test_what_leaves_float32_on_the_way_is_the_float64_sum_or_is_seen(huge: float) -> None:
     up, down = torch.full((2, 2), huge), torch.full((2, 3), 1 / huge if huge < 1e30 else 1e-38)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lib_dpo import plots
 from lib_dpo.analyse import KINDS, diff
 from lib_dpo.bake import bake
-from lib_dpo.compat import CompatReport, compat, in_digits
+from lib_dpo.compat import CompatReport, compat
 from lib_dpo.dense import write_offset
 from lib_dpo.errors import MismatchError, SettingError
 from lib_dpo.figures import rounding_energy
@@ -22,6 +22,7 @@ from lib_dpo.lora import open_offset
 from lib_dpo.model import open_model
 from lib_dpo.offset import open_pair
 from lib_dpo.plots import plot_diff
+from lib_dpo.settings import in_digits
 from lib_dpo.shapes import checkpoint_shapes, small
 from lib_dpo.synthetic import base_tensor, offset_tensor, small_pair
 

@@ -371,13 +371,16 @@ def test_of_a_folder_the_unet_is_baked_into_one_file(
     report = tiny.figures(tmp_path / "r.json", "bake", "--target", folder, "--offset", offset, "-o", baked)
     assert "UNet alone" in capsys.readouterr().out
     assert tiny.snapshot(folder) == before
-    assert (report["unet_only"], report["tensors_kept"], report["not_applied"]) == (True, 0, [])
+    assert (report["unet_only"], report["not_applied"]) == (True, [])
     with open_model(folder) as target:
         unet = {
             name.removeprefix("unet."): target.read(key) for key in target.keys("unet") for name in target.sources[key].keys
         }
     found, deltas = load_file(baked), load_file(offset)
     assert found.keys() == unet.keys() == deltas.keys()
+    equal = sum(torch.equal(found[key], weight) for key, weight in unet.items())  # too small a change for half precision
+    assert (report["tensors_kept"], report["tensors_changed"]) == (equal, len(unet) - equal)
+    assert equal < len(unet) / 10
     for key, weight in unet.items():
         assert torch.equal(found[key], (weight.double() + deltas[key].double()).to(weight.dtype)), key
     with open_model(baked) as model:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lib_dpo.compat import in_digits
 from lib_dpo.session import Session
+from lib_dpo.settings import in_digits
 from lib_dpo.ui import markup, parts
 from lib_dpo.ui.markup import Mood
 from lib_dpo.ui.parts import Tab
