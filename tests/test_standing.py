@@ -135,6 +135,16 @@ def test_a_baked_card_goes_with_its_bake_and_its_model(page: Page, host: FakeHos
     assert "other is loaded now" in page.after_a_while("bake_result")
 
 
+def test_a_baked_card_goes_when_another_checkpoint_is_chosen_for_the_next_picture(page: Page, host: FakeHost):
+    baked = page.press("bake_go")
+    host.live.later = host.checkpoint_dir / "other.safetensors"  # as Forge chooses
+    assert "other is loaded for the next picture" in page.after_a_while("bake_result")
+    host.live.later = None
+    assert page.after_a_while("bake_result") == baked
+    touched(host.checkpoint_dir / "base.safetensors")
+    assert "base.safetensors has changed" in page.after_a_while("bake_result")
+
+
 def test_an_undone_card_goes_with_the_next_bake(page: Page):
     page.press("bake_go")
     assert "Undone" in page.press("bake_undo")

@@ -20,19 +20,35 @@ _Stamp = tuple[int, int] | None  # time of the last change in nanoseconds and by
 
 
 @dataclass(frozen=True)
+class _Model:
+    """The loaded checkpoint, and another one that is chosen for the next picture."""
+
+    path: Path | None
+    stamp: _Stamp
+    chosen: Path | None
+
+    def since(self, before: _Model) -> str:
+        """What is other than before, or nothing."""
+        if self.path != before.path:
+            return f"{self.path.stem} is loaded now" if self.path else "no checkpoint is loaded now"
+        if self.chosen != before.chosen:
+            return f"{self.chosen.stem} is loaded for the next picture" if self.chosen else "no other checkpoint is chosen now"
+        return f"{self.path.name} has changed" if self.path and self.stamp != before.stamp else ""
+
+
+@dataclass(frozen=True)
 class About:
     """What an answer is true of, as it was when the answer was given."""
 
-    model: tuple[Path | None, _Stamp] | None = None  # the loaded checkpoint; None where it does not matter
+    model: _Model | None = None  # the loaded checkpoint; None where it does not matter
     baked: tuple[Baked | None] | None = None  # what was in it; None where that does not matter
     files: tuple[tuple[Path, _Stamp], ...] = ()
 
     def changed(self, session: Session) -> str:
         """Why it is not so any more, after "because"; empty where it is. Opens no file."""
         now = about(session, model=self.model is not None, baked=self.baked is not None)
-        if self.model != now.model:
-            assert now.model
-            return f"{now.model[0].stem} is loaded now" if now.model[0] else "no checkpoint is loaded now"
+        if self.model and now.model and (why := now.model.since(self.model)):
+            return why
         if self.baked != now.baked:
             assert now.baked
             return f"{now.baked[0].offset} is baked in now" if now.baked[0] else "nothing is baked in now"
@@ -77,7 +93,7 @@ def about(session: Session, *names: str | Path, model: bool = False, baked: bool
     path = loaded.path if loaded else None
     paths = [name if isinstance(name, Path) else session.library.any(name) for name in names if name]
     return About(
-        (path, _stamp(path) if path else None) if model else None,
+        _Model(path, _stamp(path) if path else None, session.host.live.chosen()) if model else None,
         (session.host.live.baked(),) if baked else None,
         tuple((each, _stamp(each)) for each in paths),
     )
