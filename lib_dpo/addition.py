@@ -93,6 +93,8 @@ class _Matrix:
         return self._values[rows, columns].to(dtype)
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        if self._values.element_size() == 1:  # older torch picks no values out of float8
+            return _bits(self._values)[rows, columns].view(self._values.dtype).double()
         return self._values[rows, columns].double()
 
     def error(self, rows: slice, columns: slice, others: int) -> float:

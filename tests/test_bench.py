@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from bench.measure import busy
-from bench.table import tour_table
 from bench.tour import tour
 from lib_dpo.synthetic import small_pair
 
@@ -160,6 +159,8 @@ def test_kept_pairs_serve_the_next_run(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_command_is_set_beside_copying_and_run_beside_busy_processes(tmp_path: Path):
+    from bench.table import tour_table  # with LyCORIS
+
     base, tuned = small_pair(tmp_path / "pair")
     stop = next(tour("sd1", base, tuned, 4, torch.device("cpu"), tmp_path, beside_others=True))
     assert stop.title == "`inspect`, the base"

@@ -87,8 +87,8 @@ def pillow_draws(kind: str, rng: np.random.Generator, *, blur: float = 0.5, nois
         pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=255)
         pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=255)
     else:
-        half = 0.9 * radius
-        pen.rounded_rectangle((x - half, y - half, x + half, y + half), float(kind) * half, fill=255)
+        side, left, top = (round(each) for each in (1.8 * radius, x - 0.9 * radius, y - 0.9 * radius))
+        pen.rounded_rectangle((left, top, left + side, top + side), float(kind) * side / 2, fill=255)
     turned = sheet.rotate(rng.uniform(-8, 8), Image.Resampling.BILINEAR, center=(x, y))
     soft = turned.filter(ImageFilter.GaussianBlur(blur * zoom)).resize((SIZE, SIZE), Image.Resampling.BOX)
     cover = np.asarray(soft)[..., None] / 255.0
