@@ -32,17 +32,17 @@ from bench.table import (
     tour_table,
 )
 from bench.tour import tour
-from lib_dpo.arch import ARCHITECTURES as KNOWN
-from lib_dpo.devices import resolve_device
 from lib_dpo.errors import DpoError, OutputError
-from lib_dpo.header import tensor_nbytes
-from lib_dpo.layers import Layer
-from lib_dpo.model import open_model
-from lib_dpo.offset import open_pair
+from lib_dpo.families.arch import ARCHITECTURES as KNOWN
+from lib_dpo.families.model import open_model
+from lib_dpo.families.shapes import checkpoint_dtype, checkpoint_shapes, small, unet_name_pairs
+from lib_dpo.families.synthetic import make_pair
+from lib_dpo.files.header import tensor_nbytes
+from lib_dpo.files.writer import write_text_atomic
+from lib_dpo.maths.devices import resolve_device
+from lib_dpo.offsets.layers import Layer
+from lib_dpo.offsets.offset import open_pair
 from lib_dpo.settings import DEFAULT_RANK, check
-from lib_dpo.shapes import checkpoint_dtype, checkpoint_shapes, small, unet_name_pairs
-from lib_dpo.synthetic import make_pair
-from lib_dpo.writer import write_text_atomic
 
 ARCHITECTURES = ("sd1", "sdxl")
 _SMALL_RANK = 8

@@ -17,15 +17,15 @@ from typing import Any
 import torch
 
 from bench.measure import PeakMemory, matmul_rate, read_seconds, timed
-from lib_dpo.checkpoint import Checkpoint
 from lib_dpo.errors import DpoError
-from lib_dpo.layers import Layer
-from lib_dpo.lowrank import operations
-from lib_dpo.offset import Pair
+from lib_dpo.files.checkpoint import Checkpoint
+from lib_dpo.maths.lowrank import operations
+from lib_dpo.offsets.layers import Layer
+from lib_dpo.offsets.offset import Pair
 
 _ROOT = Path(__file__).resolve().parents[1]
 _START = """
-import torch, lib_dpo.extract
+import torch, lib_dpo.operations.extract
 from bench.measure import anonymous_bytes
 if {cuda}: torch.zeros(1, device="cuda")
 print(anonymous_bytes())

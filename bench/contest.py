@@ -14,11 +14,11 @@ from torch import Tensor
 
 from bench.contestants import Approximation, Contestant, contestants, one_by_one, ours, svd_lowrank
 from bench.measure import Measured, measure
-from lib_dpo.devices import batch_size
-from lib_dpo.layers import Layer, plan_layers
-from lib_dpo.lowrank import full_precision, krylov_blocks, seed_for, singular_values
-from lib_dpo.offset import Pair
-from lib_dpo.threads import side_by_side
+from lib_dpo.maths.devices import batch_size
+from lib_dpo.maths.lowrank import full_precision, krylov_blocks, seed_for, singular_values
+from lib_dpo.maths.threads import side_by_side
+from lib_dpo.offsets.layers import Layer, plan_layers
+from lib_dpo.offsets.offset import Pair
 
 logger = logging.getLogger(__name__)
 

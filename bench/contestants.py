@@ -15,9 +15,9 @@ import torch
 from lycoris.utils import extract_conv, extract_linear
 from torch import Tensor
 
-from lib_dpo.lowrank import Factors, factorise
+from lib_dpo.maths.lowrank import Factors, factorise
+from lib_dpo.maths.threads import side_by_side
 from lib_dpo.settings import Method
-from lib_dpo.threads import side_by_side
 
 Approximation = tuple[Tensor, Tensor]
 _CLAMP_QUANTILE = 0.99

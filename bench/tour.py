@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from bench.command import process_start, run_command
 from bench.measure import busy, copy_seconds
-from lib_dpo.shapes import unet_name_pairs
+from lib_dpo.families.shapes import unet_name_pairs
 
 _SMALLER = 4  # times, by `resize`
 _OTHERS = 2  # busy processes

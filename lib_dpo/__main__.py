@@ -16,7 +16,7 @@ def run() -> int:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):  # no terminal is too old for our bars and other people's file names
                 stream.reconfigure(errors="replace")
-        from lib_dpo.cli import main
+        from lib_dpo.cli.main import main
 
         code = main()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # what was to be done is done and told: Ctrl-C comes too late

@@ -20,12 +20,29 @@ DpoError
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Iterable
 
 
 def printable(text: str) -> str:
     """Text from a file as a terminal may be given it: without control characters."""
     return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that somebody may have meant, the same but for its case before a similar one; None if none is near."""
+    folded: dict[str, str] = {}
+    for name in known:
+        folded.setdefault(name.casefold(), name)
+    near = difflib.get_close_matches(word.casefold(), folded, n=1)
+    return folded[near[0]] if near else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence that refuses a word: the known one that was probably meant, or nothing."""
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else ""
 
 
 class DpoError(Exception):

@@ -10,8 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from lib_dpo.errors import NothingToDoError, SettingError
-from lib_dpo.names import did_you_mean
+from lib_dpo.errors import NothingToDoError, SettingError, did_you_mean
 
 Method = Literal["auto", "exact", "randomized"]
 METHODS: tuple[Method, ...] = get_args(Method)

@@ -6,11 +6,11 @@ The host executes this file at its start and again at every Reload UI, as a modu
 from modules import script_callbacks, scripts, shared
 from modules.ui_components import InputAccordion
 
-from lib_dpo import api, axes, generation, ui
 from lib_dpo.hosts.detect import current_host
 from lib_dpo.hosts.webui import ALLOW_PATHS, REFERENCE_DIR, xyz_module
-from lib_dpo.session import Session
-from lib_dpo.ui.script import script_controls
+from lib_dpo.webui import api, axes, generation, tab
+from lib_dpo.webui.session import Session
+from lib_dpo.webui.tab.script import script_controls
 
 session = Session(current_host())
 hooks = generation.Generation(session)
@@ -81,6 +81,6 @@ def add_routes(demo, app):
 add_axes()  # here for --nowebui, where the axes are read before any callback; before_ui for everything else
 script_callbacks.on_before_ui(add_axes)
 script_callbacks.on_ui_settings(add_settings)
-script_callbacks.on_ui_tabs(lambda: [(ui.build(session), "DPO", NAME)])
+script_callbacks.on_ui_tabs(lambda: [(tab.build(session), "DPO", NAME)])
 script_callbacks.on_app_started(add_routes)
 script_callbacks.on_model_loaded(lambda model: session.host.live.baked())  # let go of what a reload took away

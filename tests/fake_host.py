@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from lib_dpo.errors import Cancelled, HostError, NoModelError
+from lib_dpo.families.keymap import UNET
+from lib_dpo.families.model import open_model
 from lib_dpo.hosts.base import Baked, Check, FileEntry, LoadedModel, Picture, Request
-from lib_dpo.keymap import UNET
-from lib_dpo.lora import open_lora
-from lib_dpo.lora_keys import group_keys
-from lib_dpo.model import open_model
-from lib_dpo.patch import Patch
+from lib_dpo.offsets.lora.keys import group_keys
+from lib_dpo.offsets.lora.offset import open_lora
+from lib_dpo.offsets.patch import Patch
 from lib_dpo.progress import Progress
 
 

@@ -20,12 +20,12 @@ import pytest
 import torch
 from torch import nn
 
-from lib_dpo.checkpoint import open_checkpoint
+from lib_dpo.families.keymap import VAE
+from lib_dpo.files.checkpoint import open_checkpoint
 from lib_dpo.hosts import inplace
-from lib_dpo.hosts.a1111 import A1111Live
-from lib_dpo.keymap import VAE
-from lib_dpo.lora_file import read_lora
-from lib_dpo.patch import Patch
+from lib_dpo.hosts.a1111.live import A1111Live
+from lib_dpo.offsets.lora.file import read_lora
+from lib_dpo.offsets.patch import Patch
 
 Tensors = Mapping[str, torch.Tensor]
 PATCHED = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.MultiheadAttention)

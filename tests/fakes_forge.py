@@ -19,11 +19,11 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from lib_dpo.arch import ARCHITECTURES
+from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.keymap import UNET, lora_modules, text_encoder_from_hf
 from lib_dpo.hosts import inplace
-from lib_dpo.hosts.forge import ForgeLive
-from lib_dpo.keymap import UNET, lora_modules, text_encoder_from_hf
-from lib_dpo.lora_alias import lora_aliases
+from lib_dpo.hosts.forge.live import ForgeLive
+from lib_dpo.offsets.lora.aliases import lora_aliases
 
 FORKS = ("forge", "classic", "reforge", "neo", "neo-comfy")  # the last: Neo since its patcher is ComfyUI's own
 LATE = ("forge", "neo", "neo-comfy")  # load a checkpoint for the next picture only

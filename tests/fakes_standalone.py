@@ -13,7 +13,7 @@ from harness import Tensors
 
 from lib_dpo.hosts import inplace
 from lib_dpo.hosts.standalone import StandaloneLive
-from lib_dpo.patch import Patch
+from lib_dpo.offsets.patch import Patch
 
 
 class Standalone:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from lib_dpo.hosts.base import LiveModel
-from lib_dpo.patch import Patch
+from lib_dpo.offsets.patch import Patch
 
 Tensors = Mapping[str, torch.Tensor]
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lib_dpo.keymap import UNET
-from lib_dpo.shapes import small, unet_diffusers_config
+from lib_dpo.families.keymap import UNET
+from lib_dpo.families.shapes import small, unet_diffusers_config
 
 Tensors = dict[str, torch.Tensor]
 

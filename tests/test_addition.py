@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lib_dpo import addition
-from lib_dpo.addition import add_rounded
-from lib_dpo.delta import Product, Term, Whole, total
+from lib_dpo.maths import addition
+from lib_dpo.maths.addition import add_rounded
+from lib_dpo.maths.delta import Product, Term, Whole, total
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 FLOAT8 = [getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2") if hasattr(torch, name)]

@@ -10,21 +10,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib_dpo import plots
-from lib_dpo.analyse import KINDS, diff
-from lib_dpo.bake import bake
-from lib_dpo.compat import CompatReport, compat
-from lib_dpo.dense import write_offset
 from lib_dpo.errors import MismatchError, SettingError
-from lib_dpo.figures import rounding_energy
-from lib_dpo.keymap import UNET
-from lib_dpo.lora import open_offset
-from lib_dpo.model import open_model
-from lib_dpo.offset import open_pair
-from lib_dpo.plots import plot_diff
+from lib_dpo.families.keymap import UNET
+from lib_dpo.families.model import open_model
+from lib_dpo.families.shapes import checkpoint_shapes, small
+from lib_dpo.families.synthetic import base_tensor, offset_tensor, small_pair
+from lib_dpo.offsets.lora.offset import open_offset
+from lib_dpo.offsets.offset import open_pair
+from lib_dpo.operations.bake import bake
+from lib_dpo.operations.compat import CompatReport, compat
+from lib_dpo.operations.diff import KINDS, diff
+from lib_dpo.operations.measure import rounding_energy
+from lib_dpo.operations.write_offset import write_offset
+from lib_dpo.pictures import plots
+from lib_dpo.pictures.plots import plot_diff
 from lib_dpo.settings import in_digits
-from lib_dpo.shapes import checkpoint_shapes, small
-from lib_dpo.synthetic import base_tensor, offset_tensor, small_pair
 
 Files = tuple[Path, Path]
 
@@ -89,7 +89,7 @@ def test_the_figures_of_diff_are_those_of_float64(sd1: Files) -> None:
 
 @pytest.mark.parametrize("rank", [8, 64])  # 64 is more than most layers can use
 def test_the_spectra_say_what_an_extraction_would_keep(sd1: Files, tmp_path: Path, rank: int) -> None:
-    from lib_dpo.extract import extract
+    from lib_dpo.operations.extract import extract
     from lib_dpo.settings import ExtractSettings, RankPolicy
 
     def settings_of(rank: int) -> ExtractSettings:
@@ -241,7 +241,7 @@ def test_a_model_is_not_said_to_be_without_dpo_where_its_weights_cannot_tell(
 ) -> None:
     finetune = finetuned(sd1, tmp_path / "f.safetensors", 0.05)
     assert "without DPO in it" in judged(finetune, sd1).text
-    monkeypatch.setattr("lib_dpo.compat._jackknife", lambda tensors, total: 0.2)
+    monkeypatch.setattr("lib_dpo.operations.compat._jackknife", lambda tensors, total: 0.2)
     unsure = judged(finetune, sd1)
     assert unsure.level == "fits"
     assert "without DPO" not in unsure.text

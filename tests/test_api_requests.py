@@ -11,10 +11,10 @@ from fake_host import FakeHost
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from lib_dpo.api import PREFIX, add_routes
 from lib_dpo.errors import SettingError
-from lib_dpo.session import Session
 from lib_dpo.settings import RankPolicy, check
+from lib_dpo.webui.api import PREFIX, add_routes
+from lib_dpo.webui.session import Session
 
 JSON = {"Content-Type": "application/json"}
 POSTS = ("analyse", "extract", "offset", "bake", "unbake", "save", "compare", "compat", "jobs/x/cancel")

@@ -20,10 +20,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.errors import SettingError
-from lib_dpo.keymap import UNET, parse_blocks
-from lib_dpo.synthetic import offset_tensor
+from lib_dpo.families.keymap import UNET, parse_blocks
+from lib_dpo.families.synthetic import offset_tensor
+from lib_dpo.files.checkpoint import open_checkpoint
 
 READS_PICKLES = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 6)
 QKV = UNET + "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"  # a canonical key with a LoRA module

@@ -16,26 +16,26 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib_dpo.analyse import diff
-from lib_dpo.arch import ARCHITECTURES
-from lib_dpo.bake import BakeReport, bake
-from lib_dpo.checkpoint import open_checkpoint
-from lib_dpo.dense import write_offset
+from lib_dpo.cli.text import bake_text, inspect_text
 from lib_dpo.errors import BadTensorError, Cancelled, MismatchError, NothingToDoError, OutputError, SettingError
-from lib_dpo.extract import extract
-from lib_dpo.inspection import inspect
-from lib_dpo.keymap import EVERYWHERE, UNET, BlockWeights, block_of, parse_blocks, unet_to_diffusers
-from lib_dpo.lora import open_offset
-from lib_dpo.model import open_model
-from lib_dpo.offset import open_pair
-from lib_dpo.patch import open_patch
-from lib_dpo.precision import round_once
-from lib_dpo.recipe import baked_in
-from lib_dpo.report import bake_text, inspect_text
-from lib_dpo.resize import resize
+from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.keymap import EVERYWHERE, UNET, BlockWeights, block_of, parse_blocks, unet_to_diffusers
+from lib_dpo.families.model import open_model
+from lib_dpo.families.synthetic import small_pair
+from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.files.writer import SafetensorsWriter
+from lib_dpo.maths.precision import round_once
+from lib_dpo.offsets.lora.offset import open_offset
+from lib_dpo.offsets.offset import open_pair
+from lib_dpo.offsets.patch import open_patch
+from lib_dpo.offsets.recipe import baked_in
+from lib_dpo.operations.bake import BakeReport, bake
+from lib_dpo.operations.diff import diff
+from lib_dpo.operations.extract import extract
+from lib_dpo.operations.inspect import inspect
+from lib_dpo.operations.resize import resize
+from lib_dpo.operations.write_offset import write_offset
 from lib_dpo.settings import ExtractSettings, RankPolicy
-from lib_dpo.synthetic import small_pair
-from lib_dpo.writer import SafetensorsWriter
 
 Files = tuple[Path, Path]
 SD1 = ARCHITECTURES["sd1"]

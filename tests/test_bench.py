@@ -16,7 +16,7 @@ import torch
 
 from bench.measure import busy
 from bench.tour import tour
-from lib_dpo.synthetic import small_pair
+from lib_dpo.families.synthetic import small_pair
 
 pytestmark = [pytest.mark.newest, pytest.mark.slow]  # LyCORIS is one of the contestants
 

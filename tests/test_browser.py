@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lib_dpo.ui import compare
+from lib_dpo.webui.tab import compare
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
 ROOT = Path(__file__).parent.parent

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from lib_dpo.dense import write_offset
-from lib_dpo.hashes import file_sha256
-from lib_dpo.lora import open_offset
-from lib_dpo.model import open_model
-from lib_dpo.offset import open_pair
-from lib_dpo.shapes import checkpoint_shapes
+from lib_dpo.families.model import open_model
+from lib_dpo.families.shapes import checkpoint_shapes
+from lib_dpo.files.hashes import file_sha256
+from lib_dpo.offsets.lora.offset import open_offset
+from lib_dpo.offsets.offset import open_pair
+from lib_dpo.operations.write_offset import write_offset
 from lib_dpo.toy.bundled import BASE, CLIP, FOLDER, MEASURED, REFERENCE, generate, load
 from lib_dpo.toy.generate import LATENTS, sample
 from lib_dpo.toy.pictures import Scene, held_out

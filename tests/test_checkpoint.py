@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from lib_dpo import hashes
-from lib_dpo.checkpoint import (
+from lib_dpo.errors import BadFileError, BadTensorError, DpoError, UnsafeFileError
+from lib_dpo.files import hashes
+from lib_dpo.files.checkpoint import (
     TensorInfo,
     choose_weights,
     dtype_name,
@@ -30,7 +31,6 @@ from lib_dpo.checkpoint import (
     tensor_bytes,
     torch_dtype,
 )
-from lib_dpo.errors import BadFileError, BadTensorError, DpoError, UnsafeFileError
 
 READS_PICKLES = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 6)
 needs_pickles = pytest.mark.skipif(not READS_PICKLES, reason="torch before 2.6 reads no pickles safely")

@@ -19,11 +19,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lib_dpo.arch import ARCHITECTURES
-from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.errors import BadFileError, Cancelled
-from lib_dpo.keymap import UNET
-from lib_dpo.model import open_model
+from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.keymap import UNET
+from lib_dpo.families.model import open_model
+from lib_dpo.files.checkpoint import open_checkpoint
 from lib_dpo.progress import Steps
 
 ROOT = Path(__file__).parents[1]
@@ -499,7 +499,7 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, cap
     def fail(args: object) -> None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
-    monkeypatch.setattr("lib_dpo.cli._inspect", fail)
+    monkeypatch.setattr("lib_dpo.cli.main._inspect", fail)
     assert tiny.run("inspect", "x.safetensors") == 2
     assert capsys.readouterr().err.startswith(
         f"error: torch is not installed in this Python; run `{sys.executable} -m pip install .` in the folder of this project"
@@ -543,7 +543,7 @@ def test_an_output_is_refused_before_anything_is_fetched(
     def fetch(spec: str, **options: Any) -> Path:
         pytest.fail(f"{spec} was fetched")
 
-    monkeypatch.setattr("lib_dpo.hub.resolve", fetch)
+    monkeypatch.setattr("lib_dpo.files.hub.resolve", fetch)
     (tmp_path / "mine.safetensors").write_bytes(b"mine")
     names = {"bake": ("--target", "--offset"), "resize": ("--lora",)}.get(command, ("--base", "--tuned"))
     arguments = [part for option in names for part in (option, "hub:owner/name")]
@@ -555,7 +555,7 @@ def test_an_output_is_refused_before_anything_is_fetched(
 def test_an_other_sidecar_is_refused_before_anything_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("lib_dpo.hub.resolve", lambda spec, **options: pytest.fail(f"{spec} was fetched"))
+    monkeypatch.setattr("lib_dpo.files.hub.resolve", lambda spec, **options: pytest.fail(f"{spec} was fetched"))
     (tmp_path / "out.yaml").write_text("mine\n")
     output = tmp_path / "out.safetensors"
     assert tiny.run("bake", "--target", "hub:owner/name", "--offset", "hub:owner/other", "-o", output) == 2
@@ -722,12 +722,12 @@ def test_a_terminal_without_our_letters_is_no_error(sd1: Layouts):
 INTERRUPTIBLE = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-import lib_dpo.decompose
-factorise = lib_dpo.decompose.factorise
+import lib_dpo.operations.decompose
+factorise = lib_dpo.operations.decompose.factorise
 def slowly(*args, **options):
     time.sleep(0.2)
     return factorise(*args, **options)
-lib_dpo.decompose.factorise = slowly
+lib_dpo.operations.decompose.factorise = slowly
 import runpy
 runpy.run_module("lib_dpo", run_name="__main__")
 """

@@ -13,14 +13,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_dpo.checkpoint import Checkpoint
-from lib_dpo.coverage import contents, left_out, left_out_of_unets
 from lib_dpo.errors import MismatchError
-from lib_dpo.header import TensorInfo
-from lib_dpo.keymap import UNET
-from lib_dpo.model import Model
-from lib_dpo.offset import Pair, open_pair
-from lib_dpo.shapes import unet_name_pairs
+from lib_dpo.families.keymap import UNET
+from lib_dpo.families.model import Model
+from lib_dpo.families.shapes import unet_name_pairs
+from lib_dpo.files.checkpoint import Checkpoint
+from lib_dpo.files.header import TensorInfo
+from lib_dpo.offsets.coverage import contents, left_out, left_out_of_unets
+from lib_dpo.offsets.offset import Pair, open_pair
 
 KEYS = Path(__file__).parent / "keys"
 WHOLE = {"sd15_ldm": "sd15_unet_diffusers", "sdxl_sgm": "sdxl_unet_diffusers"}

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from lib_dpo import decompose
-from lib_dpo.decompose import Decomposer
 from lib_dpo.errors import Cancelled
-from lib_dpo.lowrank import factorise
-from lib_dpo.model import open_model
-from lib_dpo.offset import Pair, open_pair
-from lib_dpo.synthetic import small_pair
-from lib_dpo.threads import side_by_side
+from lib_dpo.families.model import open_model
+from lib_dpo.families.synthetic import small_pair
+from lib_dpo.maths.lowrank import factorise
+from lib_dpo.maths.threads import side_by_side
+from lib_dpo.offsets.offset import Pair, open_pair
+from lib_dpo.operations import decompose
+from lib_dpo.operations.decompose import Decomposer
 
 CPU = torch.device("cpu")
 

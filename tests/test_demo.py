@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 import tiny
 
-from lib_dpo import demo as demo_module
-from lib_dpo.demo import demo
 from lib_dpo.errors import Cancelled
+from lib_dpo.toy import demo as demo_module
+from lib_dpo.toy.demo import demo
 from lib_dpo.toy.series import SHORT, Amount
 from tools.bundled.note import note
 from tools.bundled.recipe import SMOKE

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lib_dpo.cli import _runs
-from lib_dpo.cli_arguments import make_parser
-from lib_dpo.cli_parser import Parser
+from lib_dpo.cli.arguments import make_parser
+from lib_dpo.cli.main import _runs
+from lib_dpo.cli.parser import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models" / "bundled" / "README.md"]

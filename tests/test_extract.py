@@ -13,25 +13,25 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib_dpo import decompose
-from lib_dpo.arch import ARCHITECTURES, TextEncoder
-from lib_dpo.checkpoint import open_checkpoint
+from lib_dpo.cli.text import extract_text
 from lib_dpo.errors import Cancelled, NothingToDoError, SettingError
-from lib_dpo.extract import ExtractReport, extract
-from lib_dpo.figures import right_base
-from lib_dpo.keymap import UNET, lora_modules, unet_to_diffusers
-from lib_dpo.layers import plan_layers
-from lib_dpo.lora import open_offset
-from lib_dpo.lora_file import read_lora
-from lib_dpo.model import open_model
-from lib_dpo.offset import Pair, open_pair
-from lib_dpo.ranks import break_even_rank
-from lib_dpo.report import extract_text
-from lib_dpo.resize import resize
+from lib_dpo.families.arch import ARCHITECTURES, TextEncoder
+from lib_dpo.families.keymap import UNET, lora_modules, unet_to_diffusers
+from lib_dpo.families.model import open_model
+from lib_dpo.families.shapes import checkpoint_shapes, small, unet_diffusers_config
+from lib_dpo.families.synthetic import small_pair
+from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.maths.ranks import break_even_rank
+from lib_dpo.offsets.layers import plan_layers
+from lib_dpo.offsets.lora.file import read_lora
+from lib_dpo.offsets.lora.offset import open_offset
+from lib_dpo.offsets.offset import Pair, open_pair
+from lib_dpo.operations import decompose
+from lib_dpo.operations.extract import ExtractReport, extract
+from lib_dpo.operations.measure import right_base
+from lib_dpo.operations.resize import resize
+from lib_dpo.operations.verify import verify
 from lib_dpo.settings import ExtractSettings, RankPolicy
-from lib_dpo.shapes import checkpoint_shapes, small, unet_diffusers_config
-from lib_dpo.synthetic import small_pair
-from lib_dpo.verify import verify
 
 Files = tuple[Path, Path]
 
@@ -120,7 +120,7 @@ def test_the_report_the_metadata_and_verify_agree(sdxl: Files, tmp_path: Path) -
 def test_at_full_rank_in_fp32_nothing_is_missed_but_norms_and_biases(
     sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lib_dpo.rank_plan.break_even_rank", min)
+    monkeypatch.setattr("lib_dpo.operations.rank_plan.break_even_rank", min)
     report = run(sd1, tmp_path / "l.safetensors", rank=128, precision="fp32", method="exact")
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         pair = open_pair(base, tuned)
@@ -232,7 +232,7 @@ def test_the_number_of_cores_does_not_change_the_file(sd1: Files, tmp_path: Path
 
 def test_batches_write_the_same_weights(sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(sd1, tmp_path / "one.safetensors", rank=4)
-    monkeypatch.setattr("lib_dpo.extract.batch_size", lambda device, numel: 5)
+    monkeypatch.setattr("lib_dpo.operations.extract.batch_size", lambda device, numel: 5)
     run(sd1, tmp_path / "five.safetensors", rank=4)
     one, five = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "five.safetensors")
     assert one.keys() == five.keys()
@@ -318,7 +318,7 @@ def test_memory_that_runs_out_after_the_decomposition_costs_one_layer_a_second_r
 def test_a_batch_that_does_not_fit_is_done_one_by_one(sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = torch.cuda.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(decompose, "factorise", failing(error, when=lambda A, options: A.ndim == 3))
-    monkeypatch.setattr("lib_dpo.extract.batch_size", lambda device, numel: 4)
+    monkeypatch.setattr("lib_dpo.operations.extract.batch_size", lambda device, numel: 4)
     report = run(sd1, tmp_path / "l.safetensors", rank=4)
     assert report.fallbacks["out of memory"] > 10
     assert report.layers == 282
@@ -382,7 +382,7 @@ def test_resizing_keeps_clip_g_attention_whole(sdxl: Files, tmp_path: Path, poli
 
 
 def test_fused_attention_is_split_into_its_three_parts(sdxl: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib_dpo.rank_plan.break_even_rank", min)
+    monkeypatch.setattr("lib_dpo.operations.rank_plan.break_even_rank", min)
     files = changed_text_encoders(sdxl, tmp_path / "in", [TE2 + "in_proj_weight"])
     run(files, tmp_path / "l.safetensors", rank=64, precision="fp32", method="exact")
     lora, base, tuned = load_file(tmp_path / "l.safetensors"), load_file(files[0]), load_file(files[1])
@@ -565,7 +565,7 @@ def test_no_stray_keys_and_every_key_is_read_back(sdxl: Files, tmp_path: Path) -
 
 def test_the_order_of_the_files_is_doubted_when_it_looks_swapped(sd1: Files) -> None:
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
-        from lib_dpo.analyse import diff
+        from lib_dpo.operations.diff import diff
 
         swapped: Pair = open_pair(tuned, base)
         report = diff(swapped)

@@ -9,8 +9,8 @@ import pytest
 import tiny
 import torch
 
-from lib_dpo.arch import ARCHITECTURES
-from lib_dpo.keymap import UNET, VAE
+from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.keymap import UNET, VAE
 
 HALF = torch.float16
 Some = dict[str, torch.Tensor]

@@ -15,10 +15,10 @@ import torch
 from fakes_forge import FORKS, LATE, FakeForge
 
 from lib_dpo.errors import HostError, NoModelError
-from lib_dpo.hosts import forge_modules
-from lib_dpo.hosts.forge import ForgeLive
-from lib_dpo.keymap import UNET, parse_blocks
-from lib_dpo.patch import Patch, open_patch
+from lib_dpo.families.keymap import UNET, parse_blocks
+from lib_dpo.hosts.forge import modules
+from lib_dpo.hosts.forge.live import ForgeLive
+from lib_dpo.offsets.patch import Patch, open_patch
 
 
 @pytest.fixture(scope="module")
@@ -378,7 +378,7 @@ def test_the_fork_is_told_by_its_modules(host: FakeForge, live: ForgeLive):
         "forge": ("Forge", "forge 1.0"), "classic": ("Forge Classic", "classic 1.0"), "reforge": ("reForge", "reforge 1.0"),
         "neo": ("Forge Neo", "2.26"), "neo-comfy": ("Forge Neo", "2.29"),
     }  # fmt: skip
-    assert forge_modules.fork_name() == names[host.fork]
+    assert modules.fork_name() == names[host.fork]
     found = {check.name: check for check in live.checks()}
     assert found["quantised models"].text.startswith("patched" if host.fork in ("forge", "neo") else "refused")
     assert all(check.ok for check in found.values())
@@ -387,11 +387,11 @@ def test_the_fork_is_told_by_its_modules(host: FakeForge, live: ForgeLive):
 
 def test_what_is_missing_is_said(host: FakeForge, live: ForgeLive, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delattr(sys.modules["modules.scripts"].ScriptRunner, "process_before_every_sampling")
-    monkeypatch.delattr(forge_modules.lora_module(), "load_lora")
+    monkeypatch.delattr(modules.lora_module(), "load_lora")
     lost = {check.name: check.text for check in live.checks() if not check.ok}
     assert lost["sampling hook"].startswith("not found: offsets cannot be added to a generation")
     assert lost["LoRA loader"].startswith("not found: neither")
 
 
 def test_not_a_fork(monkeypatch: pytest.MonkeyPatch):
-    assert not forge_modules.is_forge()
+    assert not modules.is_forge()

@@ -11,11 +11,11 @@ import pytest
 import webui_files
 from webui_files import fake
 
-from lib_dpo.axes import add_axes
 from lib_dpo.errors import BadTensorError, SettingError
-from lib_dpo.generation import Generation, set_axis, wish_of
-from lib_dpo.recipe import ingredient_of
-from lib_dpo.session import Session
+from lib_dpo.offsets.recipe import ingredient_of
+from lib_dpo.webui.axes import add_axes
+from lib_dpo.webui.generation import Generation, set_axis, wish_of
+from lib_dpo.webui.session import Session
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib_dpo.extract import ExtractReport, extract
-from lib_dpo.hashes import file_sha256
-from lib_dpo.model import open_model
-from lib_dpo.offset import open_pair
+from lib_dpo.families.model import open_model
+from lib_dpo.families.synthetic import small_pair
+from lib_dpo.files.hashes import file_sha256
+from lib_dpo.offsets.offset import open_pair
+from lib_dpo.operations.extract import ExtractReport, extract
 from lib_dpo.settings import ExtractSettings, RankPolicy
-from lib_dpo.synthetic import small_pair
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"

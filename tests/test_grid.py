@@ -14,12 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageFont
 
-from lib_dpo import grid, lettering
-from lib_dpo.effects import CAVEAT, effects, fallen_apart, pixels, structure
 from lib_dpo.errors import Cancelled, SettingError
-from lib_dpo.grid import MAX_PICTURES, UNTOUCHED, Cell, Plan, Variant, parse_seeds, parse_strengths, run, strength_variants
 from lib_dpo.hosts.base import Silent
-from lib_dpo.pictures import Grid, difference_map, draw_grid, where_most
+from lib_dpo.pictures import grid, lettering
+from lib_dpo.pictures.drawing import Grid, difference_map, draw_grid, where_most
+from lib_dpo.pictures.effects import CAVEAT, effects, fallen_apart, pixels, structure
+from lib_dpo.pictures.grid import (
+    MAX_PICTURES,
+    UNTOUCHED,
+    Cell,
+    Plan,
+    Variant,
+    parse_seeds,
+    parse_strengths,
+    run,
+    strength_variants,
+)
 
 LONG = "masterpiece, best quality, " * 60 + "x" * 400
 

@@ -16,11 +16,11 @@ from fakes_forge import Harness as Fork
 from fakes_standalone import Standalone
 from harness import Harness, Tensors
 
-from lib_dpo.delta import Term, Whole
 from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, NoModelError, SettingError
+from lib_dpo.families.keymap import UNET, VAE, parse_blocks
 from lib_dpo.hosts.inplace import all_finite, checksum, digest
-from lib_dpo.keymap import UNET, VAE, parse_blocks
-from lib_dpo.patch import Patch, open_patch
+from lib_dpo.maths.delta import Term, Whole
+from lib_dpo.offsets.patch import Patch, open_patch
 
 HOSTS: dict[str, Callable[..., Harness]] = {
     "a1111": A1111, **{fork: partial(Fork, fork) for fork in FORKS}, "standalone": Standalone,

@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file, save
 
 from lib_dpo import errors
-from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.errors import BadFileError, MissingExtraError, NotAllowedError, SettingError
-from lib_dpo.hub import resolve
+from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.files.hub import resolve
 
 needs_library = pytest.mark.skipif(not importlib.util.find_spec("huggingface_hub"), reason="needs huggingface_hub")
 
@@ -120,11 +120,11 @@ class Hub:
 WORKER = """
 import json, logging, sys
 import torch
-from lib_dpo.hub import resolve
+from lib_dpo.files.hub import resolve
 records = []
 handler = logging.Handler()
 handler.emit = lambda record: records.append(record.getMessage())
-logging.getLogger("lib_dpo.hub").addHandler(handler)
+logging.getLogger("lib_dpo.files.hub").addHandler(handler)
 for line in sys.stdin:
     spec, answer = json.loads(line)
     questions, answered = [], {"path": None, "error": None, "message": ""}

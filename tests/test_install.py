@@ -63,7 +63,7 @@ def test_python_m_names_itself(tmp_path: Path):
 def test_the_bundled_model_and_the_looks_of_the_tab_come_along(site: Path, tmp_path: Path):
     program = (
         "from lib_dpo.settings import ASSETS, BUNDLED_MODEL; from lib_dpo.toy.bundled import check_there; "
-        "from lib_dpo.app import own_models; from pathlib import Path; import lib_dpo; "
+        "from lib_dpo.webui.app import own_models; from pathlib import Path; import lib_dpo; "
         "assert Path(lib_dpo.__file__).parent == ASSETS.parent, ASSETS; check_there(BUNDLED_MODEL); "
         "assert (ASSETS / 'style.css').is_file() and (ASSETS / 'javascript' / 'dpo.js').is_file(); "
         "print(sorted(path.name for path in own_models().rglob('*') if path.is_file()))"

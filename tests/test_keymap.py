@@ -11,9 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib_dpo.arch import ARCHITECTURES
 from lib_dpo.errors import SettingError
-from lib_dpo.keymap import (
+from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.keymap import (
     EVERYWHERE,
     UNET,
     VAE,
@@ -29,8 +29,8 @@ from lib_dpo.keymap import (
     vae_from_diffusers,
     vae_to_diffusers,
 )
-from lib_dpo.lora_alias import lora_aliases
-from lib_dpo.shapes import checkpoint_shapes, small, unet_diffusers_config, unet_name_pairs
+from lib_dpo.families.shapes import checkpoint_shapes, small, unet_diffusers_config, unet_name_pairs
+from lib_dpo.offsets.lora.aliases import lora_aliases
 
 KEYS = Path(__file__).parent / "keys"
 ALL = sorted(ARCHITECTURES)
@@ -178,7 +178,7 @@ def test_the_open_clip_map_is_that_of_diffusers(arch: str, number: int) -> None:
     theirs = traced(converted, tensors)
     for name, key in theirs.items():
         if "q_proj" in name or "k_proj" in name or "v_proj" in name:
-            assert ".attn.in_proj_" in key  # fused: lib_dpo.model joins it
+            assert ".attn.in_proj_" in key  # fused: lib_dpo.families.model joins it
         elif name == "text_projection.weight":
             assert key == encoder.prefix + "text_projection"
         else:

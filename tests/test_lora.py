@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib_dpo.arch import ARCHITECTURES
-from lib_dpo.checkpoint import open_checkpoint
 from lib_dpo.errors import BadTensorError, MismatchError
-from lib_dpo.keymap import UNET, lora_modules, unet_to_diffusers
-from lib_dpo.lora import open_offset
-from lib_dpo.lora_file import read_lora
-from lib_dpo.resize import resize
+from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.keymap import UNET, lora_modules, unet_to_diffusers
+from lib_dpo.families.shapes import checkpoint_shapes, small, unet_diffusers_config
+from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.offsets.lora.file import read_lora
+from lib_dpo.offsets.lora.offset import open_offset
+from lib_dpo.operations.resize import resize
 from lib_dpo.settings import RankPolicy
-from lib_dpo.shapes import checkpoint_shapes, small, unet_diffusers_config
 
 NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 KEY = UNET + "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"

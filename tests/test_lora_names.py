@@ -10,24 +10,24 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lib_dpo.arch import ARCHITECTURES
-from lib_dpo.bake import bake
-from lib_dpo.checkpoint import open_checkpoint
+from lib_dpo.cli.text import bake_text, inspect_text, resize_text, verify_text
 from lib_dpo.errors import MismatchError
-from lib_dpo.inspection import inspect
-from lib_dpo.lora import open_offset
-from lib_dpo.lora_alias import find_module, lora_aliases, readable_modules
-from lib_dpo.lora_file import read_lora
-from lib_dpo.lora_keys import parse_key
-from lib_dpo.model import open_model
-from lib_dpo.offset import open_pair
-from lib_dpo.report import bake_text, inspect_text, resize_text, verify_text
-from lib_dpo.resize import resize
+from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.model import open_model
+from lib_dpo.families.shapes import checkpoint_shapes
+from lib_dpo.families.synthetic import small_pair
+from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.offsets.lora.aliases import find_module, lora_aliases, readable_modules
+from lib_dpo.offsets.lora.file import read_lora
+from lib_dpo.offsets.lora.keys import parse_key
+from lib_dpo.offsets.lora.offset import open_offset
+from lib_dpo.offsets.lora.unplaced import place_of, unplaced_lines
+from lib_dpo.offsets.offset import open_pair
+from lib_dpo.operations.bake import bake
+from lib_dpo.operations.inspect import inspect
+from lib_dpo.operations.resize import resize
+from lib_dpo.operations.verify import verify
 from lib_dpo.settings import RankPolicy
-from lib_dpo.shapes import checkpoint_shapes
-from lib_dpo.synthetic import small_pair
-from lib_dpo.unplaced import place_of, unplaced_lines
-from lib_dpo.verify import verify
 from tests.lora_files import (
     TE,
     TE_KEY,

@@ -9,17 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from lib_dpo.checkpoint import open_checkpoint
+from lib_dpo.cli.text import inspect_text, resize_text
 from lib_dpo.errors import BadTensorError
-from lib_dpo.extract import extract
-from lib_dpo.inspection import inspect
-from lib_dpo.lora import open_offset
-from lib_dpo.model import open_model
-from lib_dpo.offset import open_pair
-from lib_dpo.report import inspect_text, resize_text
-from lib_dpo.resize import ResizeReport, resize
+from lib_dpo.families.model import open_model
+from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.offsets.lora.offset import open_offset
+from lib_dpo.offsets.offset import open_pair
+from lib_dpo.operations.extract import extract
+from lib_dpo.operations.inspect import inspect
+from lib_dpo.operations.resize import ResizeReport, resize
+from lib_dpo.operations.verify import verify
 from lib_dpo.settings import ExtractSettings, RankPolicy
-from lib_dpo.verify import verify
 from tests import tiny
 from tests.lora_files import TO_Q, kohya, pair, saved
 

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from lib_dpo.checkpoint import open_checkpoint
+from lib_dpo.cli.text import inspect_text
 from lib_dpo.errors import BadFileError, MismatchError
-from lib_dpo.inspection import inspect
-from lib_dpo.lora import open_offset
-from lib_dpo.lora_alias import find_module
-from lib_dpo.lora_scale import _HARMLESS_STARTS, _REFUSED
-from lib_dpo.patch import open_patch
-from lib_dpo.report import inspect_text
-from lib_dpo.resize import resize
+from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.offsets.lora.aliases import find_module
+from lib_dpo.offsets.lora.offset import open_offset
+from lib_dpo.offsets.lora.scale import _HARMLESS_STARTS, _REFUSED
+from lib_dpo.offsets.patch import open_patch
+from lib_dpo.operations.inspect import inspect
+from lib_dpo.operations.resize import resize
 from lib_dpo.settings import RankPolicy
 from tests.lora_files import TO_Q, TO_Q_DOTTED, TO_Q_KEY, configured, kohya, pair, peft, pipeline_of, product, saved, tiny_unet
 

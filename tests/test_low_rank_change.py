@@ -12,19 +12,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib_dpo.arch import ARCHITECTURES
-from lib_dpo.checkpoint import open_checkpoint
-from lib_dpo.decompose import Decomposer
-from lib_dpo.extract import ExtractReport, extract
-from lib_dpo.keymap import UNET, lora_modules
-from lib_dpo.layers import plan_layers
-from lib_dpo.lowrank import factorise, singular_values
-from lib_dpo.model import open_model
-from lib_dpo.offset import open_pair
-from lib_dpo.report import extract_text, resize_text
-from lib_dpo.resize import resize
+from lib_dpo.cli.text import extract_text, resize_text
+from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.keymap import UNET, lora_modules
+from lib_dpo.families.model import open_model
+from lib_dpo.families.synthetic import small_pair
+from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.maths.lowrank import factorise, singular_values
+from lib_dpo.offsets.layers import plan_layers
+from lib_dpo.offsets.offset import open_pair
+from lib_dpo.operations.decompose import Decomposer
+from lib_dpo.operations.extract import ExtractReport, extract
+from lib_dpo.operations.resize import resize
 from lib_dpo.settings import ExtractSettings, RankPolicy
-from lib_dpo.synthetic import small_pair
 
 RANK = 4
 Files = tuple[Path, Path]
@@ -117,7 +117,7 @@ def test_in_float32_the_file_is_the_change_itself(files: Files, tmp_path: Path) 
 
 
 def test_in_batches_too(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib_dpo.extract.batch_size", lambda device, numel: 4)
+    monkeypatch.setattr("lib_dpo.operations.extract.batch_size", lambda device, numel: 4)
     run(files, tmp_path / "l.safetensors", rank=64)
     check(files, tmp_path / "l.safetensors")
 

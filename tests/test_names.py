@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib_dpo.errors import OutputError
-from lib_dpo.names import names_apart, output_path
+from lib_dpo.files.names import names_apart, output_path
 
 FOLDER = Path("/models/Lora")
 

@@ -11,9 +11,9 @@ import tiny
 import torch
 
 from lib_dpo.errors import BadTensorError, SettingError
-from lib_dpo.keymap import UNET, parse_blocks
-from lib_dpo.lora import open_offset
-from lib_dpo.patch import Patch, Row, open_patch
+from lib_dpo.families.keymap import UNET, parse_blocks
+from lib_dpo.offsets.lora.offset import open_offset
+from lib_dpo.offsets.patch import Patch, Row, open_patch
 
 
 @pytest.fixture(scope="module")

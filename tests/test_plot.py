@@ -14,11 +14,11 @@ import torch
 import webui_files
 from webui_files import fake
 
-from lib_dpo import cells
-from lib_dpo.axes import add_axes
 from lib_dpo.errors import BadTensorError
-from lib_dpo.generation import Generation
-from lib_dpo.session import Session
+from lib_dpo.webui import cells
+from lib_dpo.webui.axes import add_axes
+from lib_dpo.webui.generation import Generation
+from lib_dpo.webui.session import Session
 
 LENGTH = 48  # of the sides of a picture
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lib_dpo.arch import ARCHITECTURES
-from lib_dpo.keymap import UNET, unet_from_diffusers
-from lib_dpo.lora import open_lora
-from lib_dpo.pruning import blocks_of
-from lib_dpo.shapes import checkpoint_shapes
+from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.keymap import UNET, unet_from_diffusers
+from lib_dpo.families.pruning import blocks_of
+from lib_dpo.families.shapes import checkpoint_shapes
+from lib_dpo.offsets.lora.offset import open_lora
 
 pytestmark = pytest.mark.newest
 SD = {"block_out_channels": [8, 16, 32, 32], "cross_attention_dim": 16, "norm_num_groups": 4, "attention_head_dim": 2}
@@ -157,8 +157,8 @@ def test_a_whole_sdxl_offset_on_ssd(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_no_pictures_are_promised_of_a_pruned_model(tmp_path: Path):
     from lib_dpo.errors import MismatchError
-    from lib_dpo.model import open_model
-    from lib_dpo.pipeline import check_whole
+    from lib_dpo.families.model import open_model
+    from lib_dpo.hosts.pipeline import check_whole
 
     path = tiny.save(tmp_path / "small.safetensors", weights("BK-SDM base"))
     with open_model(path) as model, pytest.raises(MismatchError, match=r"holds BK-SDM base, a UNet of SD 1\.x with one resnet"):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lib_dpo.ranks import Spectrum, allocate, break_even_rank, size_curve
+from lib_dpo.maths.ranks import Spectrum, allocate, break_even_rank, size_curve
 
 
 def spectrum(energies: list[float], per_rank: int, fixed: int = 0, cap: int | None = None) -> Spectrum:

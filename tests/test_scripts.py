@@ -18,7 +18,7 @@ import pytest
 
 from lib_dpo.errors import HostError
 from lib_dpo.hosts import picture_folder
-from lib_dpo.session import Session
+from lib_dpo.webui.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 CALLBACKS = ("on_before_ui", "on_ui_settings", "on_ui_tabs", "on_app_started", "on_model_loaded")
@@ -337,8 +337,9 @@ def test_install_names_what_does_not_fit_and_installs_nothing():
 
 def test_importing_what_a_webui_imports_at_its_start_is_light():
     program = (
-        "import sys; import lib_dpo.api, lib_dpo.axes, lib_dpo.generation, lib_dpo.ui, lib_dpo.ui.script, lib_dpo.session\n"
-        "heavy = {'gradio', 'matplotlib', 'scipy', 'diffusers', 'lib_dpo.lowrank', 'lib_dpo.decompose', 'lib_dpo.extract'}\n"
+        "import sys; from lib_dpo.webui import api, axes, generation, session, tab; from lib_dpo.webui.tab import script\n"
+        "heavy = {'gradio', 'matplotlib', 'scipy', 'diffusers', 'lib_dpo.maths.lowrank', 'lib_dpo.operations.decompose', "
+        "'lib_dpo.operations.extract'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -23,10 +23,10 @@ from lib_dpo.errors import (
     OutputError,
     SettingError,
 )
+from lib_dpo.families.keymap import UNET
 from lib_dpo.hosts.base import FileEntry
-from lib_dpo.keymap import UNET
-from lib_dpo.session import Session
 from lib_dpo.settings import ExtractSettings, RankPolicy
+from lib_dpo.webui.session import Session
 
 
 @pytest.fixture(scope="module")

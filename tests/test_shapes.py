@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib_dpo.arch import ARCHITECTURES, Shape
 from lib_dpo.errors import SettingError
-from lib_dpo.shapes import (
+from lib_dpo.families.arch import ARCHITECTURES, Shape
+from lib_dpo.families.shapes import (
     REAL_SIZES,
     Sizes,
     checkpoint_dtype,

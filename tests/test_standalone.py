@@ -15,14 +15,14 @@ from fakes_standalone import tokenizer
 from PIL import Image
 
 from lib_dpo.errors import Cancelled, MismatchError, MissingExtraError, NoMemoryError, NoModelError, NotFoundError, SettingError
+from lib_dpo.families.keymap import UNET, VAE
+from lib_dpo.families.model import open_model
+from lib_dpo.families.synthetic import small_pair
 from lib_dpo.hosts.base import Request
+from lib_dpo.hosts.pipeline import made_for, open_pipeline
 from lib_dpo.hosts.standalone import SAMPLERS, Standalone, StandaloneLive
-from lib_dpo.keymap import UNET, VAE
-from lib_dpo.model import open_model
-from lib_dpo.patch import open_patch
-from lib_dpo.pipeline import made_for, open_pipeline
-from lib_dpo.session import Session
-from lib_dpo.synthetic import small_pair
+from lib_dpo.offsets.patch import open_patch
+from lib_dpo.webui.session import Session
 
 pytestmark = [
     pytest.mark.newest,
@@ -330,7 +330,7 @@ def wait_for(work: Callable[[], str]) -> str:
 
 
 def test_the_app_loads_another_checkpoint_and_refuses_what_cannot_be(host: Standalone, models: Path, tmp_path: Path, capsys):
-    from lib_dpo.app import build, load
+    from lib_dpo.webui.app import build, load
 
     session = Session(host)
     assert build(session) is not None

@@ -12,8 +12,8 @@ import tiny
 import torch
 from fake_host import FakeHost
 
-from lib_dpo.session import Session
-from lib_dpo.ui import build, parts
+from lib_dpo.webui.session import Session
+from lib_dpo.webui.tab import build, parts
 
 GONE = "does not hold any more"
 

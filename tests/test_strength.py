@@ -16,13 +16,13 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from webui_files import extract, fake
 
-from lib_dpo.api import PREFIX, add_routes
-from lib_dpo.axes import add_axes
 from lib_dpo.errors import DpoError, NothingToDoError, SettingError
-from lib_dpo.generation import Generation, wish_of
-from lib_dpo.session import Session
 from lib_dpo.settings import strength_of, strength_to_bake
-from lib_dpo.ui import bake, compare, parts
+from lib_dpo.webui.api import PREFIX, add_routes
+from lib_dpo.webui.axes import add_axes
+from lib_dpo.webui.generation import Generation, wish_of
+from lib_dpo.webui.session import Session
+from lib_dpo.webui.tab import bake, compare, parts
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lib_dpo.errors import OutputError
-from lib_dpo.header import read_header
-from lib_dpo.shapes import (
+from lib_dpo.families.shapes import (
     REAL_SIZES,
     checkpoint_dtype,
     checkpoint_shapes,
@@ -22,7 +21,8 @@ from lib_dpo.shapes import (
     unet_diffusers_shapes,
     unet_name_pairs,
 )
-from lib_dpo.synthetic import base_tensor, make_pair, offset_tensor, small_pair
+from lib_dpo.families.synthetic import base_tensor, make_pair, offset_tensor, small_pair
+from lib_dpo.files.header import read_header
 
 CONV = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
 NORM = "model.diffusion_model.out.0.weight"

@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 import tiny
 
-from lib_dpo.cli import _outputs, _runs
-from lib_dpo.cli_arguments import make_parser
-from lib_dpo.cli_files import folders_to_make, input_file, input_files, unquoted
-from lib_dpo.devices import resolve_device
-from lib_dpo.errors import BadFileError, OutputError, SettingError
-from lib_dpo.hub import meant_on_the_hub
-from lib_dpo.names import nearest
+from lib_dpo.cli.arguments import make_parser
+from lib_dpo.cli.files import folders_to_make, input_file, input_files, unquoted
+from lib_dpo.cli.main import _outputs, _runs
+from lib_dpo.errors import BadFileError, OutputError, SettingError, nearest
+from lib_dpo.files.hub import meant_on_the_hub
+from lib_dpo.maths.devices import resolve_device
 from lib_dpo.settings import BUNDLED_MODEL, RankPolicy, size_meant
 
 Refused = Callable[..., str]
@@ -383,7 +382,7 @@ def test_inspect_of_one_says_it_in_both_forms(here: Path):
 
 
 def test_a_port_in_use_is_said_and_another_offered():
-    from lib_dpo.app import check_port
+    from lib_dpo.webui.app import check_port
 
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

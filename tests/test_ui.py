@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 
 from lib_dpo.errors import Cancelled
 from lib_dpo.hosts.base import Check, FileEntry
-from lib_dpo.session import Session
-from lib_dpo.ui import bake, build, compare, extract, inspect, lists, markup, parts
+from lib_dpo.webui.session import Session
+from lib_dpo.webui.tab import bake, build, compare, extract, inspect, lists, markup, parts
 
 EVIL = "<img src=x onerror=alert(1)>\"'&"
 SETTINGS = (extract.BY_RANK, 4, 0, 80, 50, "auto", "portable", "fp16")
@@ -189,7 +189,7 @@ def test_the_field_of_a_restored_choice_is_shown(
 def test_the_scripts_own_list_is_filled_without_the_queue(session: Session):
     import gradio as gr
 
-    from lib_dpo.ui.script import script_controls
+    from lib_dpo.webui.tab.script import script_controls
 
     @contextmanager
     def accordion(value: bool, **options: Any) -> Iterator[Any]:
@@ -223,7 +223,7 @@ def test_building_opens_no_file_and_is_quick(session: Session, host: FakeHost):
 
 def test_importing_the_tab_imports_no_gradio():
     program = (
-        "import sys, lib_dpo.ui; heavy = {'gradio', 'matplotlib', 'PIL', 'pandas', 'diffusers'} & set(sys.modules); "
+        "import sys, lib_dpo.webui.tab; heavy = {'gradio', 'matplotlib', 'PIL', 'pandas', 'diffusers'} & set(sys.modules); "
         "sys.exit(', '.join(heavy) or 0)"
     )
     root = Path(__file__).parent.parent
@@ -501,8 +501,8 @@ def test_what_of_a_lora_counts_once_or_has_no_place_is_said_wherever_it_is_used(
 
 @pytest.mark.parametrize("arch", ["sd1", "sdxl"])
 def test_presets_are_blocks_that_every_model_has(arch: str):
-    from lib_dpo.arch import ARCHITECTURES
-    from lib_dpo.keymap import check_blocks, parse_blocks
+    from lib_dpo.families.arch import ARCHITECTURES
+    from lib_dpo.families.keymap import check_blocks, parse_blocks
 
     for blocks in bake.PRESETS.values():
         check_blocks(parse_blocks(blocks), ARCHITECTURES[arch])

@@ -11,8 +11,8 @@ import pytest
 import tiny
 import torch
 
-from lib_dpo.model import open_model
-from lib_dpo.prediction import Prediction, prediction_of
+from lib_dpo.families.model import open_model
+from lib_dpo.offsets.prediction import Prediction, prediction_of
 
 HALF = torch.float16
 V_YAML = 'model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    parameterization: "v"\n'

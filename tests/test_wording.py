@@ -17,18 +17,18 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from webui_files import extract, fake
 
-from lib_dpo.api import PREFIX, add_routes
-from lib_dpo.cli_words import FLAGS, with_flags
-from lib_dpo.generation import Generation
-from lib_dpo.session import Session
-from lib_dpo.ui import bake, compare, inspect, lists, parts
-from lib_dpo.ui import extract as page
+from lib_dpo.cli.words import FLAGS, with_flags
+from lib_dpo.webui.api import PREFIX, add_routes
+from lib_dpo.webui.generation import Generation
+from lib_dpo.webui.session import Session
+from lib_dpo.webui.tab import bake, compare, inspect, lists, parts
+from lib_dpo.webui.tab import extract as page
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lib_dpo"
 COMMAND_LINE = re.compile(r"(?<![\w-])--(?!dpo-)[a-z]|`|python -m|pip install|\bexit code")  # --dpo-… is a style's
 ONLY_ON_THE_COMMAND_LINE = {
     "app.py": "the command `app` itself, before there is a page",
-    "demo.py": "the command `demo`",
+    "cli": "the command line itself",
     "toy": "what the command `demo` draws and writes; the custom properties of its page's style",
     "errors.py": "libraries for work without a WebUI, whose user has a terminal",
     "hub.py": "names that begin with hub:, which only commands take",
@@ -53,7 +53,7 @@ def _texts(file: Path) -> Iterator[tuple[int, str]]:
 
 def _shared() -> list[Path]:
     """The modules whose words front ends beside the command line may show."""
-    files = sorted(file for file in PACKAGE.rglob("*.py") if not file.name.startswith(("cli", "__main__")))
+    files = sorted(file for file in PACKAGE.rglob("*.py") if file.name != "__main__.py")
     return [file for file in files if not {file.name, file.parent.name} & ONLY_ON_THE_COMMAND_LINE.keys()]
 
 

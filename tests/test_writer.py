@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lib_dpo import writer
-from lib_dpo.checkpoint import open_checkpoint, tensor_bytes
 from lib_dpo.errors import OutputError
-from lib_dpo.header import read_header
-from lib_dpo.writer import SafetensorsWriter, check_output, write_text_atomic
+from lib_dpo.files import writer
+from lib_dpo.files.checkpoint import open_checkpoint, tensor_bytes
+from lib_dpo.files.header import read_header
+from lib_dpo.files.writer import SafetensorsWriter, check_output, write_text_atomic
 
 TENSORS = {
     "f64": torch.arange(3, dtype=torch.float64),

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from lib_dpo.arch import ARCHITECTURES, TextEncoder
-from lib_dpo.cli import main
+from lib_dpo.cli.main import main
 from lib_dpo.errors import DpoError
-from lib_dpo.keymap import UNET, VAE, vae_to_diffusers
-from lib_dpo.shapes import Sizes, checkpoint_shapes, unet_name_pairs
-from lib_dpo.synthetic import base_tensor, offset_tensor
+from lib_dpo.families.arch import ARCHITECTURES, TextEncoder
+from lib_dpo.families.keymap import UNET, VAE, vae_to_diffusers
+from lib_dpo.families.shapes import Sizes, checkpoint_shapes, unet_name_pairs
+from lib_dpo.families.synthetic import base_tensor, offset_tensor
 
 Tensors = dict[str, torch.Tensor]
 

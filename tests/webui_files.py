@@ -9,8 +9,8 @@ import tiny
 import torch
 from fake_host import FakeHost
 
-from lib_dpo.session import Session
 from lib_dpo.settings import ExtractSettings, RankPolicy
+from lib_dpo.webui.session import Session
 
 RANK_4 = ExtractSettings(RankPolicy(rank=4))
 

@@ -19,13 +19,20 @@ import torch
 from flavours import Flavour
 from safetensors.torch import save_file
 
-from lib_dpo.arch import ARCHITECTURES, Shape
-from lib_dpo.cli import main
-from lib_dpo.header import torch_dtype
-from lib_dpo.keymap import VAE, lora_modules
-from lib_dpo.shapes import REAL_SIZES, Sizes, checkpoint_dtype, checkpoint_shapes, unet_diffusers_config, unet_name_pairs
-from lib_dpo.synthetic import base_tensor, offset_tensor, small_pair
-from lib_dpo.writer import SafetensorsWriter
+from lib_dpo.cli.main import main
+from lib_dpo.families.arch import ARCHITECTURES, Shape
+from lib_dpo.families.keymap import VAE, lora_modules
+from lib_dpo.families.shapes import (
+    REAL_SIZES,
+    Sizes,
+    checkpoint_dtype,
+    checkpoint_shapes,
+    unet_diffusers_config,
+    unet_name_pairs,
+)
+from lib_dpo.families.synthetic import base_tensor, offset_tensor, small_pair
+from lib_dpo.files.header import torch_dtype
+from lib_dpo.files.writer import SafetensorsWriter
 
 MICRO = Sizes(channels=32, text=(64,), vae=32)  # group norms have 32 groups: no model is narrower
 MICRO_XL = Sizes(channels=32, text=(64, 64), vae=32)

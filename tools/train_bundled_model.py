@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from lib_dpo.demo import demo
-from lib_dpo.devices import resolve_device
+from lib_dpo.maths.devices import resolve_device
 from lib_dpo.toy import bundled
+from lib_dpo.toy.demo import demo
 from lib_dpo.toy.series import STUDY
 from tools.bundled import autoencoder, denoiser, files, note, preference, text_encoder
 from tools.bundled.recipe import SHIPPED, SMOKE, Recipe

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lib_dpo.patch import Patch
+from lib_dpo.offsets.patch import Patch
 from lib_dpo.progress import Progress
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ def current_host() -> Host:
     from lib_dpo.hosts.webui import WebUI, host_version
 
     if "modules_forge" in sys.modules:
-        from lib_dpo.hosts.forge import ForgeLive
-        from lib_dpo.hosts.forge_modules import fork_name
+        from lib_dpo.hosts.forge.live import ForgeLive
+        from lib_dpo.hosts.forge.modules import fork_name
 
         return WebUI(*fork_name(), ForgeLive())
-    from lib_dpo.hosts.a1111 import A1111Live
+    from lib_dpo.hosts.a1111.live import A1111Live
 
     return WebUI("AUTOMATIC1111", host_version(), A1111Live())

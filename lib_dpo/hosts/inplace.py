@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib_dpo.arch import recognise
-from lib_dpo.bake import fitted
-from lib_dpo.checkpoint import tensor_bytes
 from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, SettingError
+from lib_dpo.families.arch import recognise
+from lib_dpo.families.keymap import UNET
+from lib_dpo.files.checkpoint import tensor_bytes
 from lib_dpo.hosts.base import Baked
 from lib_dpo.hosts.marks import Marker, Marks
-from lib_dpo.keymap import UNET
-from lib_dpo.patch import Patch
+from lib_dpo.offsets.patch import Patch
+from lib_dpo.operations.bake import fitted
 from lib_dpo.progress import Progress, Steps
 
 Values = tuple[Tensor, ...]

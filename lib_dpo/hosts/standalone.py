@@ -16,17 +16,17 @@ from typing import Any
 import torch
 
 from lib_dpo import __version__
-from lib_dpo.arch import Architecture
-from lib_dpo.devices import memory_in_words, resolve_device
 from lib_dpo.errors import Cancelled, HostError, NoModelError, SettingError
+from lib_dpo.families.arch import Architecture
+from lib_dpo.families.keymap import UNET
+from lib_dpo.families.model import open_model
 from lib_dpo.hosts import inplace
 from lib_dpo.hosts.base import Baked, Check, FileEntry, LoadedModel, Picture, Request
 from lib_dpo.hosts.picture_folder import check_picture_folder, pictures_check
-from lib_dpo.keymap import UNET
-from lib_dpo.lora import open_lora
-from lib_dpo.model import open_model
-from lib_dpo.patch import Patch
-from lib_dpo.pipeline import Weights, check_whole, open_pipeline
+from lib_dpo.hosts.pipeline import Weights, check_whole, open_pipeline
+from lib_dpo.maths.devices import memory_in_words, resolve_device
+from lib_dpo.offsets.lora.offset import open_lora
+from lib_dpo.offsets.patch import Patch
 from lib_dpo.progress import Progress
 from lib_dpo.settings import one_of
 

@@ -17,7 +17,7 @@ from modules import call_queue, paths, processing, progress, scripts, sd_models,
 from lib_dpo.errors import Cancelled, HostError
 from lib_dpo.hosts.base import Check, FileEntry, LiveModel, Picture, Request
 from lib_dpo.hosts.picture_folder import check_picture_folder, pictures_check
-from lib_dpo.patch import Patch
+from lib_dpo.offsets.patch import Patch
 
 REFERENCE_DIR, ALLOW_PATHS = "dpo_reference_dir", "dpo_allow_paths"  # our entries in the host's settings
 _PARTS = 1000  # steps of the host's bar for one job

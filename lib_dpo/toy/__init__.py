@@ -1,1 +1,4 @@
-"""A small world to try DPO offsets in: pictures of coloured shapes with captions, a judge, and the bundled model."""
+"""The small model that ships with the project: its pictures, their judge, its demo and its study.
+
+Imports pictures and below, and not webui. The command line runs it.
+"""

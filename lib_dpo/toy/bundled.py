@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from lib_dpo.errors import BadFileError
-from lib_dpo.model import open_model
-from lib_dpo.offset import Offset
-from lib_dpo.pipeline import open_pipeline
+from lib_dpo.families.model import open_model
+from lib_dpo.hosts.pipeline import open_pipeline
+from lib_dpo.maths.threads import side_by_side
+from lib_dpo.offsets.offset import Offset
 from lib_dpo.settings import BUNDLED_MODEL
-from lib_dpo.threads import side_by_side
 from lib_dpo.toy.generate import GUIDANCE, STEPS, decode, sample
 from lib_dpo.toy.pictures import Pictures, Scene, caption
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lib_dpo.plots import ACCENT, INK, SOFT, new_figure, plain, write_figure
+from lib_dpo.pictures.plots import ACCENT, INK, SOFT, new_figure, plain, write_figure
 from lib_dpo.toy.study import Findings
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-from lib_dpo.lettering import Type, typeface, wrap, write
+from lib_dpo.pictures.lettering import Type, typeface, wrap, write
 
 _WIDEST, _NARROWEST = 960, 640  # pixels
 _MARGIN = 14

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib_dpo.lora import open_offset
-from lib_dpo.offset import Offset
+from lib_dpo.offsets.lora.offset import open_offset
+from lib_dpo.offsets.offset import Offset
 from lib_dpo.toy.bundled import Networks, generate
 from lib_dpo.toy.judge import adherence
 from lib_dpo.toy.pictures import Pictures, Scene, held_out

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lib_dpo.arch import ARCHITECTURES
-from lib_dpo.hashes import file_sha256
-from lib_dpo.keymap import text_encoder_from_hf, unet_from_diffusers, vae_from_diffusers
+from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.keymap import text_encoder_from_hf, unet_from_diffusers, vae_from_diffusers
+from lib_dpo.files.hashes import file_sha256
 from lib_dpo.toy.bundled import BASE, CLIP, MEASURED, REFERENCE
 from lib_dpo.toy.generate import alphas_cumprod
 from tools.bundled.recipe import LATENT_SCALE, TEXT_LAYERS, TOKENS, Recipe

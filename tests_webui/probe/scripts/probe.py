@@ -33,9 +33,9 @@ def load_module(path):
 
 def time_the_rest():
     """All scripts are loaded and nothing is built: put clocks into the script and the tab."""
-    import lib_dpo.ui
+    import lib_dpo.webui.tab
 
-    lib_dpo.ui.build = timed("tab", lib_dpo.ui.build)
+    lib_dpo.webui.tab.build = timed("tab", lib_dpo.webui.tab.build)
     for data in scripts.scripts_data:
         if getattr(data.module, "NAME", "") == "dpo" and data.script_class.__name__ == "DpoOffset":
             for name in ("ui", *HOOKS):

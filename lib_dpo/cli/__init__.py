@@ -1,0 +1,4 @@
+"""The command line: what can be typed, what is printed.
+
+Imports everything; only __main__ imports it.
+"""

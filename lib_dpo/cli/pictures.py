@@ -1,0 +1,184 @@
+"""The commands that draw: `compare` makes a grid without a WebUI, `app` serves the tab without one."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib_dpo.cli.files import check_not_swapped, input_file, input_folder, output_file, output_folder
+from lib_dpo.cli.parser import number
+from lib_dpo.errors import OutputError
+from lib_dpo.settings import BUNDLED_MODEL, FIELDS
+
+if TYPE_CHECKING:
+    from lib_dpo.webui.results import Comparison
+
+LOOPBACK = "127.0.0.1"
+TOKENIZER = BUNDLED_MODEL / "clip"
+
+
+def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add `compare` and `app` to the command line.
+
+    Args:
+        command: makes a sub-parser from a name, a function and a help text.
+    """
+    sub = command("compare", compare, "make the same pictures at several strengths, the untouched model first")
+    sub.add_argument("--model", required=True, metavar="C", help="a whole checkpoint")
+    sub.add_argument("--offset", required=True, metavar="L_or_O", help="a LoRA or an offset file")
+    sub.add_argument(
+        "--prompt", action="append", required=True, metavar="TEXT", help="what to draw; may be given several times"
+    )
+    sub.add_argument("--negative", default="", metavar="TEXT", help="what the pictures should not show")
+    sub.add_argument("--seeds", default="1, 2", help="such as 1, 2 or 100-103; -1 is random")
+    sub.add_argument("--strengths", default="0.5, 1, 1.5", help="such as 0.5, 1 or 0-2 (+0.5)")
+    sub.add_argument("--blocks", default="", help=FIELDS["blocks"].help)
+    sub.add_argument("--steps", type=number(int), default=20, metavar="N", help="steps of each picture")
+    sub.add_argument("--cfg", type=number(float), default=7.0, help="how closely pictures follow the prompt")
+    sub.add_argument("--sampler", default="", help="Euler (default), Euler a, DDIM, DPM++ 2M or UniPC")
+    sub.add_argument(
+        "--width",
+        type=number(int),
+        default=0,
+        metavar="N",
+        help="of a picture, in pixels (default: what the model was made for)",
+    )
+    sub.add_argument(
+        "--height",
+        type=number(int),
+        default=0,
+        metavar="N",
+        help="of a picture, in pixels (default: what the model was made for)",
+    )
+    sub.add_argument("-o", "--output", required=True, type=output_file, metavar="GRID.png", help="the labelled grid")
+    sub.add_argument("--each", type=output_folder, metavar="DIR", help="a folder for the single pictures too")
+    _host_arguments(sub)
+
+    sub = command("app", app, "serve the tab without a WebUI, on this machine only")
+    sub.add_argument(
+        "--models",
+        type=input_folder,
+        metavar="DIR",
+        help="folder with Stable-diffusion, Lora and DPO in it (default: one of our own, with the toy model)",
+    )
+    sub.add_argument("--port", type=number(int), default=7861, metavar="N", help="to listen on")
+    sub.add_argument("--host", default=LOOPBACK, help="address to listen on (default: this machine only)")
+    _host_arguments(sub)
+
+
+def _host_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
+    sub.add_argument(
+        "--tokenizer",
+        type=input_folder,
+        default=TOKENIZER,
+        metavar="DIR",
+        help="CLIP's vocab.json and merges.txt; by default those that come with this project",
+    )
+
+
+# ---- compare ----
+
+
+def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The command: figures and the text to print."""
+    from tqdm import tqdm
+
+    from lib_dpo.files.writer import check_output, write_bytes_atomic
+    from lib_dpo.hosts.standalone import Standalone
+    from lib_dpo.webui.session import Session
+
+    _check_picture(args)
+    check_output(args.output, overwrite=args.overwrite)
+    if args.each and args.each.exists() and any(args.each.glob("*.png")) and not args.overwrite:
+        raise OutputError(f"{args.each}: holds pictures already; choose another folder, or allow it to be replaced")
+    host = Standalone(args.output.absolute().parent, args.tokenizer, device=args.device)
+    model, offset = input_file(args, args.model), input_file(args, args.offset)
+    check_not_swapped("--model", model, "--offset", offset)
+    host.live.load(model)
+    session = Session(host)
+    with tqdm(desc="drawing", unit="picture", disable=None, leave=False) as bar:
+        found = session.compare(
+            _Bar(bar),
+            offset=str(offset.absolute()),
+            prompts=args.prompt,
+            negative=args.negative,
+            seeds=args.seeds,
+            strengths=args.strengths,
+            blocks=args.blocks,
+            steps=args.steps,
+            cfg_scale=args.cfg,
+            sampler=args.sampler,
+            width=args.width,
+            height=args.height,
+        )
+    write_bytes_atomic(args.output, found.grid.png())
+    files = _write_each(args.each, found, overwrite=args.overwrite) if args.each else []
+    return {**found.report.as_json(), "output": str(args.output), "pictures": files}, _text(args.output, found)
+
+
+def _check_picture(args: argparse.Namespace) -> None:
+    if args.output.suffix.lower() != ".png":
+        raise OutputError(f"{args.output}: expected a name that ends in .png; write {args.output.with_suffix('.png')}")
+
+
+@dataclass
+class _Bar:
+    """A `Job` that moves a bar of tqdm."""
+
+    bar: Any
+    started: bool = False
+
+    def progress(self, done: int, total: int, key: str) -> None:
+        """Nothing: pictures are counted."""
+
+    def cells(self, count: int) -> None:
+        self.bar.reset(total=count)
+
+    def check(self) -> None:
+        if self.started:  # asked once before the first picture and once after each
+            self.bar.update(1)
+        self.started = True
+
+
+def _write_each(folder: Path, found: Comparison, *, overwrite: bool) -> list[str]:
+    """Every picture by row and column, such as 01_strength-0.5.png."""
+    import io
+
+    from lib_dpo.files.writer import check_output, write_bytes_atomic
+
+    names = {}
+    for row, (prompt, seed) in enumerate(found.plan.rows, 1):
+        for cell in found.plan.cells:
+            if (cell.prompt, cell.seed) == (prompt, seed):
+                names[cell] = folder / f"{row:02d}_{cell.variant.label.replace(' ', '-')}.png"
+    for path in names.values():
+        check_output(path, overwrite=overwrite)
+    for cell, path in names.items():
+        data = io.BytesIO()
+        found.images[cell].save(data, format="PNG")
+        write_bytes_atomic(path, data.getvalue())
+    return [str(path) for path in names.values()]
+
+
+def _text(output: Path, found: Comparison) -> str:
+    lines = [f"wrote {output}", found.report.text]
+    lines += [
+        f"  {effect.variant.label:<16} {effect.text:<20} mean difference {effect.difference:.2f} of 255"
+        for effect in found.report.effects
+    ]
+    return "\n".join([*lines, found.report.caveat])
+
+
+# ---- app ----
+
+
+def app(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The command: serves until it is interrupted."""
+    from lib_dpo.webui.app import serve
+
+    serve(models=args.models, tokenizer=args.tokenizer, device=args.device, address=args.host, port=args.port)
+    return {}, ""

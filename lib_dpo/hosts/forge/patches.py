@@ -1,0 +1,184 @@
+"""A patch in the form that Forge's patchers take: parameter name -> host patch. Low-rank stays low-rank.
+
+LoRA pairs go through the host's own `load_lora` (tuples on some forks, objects on others), everything else is
+("diff", (tensor,)), which every fork takes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lib_dpo.errors import HostError, MismatchError
+from lib_dpo.families.arch import Architecture, TextEncoder
+from lib_dpo.families.keymap import QKV, UNET, text_encoder_to_hf
+from lib_dpo.offsets.patch import Patch, Row
+from lib_dpo.operations.bake import fitted
+from lib_dpo.progress import Steps
+
+Parameters = Mapping[str, Tensor]
+_FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class HostModel:
+    """What patches are made for: the model's name, and its parameters by the host's names."""
+
+    name: str
+    unet: Parameters
+    clip: Parameters
+
+
+@dataclass(frozen=True)
+class HostPatches:
+    """What `add_patches` takes, for the UNet and for the text encoders, and what it was made from."""
+
+    unet: Mapping[str, Any]
+    clip: Mapping[str, Any]
+    keys: Mapping[str, str]  # parameter name -> canonical key
+    not_applied: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a canonical tensor, or a third of it, lies in the host's model."""
+
+    name: str
+    part: int | None = None  # 0, 1, 2: the rows of q, k, v in a fused in_proj
+    transposed: bool = False
+
+
+def quantised(parameter: Tensor) -> bool:
+    """Whether sums cannot be written back into it without loss: fp8, bitsandbytes' 4 bits, GGUF."""
+    marks = ("gguf_cls", "quant_state", "bnb_quantized")
+    return parameter.dtype not in _PLAIN or any(getattr(parameter, mark, None) is not None for mark in marks)
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """The shape of the weight that a parameter stands for; quantised ones are packed."""
+    real = getattr(parameter, "real_shape", None) or getattr(getattr(parameter, "quant_state", None), "shape", None)
+    return tuple(real if real is not None else parameter.shape)
+
+
+def patch_bytes(patch: Patch) -> int:
+    """Memory that the host's form of a patch takes: a LoRA's pairs, or dense deltas that are no views of the file."""
+    infos = patch.checkpoint.infos
+    if patch.lora is not None:
+        layers = (layer for layer in patch.lora.layers if patch.weight(layer.module.key))
+        return sum(infos[key].nbytes for layer in layers for key in layer.parts.values())
+    if not patch.blocks.weights and all(info.dtype == "F32" for info in infos.values()):
+        return 0
+    return sum(4 * math.prod(patch.offset.shapes[key]) for key in patch.changed_keys())
+
+
+def host_patches(patch: Patch, model: HostModel, load_lora: Callable[[Any, Any], Any], steps: Steps) -> HostPatches:
+    """Read a patch into the host's form. Dense float32 deltas stay views of the file, everything else is copied.
+
+    Args:
+        load_lora: the host's own.
+
+    Raises:
+        MismatchError: tensors that the model lacks or has in other shapes.
+        BadTensorError: NaN or Inf, by key.
+        HostError: the host's `load_lora` does not understand a pair.
+    """
+    shapes = {name: shape_of(parameter) for name, parameter in (*model.unet.items(), *model.clip.items())}
+    places = {key: _places(patch.architecture, key, shapes) for key in patch.changed_keys()}
+
+    def fit(delta: Tensor, place: _Place, key: str) -> Tensor:
+        return fitted(delta, shapes[place.name], key, patch.name, model.name)
+
+    for key, found in places.items():
+        if not found and key.startswith(UNET):
+            raise MismatchError(
+                f"{model.name} lacks the UNet tensor {key}, which {patch.name} changes; expected a complete UNet"
+            )
+        for place in found:
+            fit(_piece(torch.empty(patch.offset.shapes[key], device="meta"), place), place, key)
+    low: dict[str, tuple[Tensor, Tensor, float]] = {}
+    dense: dict[str, Tensor] = {}
+    for row in patch.rows():
+        for place in places.get(row.key, ()):
+            if row.part not in (None, place.part) or (row.up is None and row.diff is None):
+                continue
+            if place.transposed or place.name in low or place.name in dense:  # several modules change this one: all of them
+                low.pop(place.name, None)
+                dense[place.name] = fit(_piece(patch.delta(row.key), place), place, row.key)
+            elif row.up is not None:
+                low[place.name] = _factors(row, shapes[place.name])
+            elif row.diff is not None:
+                dense[place.name] = fit(_piece(row.diff, place) if row.part is None else row.diff, place, row.key)
+        if row.bias is not None:
+            dense |= {place.name: row.bias for place in places.get(row.key.removesuffix("weight") + "bias", ())}
+        steps.advance(math.prod(patch.offset.shapes.get(row.key, ())), row.key)
+    patches = _pairs(low, load_lora) | {name: ("diff", (tensor,)) for name, tensor in dense.items()}
+    return HostPatches(
+        unet={name: value for name, value in patches.items() if name in model.unet},
+        clip={name: value for name, value in patches.items() if name in model.clip},
+        keys={place.name: key for key, found in places.items() for place in found},
+        not_applied=(*(key for key, found in places.items() if not found), *patch.offset.unmatched),
+    )
+
+
+def _pairs(low: Mapping[str, tuple[Tensor, Tensor, float]], load_lora: Callable[[Any, Any], Any]) -> dict[str, Any]:
+    """LoRA pairs in the host's form: as a file under the parameters' own names, with a key map of our own."""
+    state_dict: dict[str, Tensor] = {}
+    for name, (up, down, alpha) in low.items():
+        module = name.removesuffix(".weight")
+        state_dict[f"{module}.lora_up.weight"] = up
+        state_dict[f"{module}.lora_down.weight"] = down
+        state_dict[f"{module}.alpha"] = torch.tensor(alpha, dtype=torch.float64)
+    loaded = load_lora(state_dict, {name.removesuffix(".weight"): name for name in low})
+    found: dict[str, Any] = dict(loaded[0] if isinstance(loaded, tuple) else loaded)  # Forge, Classic and Neo add the rest
+    if missing := low.keys() - found.keys():
+        raise HostError(f"this WebUI's LoRA loader does not take {min(missing)}; update the WebUI or the extension")
+    return found
+
+
+def _factors(row: Row, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, float]:
+    """Copies of up and down, and alpha: hosts multiply by strength * alpha / rank."""
+    assert row.up is not None, "called for LoRA rows"
+    assert row.down is not None, "up and down come together"
+    down = row.down.clone()
+    if down.ndim == 4 and len(shape) == 4 and down.shape[1] < shape[1]:  # an inpainting model's first convolution
+        extra = down.new_zeros((down.shape[0], shape[1] - down.shape[1], *down.shape[2:]))
+        down = torch.cat((down, extra), dim=1)
+    return row.up.clone(), down, row.scale * down.shape[0]
+
+
+def _piece(tensor: Tensor, place: _Place) -> Tensor:
+    if place.part is not None:
+        return tensor.chunk(3)[place.part]
+    return tensor.T.contiguous() if place.transposed else tensor
+
+
+def _places(arch: Architecture, key: str, names: Collection[str]) -> list[_Place]:
+    """Where a canonical tensor lies; empty for what this host has no place for."""
+    if key.startswith(UNET):
+        found = [_Place(key.removeprefix("model."))]
+    else:
+        encoder = next((encoder for encoder in arch.text_encoders if key.startswith(encoder.prefix)), None)
+        found = _text_encoder_places(encoder, key, names) if encoder else []
+    return [place for place in found if place.name in names]
+
+
+def _text_encoder_places(encoder: TextEncoder, key: str, names: Collection[str]) -> list[_Place]:
+    roots = ("clip_l",) if encoder.naming == "hf" else ("clip_g", "clip_h")
+    root = next((root for root in roots if any(name.startswith(root + ".") for name in names)), roots[0])
+    inner = key.removeprefix(encoder.prefix)
+    fused = _FUSED.fullmatch(inner) if encoder.naming == "open_clip" else None
+    if fused:
+        head = f"{root}.transformer.text_model.encoder.layers.{fused[1]}.self_attn."
+        return [_Place(f"{head}{letter}_proj.{fused[2]}", part) for part, letter in enumerate(QKV)]
+    if inner == "text_projection":  # Classic keeps it as open_clip does, the others as a linear layer
+        return [_Place(f"{root}.transformer.text_projection.weight", transposed=True), _Place(f"{root}.text_projection")]
+    hf = text_encoder_to_hf(encoder, key)
+    # Textual inversion wraps the token embedding and looks up in a table that patchers do not reach (any fork).
+    return [_Place(f"{root}.transformer.{hf}")] if hf and "token_embedding" not in hf else []

@@ -1,0 +1,310 @@
+"""A LoRA file, every key of it matched to a weight, counted as a copy of another, left out by name, or refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from lib_dpo.errors import BadTensorError, MismatchError
+from lib_dpo.families.arch import ARCHITECTURES, Architecture, Shape
+from lib_dpo.families.keymap import LoraModule
+from lib_dpo.families.shapes import checkpoint_shapes
+from lib_dpo.files.checkpoint import Checkpoint
+from lib_dpo.files.header import is_float
+from lib_dpo.offsets.lora.aliases import find_module
+from lib_dpo.offsets.lora.keys import Group, check_decomposition, check_unknown_parts, group_keys
+from lib_dpo.offsets.lora.scale import PeftSettings, Scale, pair_scale, read_settings
+
+_ONE_ENCODER = ("lora_te_", "lora_te.")  # sd-scripts numbers the encoders of SDXL; loaders read these for it too
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One module of a LoRA file: file keys by part (`up`, `down`, `mid`, `alpha`, `diff`, `diff_b`)."""
+
+    module: LoraModule
+    parts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """An open LoRA file with every module matched to a canonical weight."""
+
+    checkpoint: Checkpoint
+    architecture: Architecture
+    layers: tuple[LoraLayer, ...]
+    unmatched: tuple[str, ...]
+    settings: PeftSettings | None = None
+    twins: tuple[str, ...] = ()  # keys that say again what others said
+    candidates: tuple[Architecture, ...] = ()  # all that names and shapes fit, where nothing told them apart
+
+    def largest_rank(self) -> int:
+        """The largest rank of its pairs; 0 without any."""
+        downs = (layer.parts["down"] for layer in self.layers if "down" in layer.parts)
+        return max((self.checkpoint.infos[key].shape[0] for key in downs), default=0)
+
+    def scales(self) -> list[Scale]:
+        """What each of its pairs is multiplied by, and whence. Raises as `PeftSettings.scale`."""
+        return [
+            pair_scale(self.checkpoint, self.settings, layer.parts, self.checkpoint.infos[layer.parts["down"]].shape[0])
+            for layer in self.layers
+            if "down" in layer.parts
+        ]
+
+
+def read_lora(checkpoint: Checkpoint, expected: Architecture | None = None) -> LoraFile:
+    """Match the modules of a LoRA file to an architecture.
+
+    Args:
+        expected: what it is wanted for; decides where the names of its modules fit several architectures.
+
+    Raises:
+        MismatchError: a decomposition other than LoRA, parts that are not understood, an unknown architecture, pairs with one
+            half missing, a weight named twice with different numbers, settings of another LoRA.
+        BadTensorError: parts of a module that do not fit together.
+    """
+    found = read_modules(checkpoint, expected)
+    if not found.architectures:
+        raise MismatchError(
+            f"{checkpoint.path.name}: none of its {len(found.modules)} modules belongs to a supported architecture "
+            f"({', '.join(row.title for row in ARCHITECTURES.values())})"
+        )
+    unknown, layers = list(found.unknown), []
+    for row in found.modules:
+        parts = dict(row.parts)
+        if row.module is None:
+            unknown.extend(parts.values())
+            continue
+        if "diff_b" in parts and not _has_bias(row.module):
+            unknown.append(parts.pop("diff_b"))
+        if parts.keys() == {"alpha"}:
+            unknown.append(parts.pop("alpha"))
+        if parts:
+            layers.append(LoraLayer(row.module, parts))
+    lora = LoraFile(
+        checkpoint,
+        found.architectures[0],
+        tuple(layers),
+        tuple(unknown),
+        found.settings,
+        found.twins,
+        () if found.is_sure else found.architectures,
+    )
+    if found.settings is not None:
+        lora.scales()  # settings of another LoRA are found here, before anything is made of the file
+    return lora
+
+
+@dataclass(frozen=True)
+class FileModule:
+    """One module as a file names it: `module` is None where no supported architecture has one of that name."""
+
+    name: str
+    module: LoraModule | None
+    parts: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class FileModules:
+    """The modules of a LoRA file of any family, the likeliest architectures, and the keys that belong to no module."""
+
+    modules: tuple[FileModule, ...]
+    architectures: tuple[Architecture, ...]
+    is_sure: bool
+    unknown: tuple[str, ...]
+    twins: tuple[str, ...]
+    settings: PeftSettings | None
+
+
+def read_modules(checkpoint: Checkpoint, expected: Architecture | None = None) -> FileModules:
+    """Sort the keys of a LoRA file by module, of an unknown family too. Raises as `read_lora`, but for the architecture."""
+    file = checkpoint.path.name
+    check_decomposition(checkpoint.infos, file)
+    groups, unknown = group_keys(checkpoint.infos)
+    settings = read_settings(checkpoint, groups)
+    architectures, is_sure = _recognise(groups, checkpoint, expected)
+
+    def find(name: str) -> LoraModule | None:
+        return find_module(architectures[0].name, name) if architectures else None
+
+    names = {group.module for group in groups}
+    floating = [key for key in unknown if is_float(checkpoint.infos[key].dtype)]
+    check_unknown_parts(floating, lambda name: name in names or find(name) is not None, file)
+    same: dict[LoraModule | str, list[Group]] = {}
+    for group in groups:
+        same.setdefault(find(group.module) or group.module, []).append(group)
+    twins: list[str] = []
+    modules = []
+    for identity, own in same.items():
+        module = identity if isinstance(identity, LoraModule) else None
+        parts = _merged(checkpoint, own, settings, twins)
+        modules.append(FileModule(own[0].module, module, parts))
+    return FileModules(tuple(modules), architectures, is_sure, tuple(unknown), tuple(twins), settings)
+
+
+def _has_bias(module: LoraModule) -> bool:
+    """Whether one bias lies beside the whole weight: not for a third of a fused layer, a projection, an embedding."""
+    return module.part is None and module.key.endswith(".weight") and "embedding" not in module.key
+
+
+# ---- one module ----
+
+
+def _merged(checkpoint: Checkpoint, groups: Sequence[Group], settings: PeftSettings | None, twins: list[str]) -> dict[str, str]:
+    """The parts of one module from all its spellings. Parts that come twice with the same numbers count once.
+
+    WebUIs, ComfyUI and diffusers take one of two spellings too, each another one: what differs has no meaning.
+
+    Args:
+        twins: gets the keys that were not needed.
+
+    Raises:
+        MismatchError: the same part twice with different numbers, a pair with one half missing.
+        BadTensorError: parts that do not fit together.
+    """
+    parts: dict[str, str] = {}
+    for group in groups:
+        for part, key in group.parts.items():
+            if part not in parts:
+                parts[part] = key
+            elif _equal(checkpoint, parts[part], key):
+                twins.append(key)
+            else:
+                raise _differ(checkpoint, parts[part], key)
+    _check_module(checkpoint, parts, groups[0].module)
+    whole = [group for group in groups if {"up", "down"} <= group.parts.keys()]
+    if len(whole) > 1:
+        rank = checkpoint.infos[parts["down"]].shape[0]
+        scales = {pair_scale(checkpoint, settings, group.parts, rank).value for group in whole}
+        if len(scales) > 1:
+            raise _differ(checkpoint, whole[0].parts["up"], whole[1].parts["up"], " in their scale")
+    return parts
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    first, second = checkpoint.read(one), checkpoint.read(other)
+    return first.numel() == second.numel() and torch.equal(first.double().flatten(), second.double().flatten())
+
+
+def _differ(checkpoint: Checkpoint, one: str, other: str, how: str = "") -> MismatchError:
+    return MismatchError(
+        f"{checkpoint.path.name}: {one} and {other} name the same weight but differ{how}; programs take the one or the other: "
+        "expected each weight once, remove one of them"
+    )
+
+
+def _check_module(checkpoint: Checkpoint, parts: Mapping[str, str], name: str) -> None:
+    """Refuse a module whose parts do not make up a delta, from the header alone.
+
+    Raises:
+        MismatchError: one half of a pair is missing, or the module has a pair and a whole difference.
+        BadTensorError: a part that is no floating-point tensor, or whose shape fits neither LoRA nor the other parts.
+    """
+    file = checkpoint.path.name
+    if ("up" in parts) != ("down" in parts):
+        there = "up" if "up" in parts else "down"
+        raise MismatchError(f"{file}: {name} has only its {there} factor; the file is incomplete, get it again")
+    if "mid" in parts and "up" not in parts:
+        raise MismatchError(f"{file}: {name} has only its mid factor; the file is incomplete, get it again")
+    if "up" in parts and "diff" in parts:
+        raise MismatchError(
+            f"{file}: {name} has a pair ({parts['up']}) and a whole difference ({parts['diff']}); programs take the one or the "
+            "other: expected one of them"
+        )
+    for part, key in parts.items():
+        info = checkpoint.infos[key]
+        if not is_float(info.dtype) and (part != "alpha" or info.dtype == "C64"):  # some tools write alpha as an integer
+            raise BadTensorError(f"{file}: {key} is stored as {info.dtype}, expected floating-point numbers; get it again")
+        dimensions, numel = len(info.shape), math.prod(info.shape)
+        fits = {"alpha": numel == 1, "mid": dimensions == 4, "diff": dimensions > 0, "diff_b": dimensions == 1}
+        if not (fits.get(part, dimensions > 1) and numel):
+            raise BadTensorError(f"{file}: {key} has the shape {list(info.shape)}, which no {part} has; get the file again")
+    if "up" not in parts:
+        return
+    up, down = checkpoint.infos[parts["up"]].shape, checkpoint.infos[parts["down"]].shape
+    inner = checkpoint.infos[parts["mid"]].shape[:2] if "mid" in parts else (down[0], down[0])
+    if (math.prod(up[1:]), down[0]) != inner or ("mid" in parts and math.prod(down[2:]) != 1):
+        raise BadTensorError(
+            f"{file}: {name} has {math.prod(up[1:])} columns up but {down[0]} rows down; both must equal its rank: the file "
+            "is damaged, get it again"
+        )
+
+
+# ---- the architecture ----
+
+
+def _recognise(
+    groups: Sequence[Group], checkpoint: Checkpoint, expected: Architecture | None
+) -> tuple[tuple[Architecture, ...], bool]:
+    """The architectures whose modules fit most, the likeliest first, and whether anything but a guess put it first.
+
+    None for a file of another family. Names come first; then shapes, metadata, what is wanted, and the commoner one.
+    """
+    rows = sorted(ARCHITECTURES.values(), key=lambda row: not _is_likely(row, expected))  # stable
+    fits: dict[str, list[Group]] = {}
+    for row in rows:
+        if _is_likely(row, expected) or len(max(fits.values(), key=len)) < len(groups):
+            fits[row.name] = [group for group in groups if find_module(row.name, group.module)]
+    most = max(map(len, fits.values()))
+    if not most:
+        return (), False
+    tied = [ARCHITECTURES[name] for name, own in fits.items() if len(own) == most]
+    tied = [row for row in tied if _is_likely(row, expected)] or tied
+    tied = _by_proj_in(tied, groups, checkpoint)
+    widths = {row.name: sum(_has_real_size(row, group, checkpoint) for group in fits[row.name]) for row in tied}
+    tied = [row for row in tied if widths[row.name] == max(widths.values())]
+    version = checkpoint.metadata.get("ss_base_model_version", "")
+    if checkpoint.metadata.get("ss_v2") == "True":
+        version = "sd_v2"
+    told = [row for row in tied if version and version.startswith(row.ss_base_model_version)]
+    if not told and any(group.module.startswith(_ONE_ENCODER) for group in groups):
+        tied = [row for row in tied if len(row.text_encoders) == 1] or tied
+    if len(tied) == 1:
+        return tuple(tied), True
+    if expected in (told or tied):
+        return (expected, *(row for row in tied if row is not expected)), True
+    return tuple(dict.fromkeys([*told, *tied])), bool(told)
+
+
+def _is_likely(row: Architecture, expected: Architecture | None) -> bool:
+    """Whether a file may be of it without more reason: the names in a pruned UNet are some of those in a whole one."""
+    return row.resnets == 2 or row is expected
+
+
+def _by_proj_in(tied: list[Architecture], groups: Iterable[Group], checkpoint: Checkpoint) -> list[Architecture]:
+    """SD 1 and 2 share their names and differ in proj_in: a convolution there, a linear layer here."""
+    downs = [group.parts["down"] for group in groups if group.module.endswith("proj_in") and "down" in group.parts]
+    dimensions = {len(checkpoint.infos[key].shape) for key in downs}
+    if len(dimensions) != 1:
+        return tied
+    other = "sd1" if dimensions == {2} else "sd2"
+    return [row for row in tied if not row.name.startswith(other)] or tied
+
+
+def _has_real_size(arch: Architecture, group: Group, checkpoint: Checkpoint) -> bool:
+    """Whether a module is as large as in the published models: cross-attention sees 768, 1024, 2048 or 1280 columns."""
+    module = find_module(arch.name, group.module)
+    assert module is not None, "only modules of the architecture are measured"
+    shape = _real_shapes(arch.name)[module.key]
+    size = (shape[0] // (3 if module.part is not None else 1), math.prod(shape[1:]))
+    return _size(group, checkpoint) == (size[::-1] if module.transposed else size)
+
+
+@cache
+def _real_shapes(arch_name: str) -> Mapping[str, Shape]:
+    return checkpoint_shapes(arch_name)
+
+
+def _size(group: Group, checkpoint: Checkpoint) -> tuple[int, int] | None:
+    """Rows and columns of what a module changes."""
+    shapes: Mapping[str, Shape] = {part: checkpoint.infos[key].shape for part, key in group.parts.items()}
+    if "up" in shapes and "down" in shapes:
+        kernel = shapes["mid"][2:] if "mid" in shapes else ()
+        return math.prod(shapes["up"][:1]), math.prod((*shapes["down"][1:], *kernel))
+    if "diff" in shapes:
+        return math.prod(shapes["diff"][:1]), math.prod(shapes["diff"][1:])
+    return None

@@ -1,0 +1,190 @@
+"""What a LoRA pair is multiplied by: alpha / rank, from alpha in the file or from the settings of PEFT that belong to it.
+
+PEFT keeps them in adapter_config.json beside its adapter_model file, diffusers in the metadata of its own. How a module's
+own rank and alpha are found follows `get_pattern_key` in peft/utils/other.py and LoraModel in peft/tuners/lora/model.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lib_dpo.errors import BadFileError, MismatchError
+from lib_dpo.files.checkpoint import Checkpoint
+from lib_dpo.offsets.lora.keys import PEFT_PAIR, Group, parse_key
+
+ADAPTER_METADATA = "lora_adapter_metadata"  # entry of diffusers' own files
+ADAPTER_CONFIG: Literal["adapter_config.json"] = "adapter_config.json"
+_ADAPTER_MODEL = "adapter_model."  # the file that PEFT puts its config beside
+_RESIZED = "dpo.resized"  # a file of ours: its factors carry what no alpha says
+_PEFT = "base_model.model."
+_DEFAULT_RANK = _DEFAULT_ALPHA = 8  # LoraConfig's own
+Source = Literal["alpha", "adapter_config.json", "metadata", "none"]
+
+# what these say of the adapter cannot be kept: its weights alone do not hold it
+_REFUSED = (
+    "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
+    "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+# these start from the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base too
+_HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The factor of up @ down, and where it is from."""
+
+    value: float
+    source: Source
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """The LoraConfig of a file; in diffusers' metadata one for each component, by its name and a dot."""
+
+    file: str
+    source: Source
+    config: Mapping[str, Any]
+
+    def scale(self, module: str, rank: int) -> Scale:
+        """The scale of one module.
+
+        Args:
+            module: its name in the file. rank: of its pair there.
+
+        Raises:
+            MismatchError: the settings are of another file: they say another rank.
+            BadFileError: settings that cannot be read.
+        """
+        within = self._within(module)
+        if within is None:
+            return Scale(1.0, "none")
+        component, inner = within
+        wanted = self._number(component, inner, "rank_pattern", "r", _DEFAULT_RANK)
+        if wanted != rank:
+            raise MismatchError(
+                f"{self.file}: {module} has rank {rank}, but its {self._words} says {wanted:g}; it belongs to another LoRA, "
+                "and the right scale is not known: get the two that belong together"
+            )
+        alpha = self._number(component, inner, "alpha_pattern", "lora_alpha", _DEFAULT_ALPHA)
+        return Scale(alpha / (math.sqrt(rank) if self._setting(component, "use_rslora") else rank), self.source)
+
+    @property
+    def _words(self) -> str:
+        return ADAPTER_CONFIG if self.source == ADAPTER_CONFIG else f"metadata entry {ADAPTER_METADATA}"
+
+    def _within(self, module: str) -> tuple[str, str] | None:
+        """The component that the settings are looked up for, and the module's name as PEFT saw it; None: not in them."""
+        component, _, inner = module.partition(".")
+        if self.source == "metadata" and any(name.startswith(component + ".") for name in self.config):
+            return component + ".", inner
+        is_whole = self.source == ADAPTER_CONFIG or "r" in self.config or "lora_alpha" in self.config
+        return ("", module.removeprefix(_PEFT)) if is_whole else None
+
+    def _setting(self, component: str, name: str) -> Any:
+        return self.config.get(component + name)
+
+    def _number(self, component: str, module: str, patterns: str, name: str, default: int) -> float:
+        own = self._setting(component, patterns) or {}
+        if not isinstance(own, dict):
+            raise self._unreadable(patterns)
+        value = own.get(self._pattern_key(own, module))
+        if value is None:
+            value = self._setting(component, name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self._unreadable(name)
+        return value
+
+    def _pattern_key(self, patterns: Iterable[str], module: str) -> str:
+        """The first pattern, in the order of the config, that matches a module's name or its last parts."""
+        for pattern in patterns:
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return pattern
+            except re.error as error:
+                raise BadFileError(
+                    f"{self.file}: its {self._words} has the pattern {pattern!r}, which is no regular expression ({error}); "
+                    "get the file again"
+                ) from error
+        return module
+
+    def _unreadable(self, name: str) -> BadFileError:
+        return BadFileError(f"{self.file}: {name} in its {self._words} cannot be read; get the file again")
+
+
+def read_settings(checkpoint: Checkpoint, groups: Iterable[Group]) -> PeftSettings | None:
+    """The settings that belong to a LoRA file: those in its metadata, or in adapter_config.json beside `adapter_model.*`.
+
+    Only pairs without an alpha need them. In files of ours, and under kohya's names, such pairs mean what they are.
+
+    Raises:
+        BadFileError: they cannot be read.
+        MismatchError: they say that the adapter is more than a LoRA.
+    """
+    lacking = [group for group in groups if "up" in group.parts and "alpha" not in group.parts]
+    if not any(_by_peft_or_diffusers(group) for group in lacking) or _RESIZED in checkpoint.metadata:
+        return None
+    text = checkpoint.metadata.get(ADAPTER_METADATA)
+    if text is not None:
+        return _checked(PeftSettings(checkpoint.path.name, "metadata", _parsed(checkpoint.path, text)))
+    config = checkpoint.path.with_name(ADAPTER_CONFIG)
+    is_peft = any(PEFT_PAIR.search(group.parts["up"]) for group in lacking)
+    if not (checkpoint.path.name.startswith(_ADAPTER_MODEL) and is_peft and config.is_file()):
+        return None
+    try:
+        text = config.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise BadFileError(f"{config}: cannot be read ({error}); the scale of {checkpoint.path.name} is in it") from error
+    return _checked(PeftSettings(checkpoint.path.name, ADAPTER_CONFIG, _parsed(config, text)))
+
+
+def pair_scale(checkpoint: Checkpoint, settings: PeftSettings | None, parts: Mapping[str, str], rank: int) -> Scale:
+    """alpha / rank of one module: from its own alpha, else from the settings, else 1. Raises as `PeftSettings.scale`."""
+    if "alpha" in parts:
+        return Scale(float(checkpoint.read(parts["alpha"])) / rank, "alpha")
+    parsed = parse_key(parts["up"])
+    if settings is None or parsed is None or not _by_peft_or_diffusers(Group(parsed[0], dict(parts))):
+        return Scale(1.0, "none")
+    return settings.scale(parsed[0], rank)
+
+
+def unused_config(checkpoint: Checkpoint, settings: PeftSettings | None) -> bool:
+    """Whether an adapter_config.json lies beside the file that is not taken for its own."""
+    of_another = settings is None or settings.source != ADAPTER_CONFIG
+    return of_another and checkpoint.path.with_name(ADAPTER_CONFIG).is_file()
+
+
+def _by_peft_or_diffusers(group: Group) -> bool:
+    """Whether a pair goes by other names than kohya's, who always writes an alpha where there is one."""
+    return ".lora_up." not in group.parts["up"]
+
+
+def _parsed(path: Path, text: str) -> Mapping[str, Any]:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadFileError(f"{path.name}: its LoRA settings cannot be read ({error}); get the file again") from error
+    if not isinstance(config, dict):
+        raise BadFileError(f"{path.name}: its LoRA settings are no JSON object; get the file again")
+    return config
+
+
+def _checked(settings: PeftSettings) -> PeftSettings:
+    """Refuse an adapter that is more than a LoRA, by the name of the setting that says so."""
+    for full, value in settings.config.items():
+        name = full.rpartition(".")[2]
+        more = (name in _REFUSED and bool(value)) or (name == "bias" and value not in (None, "none"))
+        more = more or (name == "peft_type" and str(value).rpartition(".")[2] != "LORA" and value is not None)
+        more = more or (name == "init_lora_weights" and not isinstance(value, bool) and value not in (None, *_HARMLESS_STARTS))
+        if more:
+            raise MismatchError(
+                f"{settings.file}: {full} in its {settings._words} is {json.dumps(value)[:80]}, so its weights alone are not "
+                "all of it; expected a plain LoRA"
+            )
+    return settings

@@ -1,0 +1,234 @@
+"""What a pair's difference looks like: sizes per block and kind of layer, verdict, spectrum, size against fidelity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lib_dpo.families.keymap import block_labels, block_of
+from lib_dpo.families.pruning import Blocks
+from lib_dpo.maths.devices import resolve_device
+from lib_dpo.maths.lowrank import full_precision
+from lib_dpo.maths.ranks import Spectrum, break_even_rank, size_curve
+from lib_dpo.maths.threads import side_by_side
+from lib_dpo.offsets.coverage import LeftOut, left_out, nothing_changed
+from lib_dpo.offsets.layers import Layer, plan_layers
+from lib_dpo.offsets.offset import Pair, blocks_in
+from lib_dpo.offsets.prediction import Prediction, predictions
+from lib_dpo.operations.decompose import Decomposer
+from lib_dpo.operations.measure import Row, Tally, Verdict, changed_text_encoders, measure, right_base
+from lib_dpo.progress import Progress, Steps
+
+# Kinds of layer for the heat-map, by a part of the canonical key; the first match counts.
+_KINDS: tuple[tuple[str, str], ...] = (
+    (".attn1.", "self-attention"),
+    (".attn2.", "cross-attention"),
+    ("self_attn", "self-attention"),
+    (".attn.", "self-attention"),
+    (".ff.", "feed-forward"),
+    (".mlp.", "feed-forward"),
+    (".in_layers.2.", "convolution"),
+    (".out_layers.3.", "convolution"),
+    (".conv.", "convolution"),
+    (".op.", "convolution"),
+    ("input_blocks.0.0.", "convolution"),
+    (".out.2.", "convolution"),
+    (".skip_connection.", "convolution"),
+    (".proj_in.", "projection"),
+    (".proj_out.", "projection"),
+    ("emb", "embedding"),
+)
+KINDS = ("self-attention", "cross-attention", "feed-forward", "projection", "convolution", "embedding", "norm")
+_CURVE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_FP16 = 2
+_SPECTRUM_POINTS = 64
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Figures from the singular values of every layer; energies as shares of ||offset||^2 of what is extracted."""
+
+    ranks: list[int]
+    energy_at_rank: list[float]  # the optimum of a LoRA with this rank in every layer, capped as `extract` caps it
+    size_mb_at_rank: list[float]  # fp16
+    size_mb: list[float]  # along the optimal allocation of ranks
+    energy_at_size: list[float]
+    mean_spectrum: list[float]  # root mean square of sigma_i / sigma_1 over layers
+    effective_rank: dict[str, float]  # by block: exp of the entropy of the energies (Roy & Vetterli 2007), mean
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures that `diff` prints; the spectrum thinned to what a plot shows."""
+        return {
+            "rank": {"rank": self.ranks, "energy": self.energy_at_rank, "size_mb": self.size_mb_at_rank},
+            "size": {"size_mb": self.size_mb, "energy": self.energy_at_size},
+            "mean_spectrum": _thinned(self.mean_spectrum),
+            "effective_rank": self.effective_rank,
+        }
+
+
+@dataclass(frozen=True)
+class DiffReport:
+    """The figures of a pair."""
+
+    architecture: str
+    base: str
+    tuned: str
+    tally: Tally
+    verdict: Verdict
+    kinds: dict[str, dict[str, Row]]  # kind of layer -> block -> sums
+    largest: list[tuple[str, float]]  # canonical keys of the largest relative changes
+    vae: str
+    blocks: Blocks
+    left_out: tuple[LeftOut, ...]
+    predictions: Mapping[str, Prediction]
+    spectra: Spectra | None
+
+    def heat_map(self) -> dict[str, dict[str, float]]:
+        """Relative change by kind of layer and block, in the order of the forward pass; kinds that changed only."""
+        labels = block_labels(self.tally.architecture)
+        return {
+            kind: {name: rows[name].relative_change for name in labels if name in rows and rows[name].base}
+            for kind, rows in self.kinds.items()
+            if any(row.offset for row in rows.values())
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures that the command prints, and those behind its picture."""
+        labels = block_labels(self.tally.architecture)
+        blocks = {name: self.tally.blocks[name].as_json() for name in labels if name in self.tally.blocks}
+        return {
+            "architecture": self.architecture,
+            "base": self.base,
+            "tuned": self.tuned,
+            "verdict": self.verdict.as_json(),
+            **self.tally.total.as_json(),
+            "components": {name: row.as_json() for name, row in self.tally.components.items()},
+            "changed_text_encoders": changed_text_encoders(self.tally),
+            "blocks": blocks,
+            "heat_map": self.heat_map(),
+            "largest_relative_changes": [{"key": key, "relative_change": value} for key, value in self.largest],
+            "vae": self.vae,
+            "unet": self.blocks.text,
+            "left_out": [row.as_json() for row in self.left_out],
+            "prediction": {name: found.as_json() for name, found in self.predictions.items()},
+            "spectra": self.spectra.as_json() if self.spectra else None,
+        }
+
+
+def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress: Progress | None = None) -> DiffReport:
+    """Measure a pair, tensor by tensor; with `spectra`, all singular values of every layer too (minutes for SDXL).
+
+    Raises:
+        NothingToDoError: base and tuned are equal.
+        BadTensorError: NaN or Inf, by key.
+        SettingError: a device that is not there.
+    """
+    place = resolve_device(device)
+    tally = Tally(pair.architecture)
+    kinds: dict[str, dict[str, Row]] = {kind: {} for kind in KINDS}
+    relative: list[tuple[str, float]] = []
+    steps = Steps(sum(math.prod(pair.base.shape(key)) for key in pair.keys) * (2 if spectra else 1), on_progress)
+    with full_precision():
+        with side_by_side(lambda key: measure(pair, key)[1], pair.keys) as rows:
+            for key, row in zip(pair.keys, rows, strict=True):
+                tally.add(key, row)
+                block = block_of(pair.architecture, key)
+                if block is not None:
+                    kinds[_kind(key, len(pair.base.shape(key)))].setdefault(block, Row()).add(row)
+                relative.append((key, row.relative_change))
+                steps.advance(row.numel, key)
+        if not tally.total.offset:
+            both = "UNet and text encoders" if len(tally.components) > 1 else "UNet"
+            raise nothing_changed(pair, both, "there is no offset")
+        figures = _spectra(pair, tally, place, steps) if spectra else None
+    relative.sort(key=lambda item: -item[1])
+    return DiffReport(
+        architecture=pair.architecture.name,
+        base=pair.base.name,
+        tuned=pair.tuned.name,
+        tally=tally,
+        verdict=right_base(pair, tally),
+        kinds=kinds,
+        largest=relative[:10],
+        vae=_compare_vae(pair),
+        blocks=blocks_in(pair.base),
+        left_out=left_out(pair),
+        predictions=predictions(pair),
+        spectra=figures,
+    )
+
+
+def _kind(key: str, ndim: int) -> str:
+    if ndim < 2 and key.endswith(".weight"):
+        return "norm"
+    return next((kind for mark, kind in _KINDS if mark in key), "norm")
+
+
+def _compare_vae(pair: Pair) -> str:
+    """Information only: VAEs are never extracted."""
+    theirs = set(pair.tuned.keys("vae"))
+    shared = [key for key in pair.base.keys("vae") if key in theirs]
+    if not shared:
+        return "not in both files"
+    same = all(torch.equal(pair.base.read(key).flatten().float(), pair.tuned.read(key).flatten().float()) for key in shared)
+    return "the same" if same else "different (for information: a VAE is never part of an offset)"
+
+
+def _spectra(pair: Pair, tally: Tally, device: torch.device, steps: Steps) -> Spectra:
+    components = ("unet", *changed_text_encoders(tally))
+    layers = [layer for layer in plan_layers(pair, "portable", components) if layer.kind == "pair"]
+    decomposer = Decomposer(pair, device, method="exact", seed=0)
+    rows: dict[str, Spectrum] = {}
+    effective: dict[str, list[float]] = {}
+
+    def squares(layer: Layer) -> NDArray[np.float64] | None:
+        delta, row = decomposer.load(layer)
+        return decomposer.singular_values(delta, layer.module.name).square().numpy() if row.offset else None
+
+    with side_by_side(squares, layers, device) as found:
+        for layer, energies in zip(layers, found, strict=True):
+            if energies is not None:
+                rows[layer.module.name] = Spectrum(energies, _FP16 * sum(layer.matrix), 0, break_even_rank(*layer.matrix))
+                effective.setdefault(block_of(pair.architecture, layer.module.key) or "", []).append(_effective_rank(energies))
+            steps.advance(layer.numel, layer.module.key)
+    total = sum(row.offset for name, row in tally.components.items() if name in components)
+    largest = max(min(layer.matrix) for layer in layers)
+    ranks = [rank for rank in _CURVE_RANKS if rank <= largest]  # those that `extract` takes
+    at_rank = [sum(float(s.energies[: min(rank, s.cap)].sum()) for s in rows.values()) / total for rank in ranks]
+    sizes = [sum(s.bytes_per_rank * min(rank, s.cap) for s in rows.values()) / 1e6 for rank in ranks]
+    curve = size_curve(rows)
+    return Spectra(
+        ranks=ranks,
+        energy_at_rank=at_rank,
+        size_mb_at_rank=sizes,
+        size_mb=[size / 1e6 for size in curve[0]],
+        energy_at_size=[value / total for value in curve[1]],
+        mean_spectrum=_mean_spectrum(list(rows.values())),
+        effective_rank={block: float(np.mean(values)) for block, values in effective.items()},
+    )
+
+
+def _effective_rank(energies: NDArray[np.float64]) -> float:
+    shares = energies[energies > 0] / energies.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def _thinned(spectrum: list[float]) -> dict[str, list[Any]]:
+    """A spectrum at `_SPECTRUM_POINTS` components at most, numbered from 1 and evenly spread on a logarithmic axis."""
+    last = max(1, len(spectrum))
+    at = np.unique(np.geomspace(1, last, _SPECTRUM_POINTS).round().astype(np.int64))[: len(spectrum)].tolist()
+    return {"component": at, "value": [spectrum[n - 1] for n in at]}
+
+
+def _mean_spectrum(rows: list[Spectrum]) -> list[float]:
+    """Root mean square over layers of the i-th singular value, the first as 1; layers that have no i-th count as 0."""
+    total = np.zeros(max((len(row.energies) for row in rows), default=0))
+    for row in rows:
+        total[: len(row.energies)] += row.energies / row.energies[0]
+    return [float(value) for value in np.sqrt(total / len(rows))]

@@ -1,0 +1,111 @@
+"""How much of a pair's offset a LoRA or offset file holds: measured from the file alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lib_dpo.errors import BadTensorError, MismatchError
+from lib_dpo.families.keymap import component_of
+from lib_dpo.maths.lowrank import energy, full_precision
+from lib_dpo.maths.threads import side_by_side
+from lib_dpo.offsets.coverage import LeftOut, left_out, nothing_changed
+from lib_dpo.offsets.offset import Offset, Pair
+from lib_dpo.operations.measure import Row, Tally, changed_text_encoders, measure
+from lib_dpo.progress import Progress, Steps
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Energy kept, in all, per component and per block."""
+
+    tally: Tally
+    components: tuple[str, ...]
+    layers: int
+    unmatched: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    claimed: float | None  # what the file's own metadata says
+    twins: tuple[str, ...] = ()  # keys that say again what others say: they count once
+
+    def as_json(self) -> dict[str, Any]:
+        """The figures that the command prints."""
+        return {
+            "architecture": self.tally.architecture.name,
+            "components": list(self.components),
+            **self.tally.energy_kept(),
+            "energy_kept_claimed": self.claimed,
+            "noise_floor": self.tally.total.noise_floor,
+            "tensors": self.layers,
+            "unmatched": list(self.unmatched),
+            "twins": list(self.twins),
+            "left_out": [row.as_json() for row in self.left_out],
+        }
+
+
+def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -> VerifyReport:
+    """Compare an offset with the pair it was made from, tensor by tensor.
+
+    Text encoders count when they changed beyond rounding, or when the file changes them.
+
+    Raises:
+        MismatchError: other architectures.
+        NothingToDoError: base and tuned are equal.
+        BadTensorError: a shape that does not fit, NaN or Inf.
+    """
+    if offset.architecture is not pair.architecture:
+        raise MismatchError(
+            f"{offset.name} is for {offset.architecture.title} but the pair is {pair.architecture.title}; "
+            "give the two checkpoints that it was made from"
+        )
+    numel = {key: math.prod(pair.base.shape(key)) for key in pair.keys}
+    steps = Steps(sum(numel.values()), on_progress)
+    tally = Tally(pair.architecture)
+
+    def missed(key: str) -> Row:
+        """Its figures, and what the offset misses of it."""
+        delta, row = measure(pair, key)
+        row.residual = row.offset
+        if key in offset.shapes:
+            if math.prod(offset.shapes[key]) != delta.numel():
+                raise BadTensorError(
+                    f"{offset.name}: {key} has the shape {list(offset.shapes[key])}, the pair {list(delta.shape)}; "
+                    "the file was made for another model"
+                )
+            row.residual = energy(delta.sub_(offset.read(key).reshape(delta.shape)))
+        return row
+
+    with full_precision(), side_by_side(missed, pair.keys) as rows:
+        for key, row in zip(pair.keys, rows, strict=True):
+            tally.add(key, row)
+            steps.advance(numel[key], key)
+    touched = {component_of(pair.architecture, key) for key in offset.shapes}
+    kept = counted(tally, {"unet", *changed_text_encoders(tally), *touched})
+    if not kept.total.offset:
+        raise nothing_changed(pair, "weights", "there is no change to keep")
+    return VerifyReport(
+        tally=kept,
+        components=tuple(kept.components),
+        layers=len(offset.shapes),
+        unmatched=offset.unmatched + tuple(sorted(offset.shapes.keys() - numel.keys())),
+        left_out=left_out(pair),
+        claimed=_claimed(offset.metadata),
+        twins=offset.twins,
+    )
+
+
+def counted(tally: Tally, components: Collection[str | None]) -> Tally:
+    """The same figures of these components and their blocks only."""
+    kept = Tally(tally.architecture)
+    kept.components = {name: row for name, row in tally.components.items() if name in components}
+    kept.blocks = {name: row for name, row in tally.blocks.items() if name[:2] != "TE" or name.lower() in components}
+    return kept
+
+
+def _claimed(metadata: Mapping[str, str]) -> float | None:
+    try:
+        claimed = float(metadata["dpo.energy_kept"])
+    except (KeyError, ValueError):
+        return None
+    return claimed if math.isfinite(claimed) else None

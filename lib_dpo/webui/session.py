@@ -1,0 +1,359 @@
+"""What people do in a WebUI, in one place for the tab, the API and the always-on script: the only stateful object.
+
+Methods that take a `job` run inside `Jobs.run` or `Jobs.start`, which hold the host's lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib_dpo.errors import DpoError, HostError, MismatchError, NoModelError, SettingError
+from lib_dpo.families.arch import ARCHITECTURES, Architecture
+from lib_dpo.families.keymap import parse_blocks
+from lib_dpo.families.model import Model, open_model
+from lib_dpo.files.checkpoint import sha256_in_background
+from lib_dpo.files.writer import check_output
+from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel, Request
+from lib_dpo.offsets.offset import Pair, open_pair
+from lib_dpo.offsets.patch import Patch, check_changes, open_patch
+from lib_dpo.offsets.recipe import Ingredient, baked_in
+from lib_dpo.settings import ExtractSettings, check, one_of, strength_to_bake
+from lib_dpo.webui.jobs import Jobs
+from lib_dpo.webui.library import Library
+from lib_dpo.webui.results import Analysis, Comparison, Extracted, Status
+
+if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts without it
+    from PIL.Image import Image
+
+    from lib_dpo.operations.bake import BakeReport
+    from lib_dpo.operations.compat import CompatReport
+    from lib_dpo.operations.inspect import Inspection
+    from lib_dpo.operations.write_offset import OffsetReport
+    from lib_dpo.pictures.grid import Cell
+
+logger = logging.getLogger(__name__)
+
+_PATCHES_KEPT = 4  # open offsets: their files are mapped, which costs no memory of its own
+
+
+@dataclass(frozen=True)
+class _File:
+    """What the header of a checkpoint says."""
+
+    architecture: Architecture | None
+    problem: str = ""  # why it is none of ours
+    baked_in: tuple[Ingredient, ...] = ()
+
+
+class Session:
+    """One host and what was done with it."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.library = Library(host)
+        self.jobs = Jobs(host)
+        self._patches: OrderedDict[tuple[Any, ...], Patch] = OrderedDict()
+        self._files: dict[tuple[str, int], _File] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def in_webui(self) -> bool:
+        """Whether this is a WebUI, where people generate with prompts and scripts; else the tab alone."""
+        return self.host.name != "standalone"
+
+    # ---- what is there ----
+
+    def status(self) -> Status:
+        """Cheap enough to ask for all the time."""
+        live = self.host.live
+        model, chosen = live.loaded(), live.chosen()
+        later = chosen.stem if chosen else ""
+        if model is None:
+            return Status(None, None, None, chosen=later)
+        file = self._file(model.path)
+        if file.problem:
+            return Status(model, None, None, file.problem, later)
+        return Status(model, file.architecture, live.baked(), chosen=later, in_file=file.baked_in)
+
+    def loaded(self) -> LoadedModel:
+        """The loaded checkpoint. Raises NoModelError."""
+        model = self.host.live.loaded()
+        if model is None:
+            raise NoModelError("no checkpoint is loaded yet; choose one in the WebUI, make one picture, and try again")
+        return model
+
+    def patch(self, name: str, *, blocks: str = "", rank: int | None = None) -> Patch:
+        """An offset by name, ready for the loaded model; kept open for the next time.
+
+        Raises:
+            NotFoundError: not in the lists. MismatchError: of another architecture than the loaded model.
+            SettingError: blocks or a rank that make no sense. BadFileError: damaged.
+        """
+        path, model = self.library.offset(name), self.loaded()
+        file = self._file(model.path)
+        if file.architecture is None:
+            raise MismatchError(file.problem)
+        expected = file.architecture
+        weights = parse_blocks(blocks.replace(";", ","))
+        stat = path.stat()
+        key = (path, stat.st_mtime_ns, stat.st_size, weights, rank, expected.name)
+        with self._lock:
+            patch = self._patches.pop(key, None) or open_patch(path, expected, blocks=weights, rank=rank)
+            if patch.architecture is not expected:
+                raise MismatchError(
+                    f"{name} is an offset for {patch.architecture.title} but {model.name} is {expected.title}; choose an "
+                    "offset of the model's own family"
+                )
+            self._patches[key] = patch
+            while len(self._patches) > _PATCHES_KEPT:
+                self._patches.popitem(last=False)
+        return patch
+
+    def inspect(self, name: str) -> Inspection:
+        """What a file of the lists is. Raises NotFoundError, BadFileError."""
+        from lib_dpo.operations.inspect import inspect
+
+        return inspect(self.library.any(name))
+
+    # ---- looking before writing ----
+
+    def analyse(self, job: Job, *, base: str, reference: str, spectra: bool = False) -> Analysis:
+        """The verdict on a pair, and on the loaded model as a target where it is another one than the base."""
+        from lib_dpo.operations.compat import compat
+        from lib_dpo.operations.diff import diff
+
+        self.host.live.ready()
+        with self._pair(base, reference) as pair:
+            report = diff(pair, spectra=spectra, on_progress=job.progress)
+            model = self.host.live.loaded()
+            if model is None or model.path.resolve() in (pair.base.path.resolve(), pair.tuned.path.resolve()):
+                return Analysis(report, None)
+            if self._file(model.path).architecture is not pair.architecture:
+                return Analysis(report, None)
+            with open_model(model.path) as target:
+                return Analysis(report, compat(target, pair, on_progress=job.progress))
+
+    def compat(self, job: Job, *, target: str, base: str, reference: str) -> CompatReport:
+        """Whether the offset of a pair fits a checkpoint (empty: the loaded one)."""
+        from lib_dpo.operations.compat import compat
+
+        self.host.live.ready()
+        with self._pair(base, reference) as pair, self._open_checkpoint(target) as model:
+            self._check_base(target, base)
+            return compat(model, pair, on_progress=job.progress)
+
+    # ---- writing files ----
+
+    def extract(
+        self, job: Job, *, base: str, reference: str, name: str, settings: ExtractSettings, overwrite: bool = False
+    ) -> Extracted:
+        """Write a LoRA into the LoRA folder and let the host list it."""
+        from lib_dpo.operations.extract import extract
+
+        self.host.live.ready()
+        output = self.library.new_lora(name)
+        with self._pair(base, reference) as pair:
+            source = self._checked(output, pair, overwrite)
+            report = extract(pair, output, settings, overwrite=overwrite, source=source, on_progress=job.progress)
+        return Extracted(output.stem, report, self._listed(output, report.architecture))
+
+    def write_offset(
+        self, job: Job, *, base: str, reference: str, name: str, precision: str = "fp32", overwrite: bool = False
+    ) -> OffsetReport:
+        """Write the dense offset file into the reference folder."""
+        from lib_dpo.operations.write_offset import write_offset
+
+        self.host.live.ready()
+        output = self.library.new_offset(name)
+        with self._pair(base, reference) as pair:
+            source = self._checked(output, pair, overwrite)
+            return write_offset(pair, output, precision=precision, overwrite=overwrite, source=source, on_progress=job.progress)
+
+    def save(
+        self, job: Job, *, name: str, offset: str, strength: float, blocks: str = "", rank: int | None = None,
+        overwrite: bool = False,
+    ) -> BakeReport:  # fmt: skip
+        """Write the loaded checkpoint's file plus strength x offset as a new checkpoint: never from the live weights."""
+        from lib_dpo.operations.bake import bake
+
+        strength = strength_to_bake(strength)
+        self.host.live.ready()
+        output, patch = self.library.new_checkpoint(name), self._to_add(offset, blocks, rank)
+        with open_model(self.loaded().path) as target:
+            check_output(output, overwrite=overwrite, inputs=(*target.checkpoint.files, *patch.checkpoint.files))
+            hashes = [sha256_in_background(target.checkpoint), sha256_in_background(patch.checkpoint)]
+            report = bake(
+                target,
+                patch.offset,
+                output,
+                strength=strength,
+                blocks=patch.blocks,
+                rank=patch.rank,
+                overwrite=overwrite,
+                hashes=lambda: (hashes[0](), hashes[1]()),
+                on_progress=job.progress,
+            )
+        self.host.refresh()
+        return report
+
+    # ---- pictures ----
+
+    def compare(
+        self, job: Job, *, offset: str, prompts: Sequence[str], negative: str = "", seeds: str = "1",
+        strengths: str = "0.5, 1, 1.5", blocks: str = "", rank: int | None = None, steps: int = 20, cfg_scale: float = 7.0,
+        sampler: str = "", width: int = 0, height: int = 0,
+    ) -> Comparison:  # fmt: skip
+        """Make prompts x seeds x strengths with the host's own pipeline, the untouched model first.
+
+        Args:
+            width, height: in pixels; 0 for what the model was made for.
+
+        Raises:
+            SettingError: lists that cannot be read, or too many pictures. HostError: something is baked into the model.
+        """
+        from lib_dpo.pictures.drawing import draw_grid
+        from lib_dpo.pictures.effects import effects
+        from lib_dpo.pictures.grid import Plan, parse_seeds, parse_strengths, run, strength_variants
+
+        self.host.live.ready()
+        width, height = self._size(width, height)
+        for field, value in (("steps", steps), ("cfg", cfg_scale), ("side", width), ("side", height)):
+            check(field, value)
+        if width % 8 or height % 8:
+            raise SettingError(f"pictures of {width}x{height} cannot be made; both numbers must be multiples of 8")
+        prompts, negative = [_sendable(prompt) for prompt in prompts], _sendable(negative)
+        if sampler and sampler not in self.host.samplers():
+            raise SettingError(f"sampler {sampler!r} is unknown; expected one of {one_of(sampler, self.host.samplers())}")
+        plan = Plan(prompts, parse_seeds(seeds), strength_variants(parse_strengths(strengths)), width, height)
+        patch, model = self._to_add(offset, blocks, rank), self.loaded()
+        baked = self.host.live.baked()
+        if baked:
+            raise HostError(
+                f"{baked.offset} is baked into {model.name}, so there is no untouched picture to compare with; undo it first"
+            )
+
+        def make(cell: Cell) -> Image:
+            request = Request(cell.prompt, negative, cell.seed, steps, cfg_scale, sampler, width, height)
+            return self.host.generate(request, patch, cell.variant.value or 0.0).image
+
+        images = run(plan, make, job)
+        report = effects(plan, images)
+        settings = {"Steps": steps, "Sampler": sampler or self.host.samplers()[0], "CFG scale": cfg_scale}
+        settings |= {"Negative prompt": negative} | ({"Blocks": blocks} if blocks else {}) | ({"Rank": rank} if rank else {})
+        grid = draw_grid(
+            plan,
+            images,
+            model=model.path.stem,
+            offset=patch.name,
+            settings=settings,
+            note=f"{report.text} {report.caveat}",
+        )
+        return Comparison(plan, images, grid, report, patch.offset)
+
+    # ---- the live model ----
+
+    def bake(self, job: Job, *, offset: str, strength: float, blocks: str = "", rank: int | None = None) -> Baked:
+        """Add strength x offset to the loaded model until `unbake`.
+
+        Raises:
+            SettingError, NothingToDoError: a strength or blocks that make no sense or change nothing.
+        """
+        strength = strength_to_bake(strength)
+        self.host.live.ready()
+        return self.host.live.bake(self._to_add(offset, blocks, rank), strength, job.progress)
+
+    def unbake(self, job: Job) -> bool:
+        """Put the loaded model back as it was, bit for bit; False where nothing was baked."""
+        return self.host.live.unbake(job.progress)
+
+    # ---- helpers ----
+
+    def _to_add(self, offset: str, blocks: str, rank: int | None) -> Patch:
+        """As `patch`, of which the blocks leave something."""
+        patch = self.patch(offset, blocks=blocks, rank=rank)
+        check_changes(patch.offset, patch.blocks)
+        return patch
+
+    def _size(self, width: int, height: int) -> tuple[int, int]:
+        """Of the pictures to make; what the loaded model was made for in the place of 0."""
+        from lib_dpo.hosts.pipeline import made_for
+
+        if width and height:
+            return width, height
+        with open_model(self.loaded().path) as model:
+            own = made_for(model)
+        return width or own, height or own
+
+    @contextmanager
+    def _pair(self, base: str, reference: str) -> Iterator[Pair]:
+        tuned = self.library.reference(reference)
+        with self._open_checkpoint(base) as model, open_model(tuned) as other:
+            yield open_pair(model, other)
+
+    @contextmanager
+    def _open_checkpoint(self, name: str) -> Iterator[Model]:
+        """The file of a checkpoint; without a name that of the loaded one: live weights may carry a prompt's LoRAs."""
+        with open_model(self.library.any(name) if name else self.loaded().path) as model:
+            yield model
+
+    def _check_base(self, target: str, base: str) -> None:
+        """Refuse to hold the loaded checkpoint against itself because no base was chosen. Raises SettingError."""
+        if base:
+            return
+        loaded = self.loaded()
+        if not target or self.library.any(target).resolve() == loaded.path.resolve():
+            raise SettingError(
+                f"{loaded.path.stem} is the model and, as long as none is chosen, the base of the pair too; choose as the base "
+                "the checkpoint that DPO started from, such as SD 1.5 or SDXL 1.0"
+            )
+
+    def _checked(self, output: Path, pair: Pair, overwrite: bool) -> Any:
+        """Refuse the output early, let go of it where it is open, and start hashing beside the work."""
+        check_output(output, overwrite=overwrite, inputs=(*pair.base.checkpoint.files, *pair.tuned.checkpoint.files))
+        with self._lock:  # Windows does not replace a file that is mapped
+            for key in [key for key, patch in self._patches.items() if output in patch.checkpoint.files]:
+                self._patches.pop(key).close()
+        waiting = {
+            "dpo.base_sha256": sha256_in_background(pair.base.checkpoint),
+            "dpo.tuned_sha256": sha256_in_background(pair.tuned.checkpoint),
+        }
+        return lambda: {name: wait() for name, wait in waiting.items()}
+
+    def _file(self, path: Path) -> _File:
+        """What the header of a checkpoint says; remembered until the file changes."""
+        try:
+            key = (str(path), path.stat().st_mtime_ns)
+            if key not in self._files:
+                with open_model(path) as model:
+                    self._files[key] = _File(model.architecture, baked_in=baked_in(model.checkpoint.metadata))
+            return self._files[key]
+        except DpoError as error:
+            self._files[key] = _File(None, self.library.names_only(str(error)))
+            return self._files[key]
+        except OSError as error:
+            return _File(None, f"{path.name}: cannot be read ({error.strerror}); it may have been moved: refresh the list")
+
+    def _listed(self, output: Path, architecture: str) -> tuple[int, int] | None:
+        """Let the host list a new LoRA; how much of it its loader knows. The file stands, whatever the host says."""
+        try:
+            self.host.refresh()
+            return self.host.live.matched_keys(output) if self._fits_loaded(architecture) else None
+        except Exception:
+            logger.exception("%s was written, but the host did not take it up", output)
+            return None
+
+    def _fits_loaded(self, architecture: str) -> bool:
+        model = self.host.live.loaded()
+        return model is not None and self._file(model.path).architecture is ARCHITECTURES[architecture]
+
+
+def _sendable(text: str) -> str:
+    """Text without lone surrogates, which neither PNG nor JSON can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")

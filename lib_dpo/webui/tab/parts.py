@@ -1,0 +1,313 @@
+"""What all pages are made of, and every difference between gradio 3.41, 4.40 and the newest in one place.
+
+gradio is imported inside functions: importing the tab costs nothing, and the library runs without it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lib_dpo.errors import Cancelled, DpoError
+from lib_dpo.settings import FIELDS
+from lib_dpo.webui.results import Status
+from lib_dpo.webui.session import Session
+from lib_dpo.webui.tab import markup
+from lib_dpo.webui.tab.standing import About, Given, Place, given
+
+logger = logging.getLogger(__name__)
+
+LOADED = "The loaded checkpoint"  # the first choice where a checkpoint is asked for; `checkpoint_name` reads it
+
+# For what the page asks by itself. Gradio 3.41 never lets go of a queued event whose page was closed meanwhile, and Reload UI
+# waits for it.
+UNASKED: Mapping[str, Any] = {"show_progress": "hidden", "queue": False}
+
+DARK = "dark"  # what the page says of itself; see `Tab.theme`
+
+_NOT_LOADED = "Make one picture and it will be: some WebUIs load it only then. Files can be chosen by name meanwhile."
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A dropdown of files: what it offers, and which of these is most likely meant where nothing is chosen yet."""
+
+    component: Any
+    choices: Callable[[Session], list[str]]
+    likely: Callable[[list[str]], str]
+
+
+@dataclass(frozen=True)
+class Follower:
+    """Components that look as the value of another one wants it."""
+
+    leader: Any
+    function: Callable[[Any], list[Any]]
+    components: list[Any]
+
+
+@dataclass(frozen=True)
+class Tab:
+    """One tab while it is built: what its pages share, and what is wired when all of them stand."""
+
+    session: Session
+    status: Any
+    task: Any  # invisible; the page writes the id of its progress bar into it
+    theme: Any  # invisible; the page writes DARK into it where it is dark
+    lists: list[Listed] = field(default_factory=list)
+    rescans: list[Any] = field(default_factory=list)  # buttons that look for new files
+    writers: list[Any] = field(default_factory=list)  # events after which the lists are old
+    followers: list[Follower] = field(default_factory=list)
+    places: list[Place] = field(default_factory=list)  # of answers that something else may make untrue
+
+
+# ---- components ----
+
+
+def file_dropdown(
+    tab: Tab, choices: Callable[[Session], list[str]], *, likely: Callable[[list[str]], str], **options: Any
+) -> Any:
+    """A list of files, with a button beside it that looks for new ones.
+
+    Its choices come when the tab is shown. Gradio 4 refuses a value that is not among the choices that it knows, and
+    its knowledge is older than the disk: names are checked by the library, when they are used.
+    """
+    import gradio as gr
+
+    first = options.get("value")
+    with gr.Row(elem_classes=["dpo-with-button"]):
+        found = unsaved(gr.Dropdown(choices=[first] if first else [], allow_custom_value=True, **options))
+        tab.rescans.append(refresh_button(f"{options['elem_id']}_refresh"))
+    tab.lists.append(Listed(found, choices, likely))
+    return found
+
+
+def refresh_button(elem_id: str) -> Any:
+    """Small, beside a list."""
+    import gradio as gr
+
+    return gr.Button("↻", elem_id=elem_id, elem_classes=["tool", "dpo-tool"])
+
+
+def field_options(name: str) -> dict[str, Any]:
+    """Label and help of a setting, from the one table of them."""
+    return {"label": FIELDS[name].label, "info": _sentence(FIELDS[name].help)}
+
+
+def picture(**options: Any) -> Any:
+    """An image that the page shows and nobody uploads."""
+    import gradio as gr
+
+    if "format" in inspect.signature(gr.Image.__init__).parameters:
+        options["format"] = "png"  # 4.x recompresses to webp
+    return unsaved(gr.Image(type="pil", interactive=False, show_label=False, **options))  # a label would cover its corner
+
+
+def unsaved(component: Any) -> Any:
+    """A component whose value the WebUI shall not keep in ui-config.json."""
+    component.do_not_save_to_config = True
+    return component
+
+
+def page(label: str, elem_id: str) -> Any:
+    """One page of the tab. Gradio 6 leaves pages out of the document until they are opened, where JavaScript wants them."""
+    import gradio as gr
+
+    late = "render_children" in inspect.signature(gr.Tab.__init__).parameters
+    options: dict[str, Any] = {"render_children": True} if late else {}
+    return gr.Tab(label, elem_id=elem_id, **options)
+
+
+def results(tab: Tab, elem_id: str, hint: str, *, keep: bool = False) -> Any:
+    """Where the results of a page appear, in a column of its own: the host draws its progress bar on the top edge of it.
+
+    Args:
+        keep: results stay to be seen when they do not hold any more, below what has changed.
+    """
+    import gradio as gr
+
+    with gr.Column(elem_id=f"{elem_id}_place", elem_classes=["dpo-results"]):
+        found = unsaved(gr.HTML(markup.note(hint), elem_id=elem_id))
+        tab.places.append(Place(found, gr.State(None), keep=keep))
+        return found
+
+
+def interrupt_button(tab: Tab, elem_id: str) -> None:
+    """Stops what the tab is doing, not what others do. Not queued: it must not wait for what it stops."""
+    import gradio as gr
+
+    button = gr.Button("Interrupt", elem_id=elem_id, elem_classes=["dpo-interrupt"])
+    on(button.click, tab.session.jobs.interrupt, [], [], queue=False)
+
+
+def follow(tab: Tab, leader: Any, function: Callable[[Any], list[Any]], components: Sequence[Any]) -> None:
+    """Let components look as another one's value wants it: at every change of it, and when the tab is shown.
+
+    The WebUI restores values that its user saved after the tab was built, and tells nobody.
+    """
+    on(leader.change, function, [leader], components, **UNASKED)
+    tab.followers.append(Follower(leader, function, list(components)))
+
+
+# ---- events ----
+
+
+def update(**changes: Any) -> Any:
+    """A change of a component; without arguments none."""
+    import gradio as gr
+
+    return gr.update(**changes)
+
+
+def on(event: Any, function: Callable[..., Any] | None, inputs: Sequence[Any], outputs: Sequence[Any], **options: Any) -> Any:
+    """Wire an event: the keyword for JavaScript and the one that keeps it out of the page's API differ by version."""
+    import gradio as gr
+
+    major = int(gr.__version__.split(".")[0])
+    if "js" in options and major < 4:
+        options["_js"] = options.pop("js")
+    options |= {"api_visibility": "private"} if major >= 6 else {"api_name": False}
+    return event(fn=function, inputs=list(inputs), outputs=list(outputs), **options)
+
+
+def start(
+    tab: Tab,
+    button: Any,
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
+    *,
+    about: Callable[..., About],
+    writes: bool = False,
+) -> None:
+    """Long work at a click.
+
+    Args:
+        function: called with the id of the page's progress bar (None without one) and the inputs; returns HTML for the
+            first output, and the values of the others.
+        outputs: the first, one of `results`, shows results and errors; the page's progress bar appears above it.
+        about: called with the inputs after the work; what the result is true of.
+        writes: whether the lists of files are old afterwards.
+    """
+    place = outputs[0].elem_id
+    own = f"values.slice(0, {len(inputs) + 1})"
+    themed = 1 + inputs.index(tab.theme) if tab.theme in inputs else -1
+    (answers,) = (each.given for each in tab.places if each.component is outputs[0])
+
+    def work(task: str, *values: Any) -> list[Any]:
+        kept: list[Given | None] = []
+
+        def noted(*arguments: Any) -> list[Any]:
+            found = _listed(function(*arguments))
+            kept.append(given(found[0], lambda: about(*values)))
+            return found
+
+        shown = guarded(tab.session, noted, len(outputs))(task, *values)
+        return [*shown, kept[0] if kept else None]  # none with an error
+
+    event = on(
+        button.click,
+        work,
+        [tab.task, *inputs],
+        [*outputs, tab.status, answers],
+        # older gradio hands over the outputs' values too
+        js=f"(...values) => window.dpoStart ? dpoStart('{place}', {own}, {themed}) : {own}",
+    )
+    if writes:
+        tab.writers.append(event)
+    on(event.then, None, [], [], js=f"() => {{ window.dpoEnd && dpoEnd('{place}'); }}")
+
+
+def guarded(session: Session, function: Callable[..., Any], outputs: int) -> Callable[..., list[Any]]:
+    """An event that shows errors in its first output and the state of the model in one more at the end."""
+
+    def event(task: str, *values: Any) -> list[Any]:
+        try:
+            found = _listed(function(task or None, *values))
+        except Exception as error:  # noqa: BLE001  # the edge: nothing may go further
+            found = [error_html(session, error)]
+        return [*found, *(update() for _ in range(outputs - len(found))), status_html(session)]
+
+    return event
+
+
+def _listed(found: Any) -> list[Any]:
+    return list(found) if isinstance(found, (tuple, list)) else [found]
+
+
+def error_html(session: Session, error: Exception) -> str:
+    """An error as a sentence: ours as it is, the others with where to look; without the server's folders."""
+    words = _labelled(session.library.names_only(str(error)))
+    if isinstance(error, Cancelled):
+        return markup.note(words)
+    if isinstance(error, DpoError):
+        return markup.alert(words)
+    logger.exception("an action of the DPO tab failed", exc_info=error)
+    return markup.alert(f"this should not happen: {type(error).__name__}: {words}. The console has the details.")
+
+
+def _labelled(message: str) -> str:
+    """A message about a setting with the label that the page has for it."""
+    name, space, rest = message.partition(" ")
+    return f"{FIELDS[name].label}{space}{rest}" if name in FIELDS else message
+
+
+# ---- the state of things ----
+
+
+def status_html(session: Session) -> str:
+    """What is loaded and what is in it, checked now."""
+    try:
+        status = session.status()
+    except Exception as error:  # noqa: BLE001  # the line must stand whatever the host says
+        return error_html(session, error)
+    problem = f'<span class="dpo-problem">{markup.text(status.problem)}</span>' if status.problem else ""
+    if status.model is None:
+        problem = f'<span class="dpo-hint">{markup.text(_NOT_LOADED)}</span>'
+    return (
+        f'<p class="dpo-status dpo-{_state(status)}" role="status"><span class="dpo-dot" aria-hidden="true"></span>'
+        f"<span>{markup.text(status.text)}</span>{problem}</p>"
+    )
+
+
+def _state(status: Status) -> str:
+    if status.model is None or status.problem:
+        return "off"
+    return "baked" if status.baked else "clean"
+
+
+def checkpoint_name(choice: str | None) -> str:
+    """A checkpoint as the session wants it: empty for the loaded one."""
+    return "" if not choice or choice == LOADED else choice
+
+
+def checkpoints(session: Session) -> list[str]:
+    """The loaded one first."""
+    return [LOADED, *(entry.name for entry in session.library.checkpoints())]
+
+
+def references(session: Session) -> list[str]:
+    """Tuned models by name."""
+    return [entry.name for entry in session.library.references()]
+
+
+def offsets(session: Session) -> list[str]:
+    """LoRAs and offset files by name."""
+    return [entry.name for entry in session.library.offsets()]
+
+
+def named_dpo(choices: list[str]) -> str:
+    """The first that says it is about DPO."""
+    return next((name for name in choices if "dpo" in name.casefold()), "")
+
+
+def first(choices: list[str]) -> str:
+    """Whatever stands first."""
+    return choices[0] if choices else ""
+
+
+def _sentence(words: str) -> str:
+    return words[:1].upper() + words[1:]
