@@ -28,8 +28,8 @@ from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.operations import decompose
 from lib_dpo.operations.extract import ExtractReport, extract
-from lib_dpo.operations.measure import right_base
 from lib_dpo.operations.resize import resize
+from lib_dpo.operations.verdict import right_base
 from lib_dpo.operations.verify import verify
 from lib_dpo.settings import ExtractSettings, RankPolicy
 

@@ -18,7 +18,8 @@ from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out_of_unets, nothing_changed
 from lib_dpo.offsets.offset import Pair, blocks_in, check_finite, check_is_model, check_left_out
 from lib_dpo.offsets.prediction import Prediction, prediction_doubt, prediction_of, predictions, target_doubt
-from lib_dpo.operations.measure import baked_doubt, order_doubt, rounding_energy
+from lib_dpo.operations.measure import rounding_energy
+from lib_dpo.operations.verdict import baked_doubt, order_doubt
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.settings import in_digits
 

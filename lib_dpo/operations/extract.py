@@ -26,8 +26,9 @@ from lib_dpo.offsets.layers import Layer, plan_layers
 from lib_dpo.offsets.lora.metadata import METADATA_BYTES, kohya_metadata
 from lib_dpo.offsets.offset import Pair, licence
 from lib_dpo.operations.decompose import Decomposer
-from lib_dpo.operations.measure import Row, Tally, Verdict, changed_text_encoders, measure, right_base
+from lib_dpo.operations.measure import Row, Tally, changed_text_encoders, measure
 from lib_dpo.operations.rank_plan import asked_rank, entry_bytes, left_out, plan_ranks
+from lib_dpo.operations.verdict import Verdict, right_base
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.settings import ExtractSettings
 

@@ -21,7 +21,8 @@ from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out, nothing_changed
 from lib_dpo.offsets.lora.metadata import modelspec_metadata
 from lib_dpo.offsets.offset import Pair, licence
-from lib_dpo.operations.measure import Row, Tally, Verdict, changed_text_encoders, measure, right_base
+from lib_dpo.operations.measure import Row, Tally, changed_text_encoders, measure
+from lib_dpo.operations.verdict import Verdict, right_base
 from lib_dpo.operations.verify import counted
 from lib_dpo.progress import Progress, Steps
 
