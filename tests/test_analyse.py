@@ -202,8 +202,7 @@ def test_the_strength_inside_is_found_again(sd1: Files, tmp_path: Path, strength
     finetune = finetuned(sd1, tmp_path / "finetune.safetensors", 0.01)
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         write_offset(open_pair(base, tuned), tmp_path / "o.safetensors")
-    checkpoint, offset = open_offset(tmp_path / "o.safetensors")
-    with checkpoint, open_model(finetune) as target:
+    with open_offset(tmp_path / "o.safetensors") as offset, open_model(finetune) as target:
         bake(target, offset, tmp_path / "baked.safetensors", strength=strength, precision="fp32")
     before, after = judged(finetune, sd1), judged(tmp_path / "baked.safetensors", sd1)
     assert after.strength_inside - before.strength_inside == pytest.approx(strength, abs=0.01)

@@ -71,8 +71,7 @@ def offset_file(sd1: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(target: Path, offset: Path, output: Path, blocks: BlockWeights = EVERYWHERE, **options: Any) -> BakeReport:
-    checkpoint, change = open_offset(offset)
-    with checkpoint, open_model(target) as model:
+    with open_offset(offset) as change, open_model(target) as model:
         return bake(model, change, output, blocks=blocks, **options)
 
 
@@ -104,8 +103,7 @@ def test_the_offset_file_is_tuned_minus_base_under_the_published_names(sd1: File
 
 def test_a_published_offset_file_without_metadata_is_told_from_a_model(sd1: Files, offset_file: Path, tmp_path: Path) -> None:
     save_file(load_file(offset_file), tmp_path / "plain.safetensors")
-    checkpoint, offset = open_offset(tmp_path / "plain.safetensors")
-    with checkpoint:
+    with open_offset(tmp_path / "plain.safetensors") as offset:
         assert offset.kind == "dense"
     with pytest.raises(MismatchError, match="weights of a model"):
         open_offset(sd1[1])
@@ -470,8 +468,7 @@ def resized(lora: Path, output: Path, **policy: Any) -> Any:
 
 
 def deltas(path: Path) -> dict[str, torch.Tensor]:
-    checkpoint, offset = open_offset(path)
-    with checkpoint:
+    with open_offset(path) as offset:
         return {key: offset.read(key, torch.float64) for key in offset.shapes}
 
 

@@ -114,8 +114,7 @@ def test_strength_is_always_counted_from_the_base(smoke: Path, tmp_path: Path):
     with open_model(smoke / "model" / BASE) as base, open_model(smoke / "model" / REFERENCE) as tuned:
         pair = open_pair(base, tuned)
         write_offset(pair, tmp_path / "offset.safetensors")
-        checkpoint, offset = open_offset(tmp_path / "offset.safetensors")
-        with checkpoint:
+        with open_offset(tmp_path / "offset.safetensors") as offset:
             networks.set_unet(offset, 2.0)
         key = "model.diffusion_model.middle_block.1.proj_in.weight"
         expected = base.read(key).float() + 2 * pair.delta(key)

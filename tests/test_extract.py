@@ -100,16 +100,15 @@ def test_every_method_comes_to_999_thousandths_of_the_optimum(sd1: Files, tmp_pa
 
 def test_the_report_the_metadata_and_verify_agree(sdxl: Files, tmp_path: Path) -> None:
     report = run(sdxl, tmp_path / "l.safetensors", rank=4)
-    checkpoint, offset = open_offset(tmp_path / "l.safetensors")
-    with checkpoint, open_model(sdxl[0]) as base, open_model(sdxl[1]) as tuned:
+    with open_offset(tmp_path / "l.safetensors") as offset, open_model(sdxl[0]) as base, open_model(sdxl[1]) as tuned:
         found = verify(offset, open_pair(base, tuned))
-        assert float(checkpoint.metadata["dpo.energy_kept"]) == report.tally.total.energy_kept
-        assert json.loads(checkpoint.metadata["dpo.energy_kept_by_block"]) == report.as_json()["energy_kept_by_block"]
-        assert checkpoint.metadata["ss_base_model_version"] == "sdxl_base_v1-0"
-        digest = hashlib.sha256(b"".join(bytes(checkpoint.raw(key)) for key in checkpoint.infos)).hexdigest()
-        assert checkpoint.metadata["sshs_model_hash"] == digest
+        assert float(offset.checkpoint.metadata["dpo.energy_kept"]) == report.tally.total.energy_kept
+        assert json.loads(offset.checkpoint.metadata["dpo.energy_kept_by_block"]) == report.as_json()["energy_kept_by_block"]
+        assert offset.checkpoint.metadata["ss_base_model_version"] == "sdxl_base_v1-0"
+        digest = hashlib.sha256(b"".join(bytes(offset.checkpoint.raw(key)) for key in offset.checkpoint.infos)).hexdigest()
+        assert offset.checkpoint.metadata["sshs_model_hash"] == digest
         content = (tmp_path / "l.safetensors").read_bytes()
-        assert checkpoint.metadata["sshs_legacy_hash"] == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+        assert offset.checkpoint.metadata["sshs_legacy_hash"] == hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
         assert len(content) > 0x110000
     assert found.tally.total.energy_kept == pytest.approx(report.tally.total.energy_kept, abs=1e-7)
     for block, row in report.tally.blocks.items():
@@ -391,8 +390,7 @@ def test_fused_attention_is_split_into_its_three_parts(sdxl: Files, tmp_path: Pa
         name = f"lora_te2_text_model_encoder_layers_3_self_attn_{part}_proj"
         product = lora[f"{name}.lora_up.weight"] @ lora[f"{name}.lora_down.weight"]
         torch.testing.assert_close(product, rows, atol=1e-6, rtol=0)
-    checkpoint, offset = open_offset(tmp_path / "l.safetensors")
-    with checkpoint:
+    with open_offset(tmp_path / "l.safetensors") as offset:
         torch.testing.assert_close(offset.read(TE2 + "in_proj_weight"), delta, atol=1e-6, rtol=0)
 
 
@@ -468,8 +466,7 @@ def test_diffusers_loads_every_key_of_a_portable_file_and_fuses_the_same_weights
     state, alphas = mixin.lora_state_dict(load_file(tmp_path / "l.safetensors"), unet_config=unet.config)[:2]
     mixin.load_lora_into_unet(state, network_alphas=alphas, unet=unet)
     unet.fuse_lora()
-    checkpoint, offset = open_offset(tmp_path / "l.safetensors")
-    with checkpoint:
+    with open_offset(tmp_path / "l.safetensors") as offset:
         fused = {key.replace(".base_layer", ""): value for key, value in unet.state_dict().items() if ".lora_" not in key}
         names = {unet_to_diffusers(ARCHITECTURES[arch], key): key for key in offset.shapes}
         assert names.keys() <= fused.keys()
@@ -556,11 +553,10 @@ def test_no_stray_keys_and_every_key_is_read_back(sdxl: Files, tmp_path: Path) -
     with safe_open(tmp_path / "l.safetensors", framework="pt") as file:
         assert all(key.startswith("lora_unet_") for key in file.keys())  # noqa: SIM118  safe_open is no dict
         assert all(isinstance(value, str) for value in file.metadata().values())
-    checkpoint, _ = open_offset(tmp_path / "l.safetensors")
-    with checkpoint:
-        lora = read_lora(checkpoint)
+    with open_offset(tmp_path / "l.safetensors") as offset:
+        lora = read_lora(offset.checkpoint)
         assert not lora.unmatched
-        assert sum(len(layer.parts) for layer in lora.layers) == len(checkpoint.infos)
+        assert sum(len(layer.parts) for layer in lora.layers) == len(offset.checkpoint.infos)
 
 
 def test_the_order_of_the_files_is_doubted_when_it_looks_swapped(sd1: Files) -> None:

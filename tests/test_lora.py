@@ -52,8 +52,7 @@ def pair(rank: int = 4, out: int = 32, in_: int = 32) -> dict[str, torch.Tensor]
 )
 def test_every_spelling_of_a_module_is_read(tmp_path: Path, up: str, down: str) -> None:
     factors = pair()
-    checkpoint, offset = open_offset(saved(tmp_path / "l.safetensors", {up: factors["up"], down: factors["down"]}))
-    with checkpoint:
+    with open_offset(saved(tmp_path / "l.safetensors", {up: factors["up"], down: factors["down"]})) as offset:
         assert list(offset.shapes) == [KEY]
         torch.testing.assert_close(offset.read(KEY), factors["up"] @ factors["down"])
 
@@ -71,8 +70,7 @@ def test_what_diffusers_saves_is_read_completely(arch: str, tmp_path: Path) -> N
     pipeline: Any = diffusers.StableDiffusionPipeline if arch == "sd1" else diffusers.StableDiffusionXLPipeline
     state = get_peft_model_state_dict(unet)
     pipeline.save_lora_weights(tmp_path, unet_lora_layers=state, weight_name="l.safetensors")
-    checkpoint, offset = open_offset(tmp_path / "l.safetensors")
-    with checkpoint:
+    with open_offset(tmp_path / "l.safetensors") as offset:
         assert offset.architecture.name == arch
         assert not offset.unmatched
         tensors = load_file(tmp_path / "l.safetensors")
@@ -104,8 +102,7 @@ def test_the_architecture_of_a_lora_is_recognised(arch: str, tmp_path: Path) -> 
 def test_alpha_scales_the_product(tmp_path: Path) -> None:
     factors = pair(rank=4)
     tensors = {f"{NAME}.lora_{side}.weight": tensor for side, tensor in factors.items()} | {f"{NAME}.alpha": torch.tensor(1.0)}
-    checkpoint, offset = open_offset(saved(tmp_path / "l.safetensors", tensors))
-    with checkpoint:
+    with open_offset(saved(tmp_path / "l.safetensors", tensors)) as offset:
         torch.testing.assert_close(offset.read(KEY), factors["up"] @ factors["down"] / 4)
 
 
@@ -113,8 +110,7 @@ def test_a_diff_counts_beside_a_pair_of_another_layer(tmp_path: Path) -> None:
     norm = "lora_unet_down_blocks_0_resnets_0_norm1"
     tensors = {f"{NAME}.diff": torch.full((32, 32), 0.5), f"{NAME}.diff_b": torch.ones(32)}
     tensors |= {f"{norm}.w_norm": torch.full((32,), 0.25), f"{norm}.b_norm": torch.full((32,), -1.0)}
-    checkpoint, offset = open_offset(saved(tmp_path / "l.safetensors", tensors))
-    with checkpoint:
+    with open_offset(saved(tmp_path / "l.safetensors", tensors)) as offset:
         assert float(offset.read(KEY).mean()) == 0.5
         assert float(offset.read(KEY.replace("weight", "bias")).mean()) == 1
         assert float(offset.read(UNET + "input_blocks.1.0.in_layers.0.weight").mean()) == 0.25
@@ -170,12 +166,10 @@ def test_the_scale_in_the_metadata_of_diffusers_counts(tmp_path: Path, rslora: b
     unet.fuse_lora()
     name = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.base_layer.weight"
     delta = unet.state_dict()[name] - before[name]
-    checkpoint, offset = open_offset(tmp_path / "l.safetensors")
-    with checkpoint:
+    with open_offset(tmp_path / "l.safetensors") as offset:
         torch.testing.assert_close(offset.read(KEY), delta, atol=1e-6, rtol=1e-4)
-        resize(checkpoint, tmp_path / "r.safetensors", RankPolicy(rank=4), precision="fp32")
-    checkpoint, offset = open_offset(tmp_path / "r.safetensors")
-    with checkpoint:
+        resize(offset.checkpoint, tmp_path / "r.safetensors", RankPolicy(rank=4), precision="fp32")
+    with open_offset(tmp_path / "r.safetensors") as offset:
         torch.testing.assert_close(offset.read(KEY), delta, atol=1e-6, rtol=1e-4)
 
 
@@ -183,16 +177,14 @@ def test_the_scale_in_the_config_beside_a_peft_file_counts(tmp_path: Path) -> No
     factors, name = pair(rank=4), "base_model.model.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {f"{name}.lora_B.weight": factors["up"], f"{name}.lora_A.weight": factors["down"]}
     (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 2, "alpha_pattern": null}')
-    checkpoint, offset = open_offset(saved(tmp_path / "adapter_model.safetensors", tensors))
-    with checkpoint:
+    with open_offset(saved(tmp_path / "adapter_model.safetensors", tensors)) as offset:
         torch.testing.assert_close(offset.read(KEY), factors["up"] @ factors["down"] / 2)
 
 
 def test_the_processor_names_of_older_diffusers_are_read(tmp_path: Path) -> None:
     factors, name = pair(), "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
     tensors = {f"{name}.up.weight": factors["up"], f"{name}.down.weight": factors["down"]}
-    checkpoint, offset = open_offset(saved(tmp_path / "l.safetensors", tensors))
-    with checkpoint:
+    with open_offset(saved(tmp_path / "l.safetensors", tensors)) as offset:
         torch.testing.assert_close(offset.read(KEY), factors["up"] @ factors["down"])
 
 

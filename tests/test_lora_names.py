@@ -49,8 +49,7 @@ SDXL_TE = "conditioner.embedders.{}"
 
 
 def read(path: Path, key: str) -> torch.Tensor:
-    checkpoint, offset = open_offset(path)
-    with checkpoint:
+    with open_offset(path) as offset:
         assert not offset.unmatched
         return offset.read(key, torch.float64)
 
@@ -214,8 +213,7 @@ def test_whatever_the_spellings_the_offset_is_the_sum_in_float64(tmp_path_factor
         delta = product(up, down, 1.0 if alpha is None else alpha / down.shape[0])
         wanted[module.key] = delta.T if module.transposed else delta
     path = saved(tmp_path_factory.mktemp("spelled") / "l.safetensors", tensors)
-    checkpoint, offset = open_offset(path, ARCHITECTURES[arch])
-    with checkpoint:
+    with open_offset(path, ARCHITECTURES[arch]) as offset:
         if offset.architecture.name == arch:  # a few names alone may be commoner elsewhere
             assert not offset.unmatched
             assert offset.shapes.keys() == wanted.keys()
@@ -245,8 +243,7 @@ def test_the_same_numbers_under_two_names_count_once_and_are_told(tmp_path: Path
     assert "repeat what others say" in resize_text(report)
     base, tuned = small_pair(tmp_path, "sd1")
     again = found.twins[0]
-    checkpoint, offset = open_offset(path)
-    with checkpoint, open_model(base) as model, open_model(tuned) as other_model:
+    with open_offset(path) as offset, open_model(base) as model, open_model(tuned) as other_model:
         baked = bake(model, offset, tmp_path / "b.safetensors")
         kept = verify(offset, open_pair(model, other_model))
     for text, figures in ((bake_text(baked), baked.as_json()), (verify_text(kept), kept.as_json())):

@@ -80,8 +80,7 @@ def test_what_is_kept_of_the_change_is_the_product_of_both_shares(tmp_path: Path
         for rank in (6, 3):  # a resized file is resized again
             output = tmp_path / f"r{rank}.safetensors"
             report, metadata = resized(path, output, rank=rank)
-            checkpoint, offset = open_offset(output)
-            with checkpoint:
+            with open_offset(output) as offset:
                 checked = verify(offset, both)
             measured = checked.tally.total.energy_kept
             assert report.energy_of_change == pytest.approx(measured, abs=1e-4)

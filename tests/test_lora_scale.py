@@ -26,8 +26,7 @@ PEFT_NAME = "base_model.model." + TO_Q_DOTTED
 
 
 def delta(path: Path, key: str = TO_Q_KEY) -> torch.Tensor:
-    checkpoint, offset = open_offset(path)
-    with checkpoint:
+    with open_offset(path) as offset:
         return offset.read(key, torch.float64)
 
 
@@ -170,8 +169,7 @@ def test_patterns_mean_what_they_mean_to_peft(tmp_path: Path, alphas: dict[str, 
     model.save_pretrained(str(tmp_path))
     model = PeftModel.from_pretrained(tiny_unet(), str(tmp_path))  # PEFT writes patterns in the order of the alphabet
     layers = {name: layer for name, layer in model.base_model.model.named_modules() if isinstance(layer, LoraLayer)}
-    checkpoint, offset = open_offset(tmp_path / "adapter_model.safetensors")
-    with checkpoint:
+    with open_offset(tmp_path / "adapter_model.safetensors") as offset:
         assert len(layers) == len(offset.shapes) == 64
         for name, layer in layers.items():
             module = find_module("sd1", name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from lib_dpo.families.arch import Architecture, Shape
 from lib_dpo.families.keymap import UNET, block_of
 from lib_dpo.families.model import Model
 from lib_dpo.families.pruning import Blocks, belongs, blocks_of
+from lib_dpo.files.checkpoint import Checkpoint
 from lib_dpo.files.names import names_apart
 from lib_dpo.maths.delta import Term, Whole, total
 
@@ -28,14 +30,22 @@ POSITIONS = r"(^|\.)position_ids$"  # 0, 1, 2, …: no weights, though some file
 class Offset:
     """Deltas by canonical key, each the sum of the `terms` that are read when it is asked for; nothing is held in memory."""
 
+    checkpoint: Checkpoint  # the file that they are read from
     architecture: Architecture
-    name: str
     kind: Kind
     shapes: Mapping[str, Shape]
     terms: Callable[[str], Sequence[Term]]
-    metadata: Mapping[str, str]
     unmatched: tuple[str, ...] = ()  # keys of the file that belong to no weight of the architecture
     twins: tuple[str, ...] = ()  # keys of the file that say again what others say: they count once
+
+    @property
+    def name(self) -> str:
+        """What people call the file."""
+        return self.checkpoint.name
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        return self.checkpoint.metadata
 
     def read(self, key: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """One delta on the CPU, summed in `dtype`. It may be a view of the file: never write to it.
@@ -48,6 +58,15 @@ class Offset:
         if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
             raise BadTensorError(f"{self.name}: the offset of {key} holds NaN or Inf; the file is damaged, get it again")
         return delta
+
+    def close(self) -> None:
+        self.checkpoint.close()
+
+    def __enter__(self) -> Offset:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -265,11 +284,10 @@ def dense_offset(model: Model) -> Offset:
     keys = model.keys()
     read = {name for key in keys for name in model.sources[key].keys}
     return Offset(
+        checkpoint=model.checkpoint,
         architecture=model.architecture,
-        name=model.name,
         kind="dense",
         shapes={key: model.shape(key) for key in keys},
         terms=lambda key: [Whole(model.read(key))],
-        metadata=model.checkpoint.metadata,
         unmatched=tuple(name for name in model.checkpoint.infos if name not in read),
     )

@@ -151,8 +151,7 @@ def _diff(pair: Pair, picture: Path, say: Say) -> dict[str, Any]:
 
 def _extract(pair: Pair, path: Path, rank: int, say: Say) -> dict[str, Any]:
     report = extract(pair, path, ExtractSettings(RankPolicy(rank=rank), device="cpu"))
-    checkpoint, offset = open_offset(path)
-    with checkpoint:
+    with open_offset(path) as offset:
         again = verify(offset, pair).tally.total.energy_kept
     kept = report.tally.total.energy_kept
     say(
@@ -165,8 +164,7 @@ def _extract(pair: Pair, path: Path, rank: int, say: Say) -> dict[str, Any]:
 def _bake(pair: Pair, work: Path, say: Say) -> dict[str, Any]:
     written = write_offset(pair, work / _OFFSET)
     say(f"\n3. offset: all of the change in one file, {_OFFSET} ({written.file_bytes / 1e6:.1f} MB).")
-    checkpoint, offset = open_offset(work / _OFFSET)
-    with checkpoint:
+    with open_offset(work / _OFFSET) as offset:
         report = bake(pair.base, offset, work / _BAKED)
     with open_model(work / _BAKED) as baked:
         equal = _equals_tuned(baked, pair)

@@ -110,8 +110,7 @@ def draw_series(
 
 
 def _draw(networks: Networks, path: Path, strength: float, pictures: int, tell: OnProgress) -> Drawn:
-    checkpoint, offset = open_offset(path)
-    with checkpoint:
+    with open_offset(path) as offset:
         seconds = _switch(networks, offset, strength)
     pairs = subjects(pictures)
     scenes = [scene for scene, _ in pairs]

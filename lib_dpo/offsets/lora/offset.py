@@ -105,19 +105,18 @@ def lora_offset(lora: LoraFile, rank: int | None = None) -> Offset:
         return found
 
     return Offset(
+        checkpoint=lora.checkpoint,
         architecture=lora.architecture,
-        name=lora.checkpoint.name,
         kind="lora",
         shapes=shapes,
         terms=terms,
-        metadata=lora.checkpoint.metadata,
         unmatched=lora.unmatched,
         twins=lora.twins,
     )
 
 
-def open_offset(path: str | Path, expected: Architecture | None = None) -> tuple[Checkpoint, Offset]:
-    """Open a LoRA or a dense offset file as an offset; the caller closes the checkpoint.
+def open_offset(path: str | Path, expected: Architecture | None = None) -> Offset:
+    """Open a LoRA or a dense offset file as an offset; the caller closes it (or uses it in a `with`).
 
     Args:
         expected: as in `read_lora`.
@@ -127,7 +126,7 @@ def open_offset(path: str | Path, expected: Architecture | None = None) -> tuple
     """
     checkpoint, lora = open_lora(path, expected)
     try:
-        return checkpoint, lora_offset(lora) if lora else dense_offset(Model(checkpoint, expected="a LoRA or an offset file"))
+        return lora_offset(lora) if lora else dense_offset(Model(checkpoint, expected="a LoRA or an offset file"))
     except BaseException:
         checkpoint.close()
         raise
