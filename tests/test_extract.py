@@ -297,8 +297,8 @@ def test_memory_that_runs_out_after_the_decomposition_costs_one_layer_a_second_r
 ) -> None:
     real, calls = decompose.residual_energy_, []
 
-    def residual_energy_(A: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> float:
-        found = real(A, up, down)  # which overwrites A
+    def residual_energy_(A: torch.Tensor, up: torch.Tensor, down: torch.Tensor, scale: float) -> float:
+        found = real(A, up, down, scale)  # which overwrites A
         calls.append(A)
         if len(calls) == 5:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -450,15 +450,21 @@ def test_ranks_and_sizes_out_of_reach_are_refused(sd1: Files, tmp_path: Path, po
 
 
 @pytest.mark.newest
+@pytest.mark.parametrize("policy", [{"rank": 4}, {"rank": 4, "conv_rank": 2}, {"energy": 0.5}, {"resized": 0.7}], ids=str)
 @pytest.mark.parametrize("arch", ["sd1", "sdxl"])
 def test_diffusers_loads_every_key_of_a_portable_file_and_fuses_the_same_weights(
-    arch: str, tmp_path: Path, sd1: Files, sdxl: Files
+    arch: str, policy: dict[str, Any], tmp_path: Path, sd1: Files, sdxl: Files
 ) -> None:
     import diffusers
     from diffusers.loaders import StableDiffusionLoraLoaderMixin, StableDiffusionXLLoraLoaderMixin
 
     files = sd1 if arch == "sd1" else sdxl
-    run(files, tmp_path / "l.safetensors", rank=4, precision="fp32")
+    share = policy.get("resized")
+    run(files, tmp_path / "l.safetensors", precision="fp32", **({"rank": 4} if share else policy))
+    if share:
+        with open_checkpoint(tmp_path / "l.safetensors") as lora:
+            resize(lora, tmp_path / "smaller.safetensors", RankPolicy(energy=share))
+        (tmp_path / "smaller.safetensors").replace(tmp_path / "l.safetensors")
     unet = diffusers.UNet2DConditionModel(**{k: v for k, v in unet_diffusers_config(arch, small(arch)).items() if k[0] != "_"})
     tuned = load_file(files[1])
     unet.load_state_dict({key: torch.zeros_like(value) for key, value in tuned.items()})
@@ -474,6 +480,12 @@ def test_diffusers_loads_every_key_of_a_portable_file_and_fuses_the_same_weights
             expected = offset.read(names[name]).reshape(value.shape) if name in names else torch.zeros_like(value)
             torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-4)
         assert len(names) == sum(len(shape) > 1 for shape in offset.shapes.values())
+        ranks = {
+            len(tensor)
+            for key, tensor in load_file(tmp_path / "l.safetensors").items()
+            if key.endswith("to_k.lora_down.weight")
+        }
+        assert (len(ranks) > 1) == ("rank" not in policy)  # else this would not show that each layer's own scale is read
 
 
 def small_text_encoder(encoder: TextEncoder, width: int, layers: int) -> torch.nn.Module:
@@ -492,9 +504,10 @@ def small_text_encoder(encoder: TextEncoder, width: int, layers: int) -> torch.n
 
 
 @pytest.mark.newest
+@pytest.mark.parametrize("policy", [{"rank": 4}, {"energy": 0.6}], ids=str)
 @pytest.mark.parametrize("arch", ["sd2", "sdxl"])
 def test_a_pipeline_of_diffusers_takes_every_key_of_a_portable_file_with_text_encoders(
-    arch: str, tmp_path: Path, sdxl: Files
+    arch: str, policy: dict[str, Any], tmp_path: Path, sdxl: Files
 ) -> None:
     import diffusers
     from peft.tuners.lora import LoraLayer
@@ -505,7 +518,7 @@ def test_a_pipeline_of_diffusers_takes_every_key_of_a_portable_file_with_text_en
     layers = {encoder.folder: encoder.layers - (arch == "sd2") for encoder in architecture.text_encoders}
     left_out = (UNET, "cond_stage_model.model.transformer.resblocks.23.")
     keys = [key for key in checkpoint_shapes(arch) if not key.startswith(left_out) and lora_modules(architecture, key)]
-    run(changed_text_encoders(base, tmp_path / "in", keys), tmp_path / "l.safetensors", rank=4, precision="fp32")
+    run(changed_text_encoders(base, tmp_path / "in", keys), tmp_path / "l.safetensors", precision="fp32", **policy)
 
     config = {key: value for key, value in unet_diffusers_config(arch, small(arch)).items() if key[0] != "_"}
     models: dict[str, Any] = {"unet": diffusers.UNet2DConditionModel(**config)}
@@ -527,7 +540,8 @@ def test_a_pipeline_of_diffusers_takes_every_key_of_a_portable_file_with_text_en
         for path, module in modules.items():
             ours = f"{prefix}_text_model_{path.removeprefix('text_model.').replace('.', '_')}"
             up, down = written[ours + ".lora_up.weight"], written[ours + ".lora_down.weight"]
-            torch.testing.assert_close(module.get_delta_weight("default_0"), up @ down, atol=1e-6, rtol=1e-4)
+            scale = float(written[ours + ".alpha"]) / up.shape[1]
+            torch.testing.assert_close(module.get_delta_weight("default_0"), scale * (up @ down), atol=1e-6, rtol=1e-4)
     assert 3 * loaded == len(written)
 
 

@@ -45,7 +45,7 @@ def test_the_ranks_and_alphas_of_the_metadata_are_those_of_the_file(tmp_path: Pa
     path = saved(tmp_path / "l.safetensors", with_convolution(0.5), metadata)
     _, new = resized(path, tmp_path / "r.safetensors", rank=2, conv_rank=3)
     arguments = {"algo": "locon", "preset": "full", "dropout": "0.1", "conv_dim": "3", "conv_alpha": "0.75"}
-    assert (new["ss_network_dim"], new["ss_network_alpha"]) == ("2", "1")
+    assert (new["ss_network_dim"], new["ss_network_alpha"]) == ("2", "0.75")  # one alpha for all: see alphas_for_all
     assert json.loads(new["ss_network_args"]) == arguments
     with open_checkpoint(tmp_path / "r.safetensors") as checkpoint:
         assert float(checkpoint.read(f"{TO_Q}.alpha")) == float(new["ss_network_alpha"])
@@ -58,7 +58,7 @@ def test_ranks_that_differ_are_called_dynamic_and_no_convolution_is_claimed(tmp_
     tensors = kohya(TO_Q, *pair(rank=4), 4.0) | kohya(other, *pair(rank=2), 1.0)
     path = saved(tmp_path / "l.safetensors", tensors, {"ss_network_args": '{"conv_dim": 4, "dropout": 0.3}'})
     _, new = resized(path, tmp_path / "r.safetensors", rank=3)
-    assert (new["ss_network_dim"], new["ss_network_alpha"]) == ("Dynamic", "Dynamic")
+    assert (new["ss_network_dim"], new["ss_network_alpha"]) == ("Dynamic", "1")
     assert json.loads(new["ss_network_args"]) == {"dropout": 0.3}
 
 

@@ -55,6 +55,25 @@ class Factors(NamedTuple):
     down: Tensor
     singular_values: Tensor
 
+    def rounded(self, dtype: torch.dtype, alpha: float, *, least: int = 0) -> tuple[Tensor, Tensor, float]:
+        """up and down in a dtype, without components that are 0 in it but for the first `least`, and their scale.
+
+        The scale is alpha / rank, and scale * up @ down approximates A: what the alpha does not carry lies in the factors.
+        """
+        up, down, scale = self._at(dtype, alpha)
+        carries = (up != 0).any(0) & (down != 0).any(1)
+        carries[:least] = True
+        if bool(carries.all()):
+            return up, down, scale
+        kept = carries.nonzero()[:, 0]
+        return Factors(self.up[:, kept], self.down[kept], self.singular_values[kept.cpu()])._at(dtype, alpha)
+
+    def _at(self, dtype: torch.dtype, alpha: float) -> tuple[Tensor, Tensor, float]:
+        scale = alpha / self.up.shape[1] if self.up.shape[1] else 1.0
+        root = scale**-0.5
+        up, down = (self.up, self.down) if scale == 1 else (self.up * root, self.down * root)
+        return up.to(dtype), down.to(dtype), scale
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -226,9 +245,9 @@ def energy(A: Tensor) -> float:
     return float(rows.cpu().double().square().sum())
 
 
-def residual_energy_(A: Tensor, up: Tensor, down: Tensor) -> float:
-    """||A - up down||^2 of one matrix; A is overwritten with the residual to save a copy."""
-    return energy(A.addmm_(up.to(A), down.to(A), alpha=-1))
+def residual_energy_(A: Tensor, up: Tensor, down: Tensor, scale: float = 1.0) -> float:
+    """||A - scale up down||^2 of one matrix; A is overwritten with the residual to save a copy."""
+    return energy(A.addmm_(up.to(A), down.to(A), alpha=-scale))
 
 
 def carrying(values: Tensor) -> Tensor:

@@ -115,16 +115,19 @@ class Decomposer:
             self._fall_back(error, name, delta.device)
             return singular_values(delta.cpu().double())
 
-    def round_(self, layer: Layer, delta: Tensor, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-        """Both factors in another dtype, and ||delta - up down||^2 of these. Overwrites `delta`; out of memory: on the CPU."""
+    def round_(
+        self, layer: Layer, delta: Tensor, factors: Factors, dtype: torch.dtype, alpha: float
+    ) -> tuple[Tensor, Tensor, float]:
+        """`Factors.rounded`, and ||delta - alpha / rank up down||^2. Overwrites `delta`; out of memory: on the CPU."""
+        least = int(layer.required)
         try:
-            up, down = factors.up.to(dtype), factors.down.to(dtype)
-            return up, down, residual_energy_(delta, up, down)
+            up, down, scale = factors.rounded(dtype, alpha, least=least)
+            return up, down, residual_energy_(delta, up, down, scale)
         except RuntimeError as error:
             self._fall_back(error, layer.module.key, delta.device)
-        up, down = factors.up.cpu().to(dtype), factors.down.cpu().to(dtype)
+        up, down, scale = Factors(*(part.cpu() for part in factors)).rounded(dtype, alpha, least=least)
         delta, _ = self._load_on_cpu(layer)  # again: the one on the device may be half overwritten
-        return up, down, residual_energy_(delta, up, down)
+        return up, down, residual_energy_(delta, up, down, scale)
 
     def _fall_back(self, error: RuntimeError, name: str, device: torch.device) -> None:
         """Count an error that another way may avoid; raise any other.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from lib_dpo.maths.threads import Scratch, side_by_side
 from lib_dpo.offsets.coverage import LeftOut, nothing_changed
 from lib_dpo.offsets.coverage import left_out as tensors_left_out
 from lib_dpo.offsets.layers import Layer, plan_layers
+from lib_dpo.offsets.lora.alphas import alphas_for_all
 from lib_dpo.offsets.lora.metadata import METADATA_BYTES, kohya_metadata
 from lib_dpo.offsets.offset import Pair, licence
 from lib_dpo.operations.decompose import Decomposer
@@ -156,6 +158,9 @@ class _Run:
         self.digest = hashlib.sha256()
         self.written = self.capped = self.exhausted = 0
         self.used = dict.fromkeys(self.ranks, 0)
+        ranks = {layer.module.name: self._rank(layer) for layer in self.layers if layer.kind == "pair"}
+        alphas = alphas_for_all({name: rank for name, rank in ranks.items() if rank})
+        self.alphas = {name: alphas.get(name, 1) for name in ranks}
         self.dtype = PRECISION[self.settings.precision]
         largest = max(math.prod(self.pair.base.shape(layer.module.key)) for layer in self.layers)
         self.scratch = Scratch(largest if device.type == "cpu" else 0)
@@ -230,9 +235,10 @@ class _Run:
         if factors is None:
             row.residual = row.offset
             return _Prepared(layer, row)
-        up, down, row.residual = self.decomposer.round_(layer, delta, factors, self.dtype)
+        alpha = self.alphas[layer.module.name]
+        up, down, row.residual = self.decomposer.round_(layer, delta, factors, self.dtype, alpha)
         self._check_fits(layer, row.residual)
-        return _Prepared(layer, row, *_without_zeros(up, down, least=int(layer.required)))
+        return _Prepared(layer, row, up, down)
 
     def _write_batch(self, batch: Sequence[_Prepared]) -> None:
         for layer, row, up, down in batch:
@@ -255,8 +261,8 @@ class _Run:
         rank, (_, in_) = up.shape[1], layer.matrix
         kernel = layer.shape[2:]
         # 2-byte alphas keep the file's tensors aligned, and fp16 holds every whole number up to 2048 exactly
-        alpha = torch.tensor(rank, dtype=torch.float32 if self.dtype == torch.float32 else torch.float16)
-        self._add(layer, "alpha", alpha)
+        dtype = torch.float32 if self.dtype == torch.float32 else torch.float16
+        self._add(layer, "alpha", torch.tensor(self.alphas[layer.module.name], dtype=dtype))
         self._add(layer, "lora_down.weight", down.reshape(rank, in_ // math.prod(kernel), *kernel))
         self._add(layer, "lora_up.weight", up.reshape(layer.shape[0], rank, *(1 for _ in kernel)))
         self.written += 1
@@ -297,7 +303,8 @@ class _Run:
     def _metadata(self, verdict: Verdict) -> dict[str, str]:
         policy = self.settings.policy
         dim, conv_dim = (self._dim(wide_convolutions=wide) for wide in (False, True))
-        kohya = kohya_metadata(self.pair.architecture, dim=dim, alpha=dim, conv_dim=conv_dim, title=self.output.stem)
+        alpha, conv_alpha = (self._alpha(wide_convolutions=wide) for wide in (False, True))
+        kohya = kohya_metadata(self.pair.architecture, dim=(dim, conv_dim), alpha=(alpha, conv_alpha), title=self.output.stem)
         return kohya | {
             "sshs_model_hash": self.digest.hexdigest(),
             "sshs_legacy_hash": LEGACY_HASH,
@@ -324,6 +331,12 @@ class _Run:
         names = [each.module.name for each in self.layers if each.is_wide_convolution == wide_convolutions]
         return str(max((self.used.get(name, 0) for name in names), default=0) or asked)
 
+    def _alpha(self, *, wide_convolutions: bool) -> str:
+        """The alpha of most layers that are written; as the rank where none of the kind is."""
+        names = [each.module.name for each in self.layers if each.is_wide_convolution == wide_convolutions]
+        alphas = Counter(self.alphas[name] for name in names if self.used.get(name))
+        return f"{alphas.most_common(1)[0][0]:g}" if alphas else self._dim(wide_convolutions=wide_convolutions)
+
     def _check_written(self, file: Path) -> None:
         """Read the file again: its data must be, byte for byte, what energy kept was measured on."""
         digest = hashlib.sha256()
@@ -333,13 +346,6 @@ class _Run:
                 digest.update(piece)
         if digest.digest() != self.digest.digest():
             raise OutputError(f"{self.output} reads back differently from what was written; check the disk and try again")
-
-
-def _without_zeros(up: Tensor, down: Tensor, *, least: int) -> tuple[Tensor, Tensor]:
-    """Factors (out, rank) and (rank, in) without the components that are 0 in their dtype, but for the first `least`."""
-    carries = (up != 0).any(0) & (down != 0).any(1)
-    carries[:least] = True
-    return (up, down) if bool(carries.all()) else (up[:, carries], down[carries])
 
 
 def _batches(layers: Sequence[Layer], ranks: Mapping[str, int], device: torch.device) -> Iterator[list[Layer]]:

@@ -21,6 +21,7 @@ from lib_dpo.maths.lowrank import carrying, full_precision, recompress
 from lib_dpo.maths.precision import PRECISION
 from lib_dpo.maths.ranks import Spectrum, allocate
 from lib_dpo.maths.threads import side_by_side
+from lib_dpo.offsets.lora.alphas import alphas_for_all
 from lib_dpo.offsets.lora.file import FileModules, read_modules
 from lib_dpo.offsets.lora.metadata import ENTRY_BYTES
 from lib_dpo.offsets.lora.offset import read_factors
@@ -250,10 +251,10 @@ def _write(
     with SafetensorsWriter(
         output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(lora.infos) + len(cores), compact=True
     ) as writer:
-        for name, core in cores.items():  # all alphas first: they are float32, and so every tensor stays aligned
-            if core.alpha and ranks[name]:
-                writer.add(core.alpha, torch.tensor(core.scale * ranks[name], dtype=torch.float32))
-        with side_by_side(lambda name: _smaller(job, name, cores[name], ranks[name]), cores) as done:
+        alphas = alphas_for_all({name: core.scale * ranks[name] for name, core in cores.items() if core.alpha and ranks[name]})
+        for name, alpha in alphas.items():  # all alphas first: they are float32, and so every tensor stays aligned
+            writer.add(cores[name].alpha or "", torch.tensor(alpha, dtype=torch.float32))
+        with side_by_side(lambda name: _smaller(job, name, cores[name], ranks[name], alphas.get(name)), cores) as done:
             for name, smaller in zip(cores, done, strict=True):
                 for key, tensor in smaller.tensors.items():
                     writer.add(key, tensor)
@@ -262,9 +263,9 @@ def _write(
         total = _copy(lora, writer, others) + sum(float(core.values.square().sum()) for core in cores.values())
         kept = 1 - missed / total if total else 1.0
         written = [
-            NewPair(rank, core.scale * rank if core.alpha else rank, _is_convolution(lora, core))
-            for core, rank in ((core, ranks[name]) for name, core in cores.items())
-            if rank
+            NewPair(ranks[name], alphas.get(name, ranks[name]), _is_convolution(lora, core))
+            for name, core in cores.items()
+            if ranks[name]
         ]
         writer.finish(resized_metadata(lora, job.policy, output.stem, kept, written))
     return kept
@@ -277,15 +278,20 @@ class _Smaller(NamedTuple):
     missed: float
 
 
-def _smaller(job: _Job, name: str, core: _Core, rank: int) -> _Smaller:
-    """A module at another rank; no tensors at rank 0. May be called from several threads at once."""
+def _smaller(job: _Job, name: str, core: _Core, rank: int, alpha: float | None) -> _Smaller:
+    """A module at another rank; no tensors at rank 0. May be called from several threads at once.
+
+    Args:
+        alpha: as it is written; None where the factors have to carry the whole scale.
+    """
     if not rank:
         return _Smaller({}, float(core.values.square().sum()))
     lora = job.lora
     up, down, _ = read_factors(lora, core.parts, job.settings)
     U, S, Vh = recompress(up, down.flatten(1))
-    if core.alpha is None:  # its scale was kept elsewhere: here it goes into the factors
-        S, U = S * abs(core.scale), U * math.copysign(1, core.scale)
+    scale = 1.0 if alpha is None else alpha / rank
+    if scale != core.scale:  # what the alpha does not carry goes into the factors
+        S, U = S * abs(core.scale / scale), U * math.copysign(1, core.scale * scale)
     root = S[:rank].sqrt()
     dtype = _dtype(lora, core, job.precision)
     down_factor, up_factor = (root[:, None] * Vh[:rank]).to(dtype), (U[:, :rank] * root).to(dtype)
@@ -296,7 +302,6 @@ def _smaller(job: _Job, name: str, core: _Core, rank: int) -> _Smaller:
         core.parts["down"]: down_factor.reshape(rank, *down.shape[1:]),
         core.parts["up"]: up_factor.reshape(-1, rank, *kernel),
     }
-    scale = core.scale if core.alpha else 1.0
     return _Smaller(tensors, _missed((up, down.flatten(1), core.scale), (up_factor, down_factor, scale)))
 
 

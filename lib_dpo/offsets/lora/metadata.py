@@ -13,15 +13,19 @@ ENTRY_BYTES, METADATA_BYTES = 96, 1 << 13
 STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
-def kohya_metadata(arch: Architecture, *, dim: str, alpha: str, conv_dim: str | None, title: str) -> dict[str, str]:
-    """The entries that WebUIs read to show and to filter a LoRA: kohya's `ss_*` and Stability's `modelspec.*`."""
-    arguments = {"conv_dim": conv_dim, "conv_alpha": conv_dim} if conv_dim else {}
+def kohya_metadata(arch: Architecture, *, dim: tuple[str, str], alpha: tuple[str, str], title: str) -> dict[str, str]:
+    """The entries that WebUIs read to show and to filter a LoRA: kohya's `ss_*` and Stability's `modelspec.*`.
+
+    Args:
+        dim, alpha: of linear layers, and of 3x3 convolutions.
+    """
+    arguments = {"conv_dim": dim[1], "conv_alpha": alpha[1]}
     return {
         "ss_base_model_version": arch.ss_base_model_version,
         "ss_v2": str(arch.name.startswith("sd2")),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": dim,
-        "ss_network_alpha": alpha,
+        "ss_network_dim": dim[0],
+        "ss_network_alpha": alpha[0],
         "ss_network_args": json.dumps(arguments),
         **modelspec_metadata(arch, "lora", title),
         "dpo.version": __version__,
