@@ -55,7 +55,7 @@ def module_files(package: Path) -> dict[str, Path]:
 
 def imported_modules(name: str, files: dict[str, Path]) -> set[str]:
     """The modules of the package that one of them imports, anywhere in its file (ruff refuses relative imports)."""
-    found = set()
+    found: set[str] = set()
     for node in ast.walk(ast.parse(files[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)

@@ -7,11 +7,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import lib_dpo
 from lib_dpo import __version__
 from lib_dpo.cli.arguments import Runs, make_parser
 from lib_dpo.cli.files import check_inputs_apart, check_not_swapped, folders_to_make, input_file, input_files, unquoted
@@ -19,7 +19,7 @@ from lib_dpo.cli.output import check_reports, progress_bar, write_json
 from lib_dpo.cli.parser import REFUSED
 from lib_dpo.cli.words import with_flags
 from lib_dpo.errors import Cancelled, DpoError, SettingError, printable, this_python
-from lib_dpo.settings import ExtractSettings, RankPolicy, check, strength_to_bake
+from lib_dpo.settings import RankPolicy, check, strength_to_bake
 
 logger = logging.getLogger(__name__)
 
@@ -107,29 +107,15 @@ def _outputs(args: argparse.Namespace) -> list[Path | None]:
     return [output, args.json, getattr(args, "plot", None), each and each / "picture.png"]
 
 
-def _policy(args: argparse.Namespace) -> RankPolicy:
-    return RankPolicy(rank=args.rank, energy=args.energy, size_mb=args.size_mb, conv_rank=args.conv_rank)
+def _ranks(args: argparse.Namespace) -> dict[str, Any]:
+    """How ranks are chosen. Raises SettingError where that cannot be, before anything is fetched."""
+    ranks = {"rank": args.rank, "energy": args.energy, "size_mb": args.size_mb, "conv_rank": args.conv_rank}
+    RankPolicy(**ranks)
+    return ranks
 
 
-# ---- files ----
-
-
-@contextmanager
-def _pair(args: argparse.Namespace) -> Iterator[Any]:
-    from lib_dpo.families.model import open_model
-    from lib_dpo.offsets.offset import open_pair
-
-    with ExitStack() as stack:
-        models = [stack.enter_context(open_model(input_file(args, spec))) for spec in (args.base, args.tuned)]
-        yield open_pair(*models)
-
-
-def _sources(base: Any, tuned: Any) -> Callable[[], dict[str, str]]:
-    """Start hashing both files; the result waits for the hashes and gives them as metadata."""
-    from lib_dpo.files.checkpoint import sha256_in_background
-
-    waiting = {"dpo.base_sha256": sha256_in_background(base), "dpo.tuned_sha256": sha256_in_background(tuned)}
-    return lambda: {name: wait() for name, wait in waiting.items()}
+def _pair(args: argparse.Namespace) -> tuple[Path, Path]:
+    return input_file(args, args.base), input_file(args, args.tuned)
 
 
 # ---- commands: each returns its figures and the text to print ----
@@ -139,10 +125,9 @@ Result = tuple[dict[str, Any], str]
 
 def _diff(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import diff_text
-    from lib_dpo.operations.diff import diff
 
-    with _pair(args) as pair, progress_bar("comparing") as tell:
-        report = diff(pair, spectra=args.plot is not None, device=args.device, on_progress=tell)
+    with progress_bar("comparing") as tell:
+        report = lib_dpo.diff(*_pair(args), spectra=args.plot is not None, device=args.device, progress=tell)
     if args.plot:
         from lib_dpo.pictures.plots import plot_diff
 
@@ -152,74 +137,61 @@ def _diff(args: argparse.Namespace) -> Result:
 
 def _extract(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import extract_text
-    from lib_dpo.files.writer import check_output, check_safetensors_output
-    from lib_dpo.operations.extract import extract
+    from lib_dpo.files.writer import check_safetensors_output
 
-    check_safetensors_output(args.output, overwrite=args.overwrite)
-    settings = ExtractSettings(_policy(args), args.method, args.profile, args.precision, args.device, args.seed)
-    with _pair(args) as pair, progress_bar("extracting") as tell:
-        files = (*pair.base.checkpoint.files, *pair.tuned.checkpoint.files)
-        check_output(args.output, overwrite=args.overwrite, inputs=files)
-        source = _sources(pair.base.checkpoint, pair.tuned.checkpoint)
-        report = extract(pair, args.output, settings, overwrite=args.overwrite, source=source, on_progress=tell)
+    check_safetensors_output(args.output, overwrite=args.overwrite)  # before anything is fetched, here and below
+    ranks = _ranks(args)
+    files = _pair(args)
+    with progress_bar("extracting") as tell:
+        report = lib_dpo.extract(
+            *files,
+            args.output,
+            **ranks,
+            method=args.method,
+            profile=args.profile,
+            precision=args.precision,
+            device=args.device,
+            seed=args.seed,
+            overwrite=args.overwrite,
+            progress=tell,
+        )
     return report.as_json(), extract_text(report)
 
 
 def _offset(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import offset_text
-    from lib_dpo.files.writer import check_output, check_safetensors_output
-    from lib_dpo.operations.write_offset import write_offset
+    from lib_dpo.files.writer import check_safetensors_output
 
     check_safetensors_output(args.output, overwrite=args.overwrite)
-    with _pair(args) as pair, progress_bar("writing") as tell:
-        files = (*pair.base.checkpoint.files, *pair.tuned.checkpoint.files)
-        check_output(args.output, overwrite=args.overwrite, inputs=files)
-        source = _sources(pair.base.checkpoint, pair.tuned.checkpoint)
-        report = write_offset(
-            pair, args.output, precision=args.precision, overwrite=args.overwrite, source=source, on_progress=tell
-        )
+    files = _pair(args)
+    with progress_bar("writing") as tell:
+        report = lib_dpo.write_offset(*files, args.output, precision=args.precision, overwrite=args.overwrite, progress=tell)
     return report.as_json(), offset_text(report)
 
 
 def _verify(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import verify_text
-    from lib_dpo.offsets.lora.offset import open_offset
-    from lib_dpo.operations.verify import verify
 
-    with _pair(args) as pair, progress_bar("verifying") as tell:
-        checkpoint, offset = open_offset(input_file(args, args.lora), pair.architecture)
-        with checkpoint:
-            report = verify(offset, pair, on_progress=tell)
+    pair, lora = _pair(args), input_file(args, args.lora)
+    with progress_bar("verifying") as tell:
+        report = lib_dpo.verify(lora, *pair, progress=tell)
     return report.as_json(), verify_text(report)
 
 
 def _bake(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import bake_text
-    from lib_dpo.families.keymap import check_blocks, parse_blocks
-    from lib_dpo.families.model import open_model
-    from lib_dpo.files.checkpoint import sha256_in_background
-    from lib_dpo.files.writer import check_output, check_safetensors_output
-    from lib_dpo.offsets.lora.offset import open_offset
-    from lib_dpo.offsets.patch import check_changes
-    from lib_dpo.operations.bake import bake, check_sidecar
+    from lib_dpo.families.keymap import parse_blocks
+    from lib_dpo.files.writer import check_safetensors_output
+    from lib_dpo.operations.bake import check_sidecar
 
     strength, blocks = strength_to_bake(args.strength), parse_blocks(args.blocks)
     check_safetensors_output(args.output, overwrite=args.overwrite)
-    check_sidecar(
-        Path(os.path.expanduser(unquoted(args.target))), args.output, overwrite=args.overwrite
-    )  # what a hub: name stands for has none
-    with ExitStack() as stack:
-        files = input_file(args, args.target), input_file(args, args.offset)
-        check_not_swapped("--target", files[0], "--offset", files[1])
-        target = stack.enter_context(open_model(files[0]))
-        checkpoint, offset = open_offset(files[1], target.architecture)
-        stack.enter_context(checkpoint)
-        check_blocks(blocks, offset.architecture)  # a block that it lacks first, then blocks that leave nothing
-        check_changes(offset, blocks)
-        tell = stack.enter_context(progress_bar("baking"))
-        check_output(args.output, overwrite=args.overwrite, inputs=(*target.checkpoint.files, *checkpoint.files))
-        waiting = [sha256_in_background(file) for file in (target.checkpoint, checkpoint)]
-        report = bake(
+    typed = Path(os.path.expanduser(unquoted(args.target)))
+    check_sidecar(typed, args.output, overwrite=args.overwrite)  # what a hub: name stands for has none
+    target, offset = input_file(args, args.target), input_file(args, args.offset)
+    check_not_swapped("--target", target, "--offset", offset)
+    with progress_bar("baking") as tell:
+        report = lib_dpo.bake(
             target,
             offset,
             args.output,
@@ -227,33 +199,30 @@ def _bake(args: argparse.Namespace) -> Result:
             blocks=blocks,
             precision=args.precision,
             overwrite=args.overwrite,
-            hashes=lambda: (waiting[0](), waiting[1]()),
-            on_progress=tell,
+            progress=tell,
         )
     return report.as_json(), bake_text(report)
 
 
 def _resize(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import resize_text
-    from lib_dpo.files.checkpoint import open_checkpoint
-    from lib_dpo.files.writer import check_output, check_safetensors_output
-    from lib_dpo.operations.resize import resize
+    from lib_dpo.files.writer import check_safetensors_output
 
+    ranks = _ranks(args)
     if args.rank is None and args.energy is None and args.size_mb is None:
         raise SettingError("resize needs a new rank, energy or size; give --rank, --energy or --size-mb")
     check_safetensors_output(args.output, overwrite=args.overwrite)
-    with open_checkpoint(input_file(args, args.lora)) as lora, progress_bar("resizing") as tell:
-        check_output(args.output, overwrite=args.overwrite, inputs=lora.files)
-        report = resize(lora, args.output, _policy(args), precision=args.precision, overwrite=args.overwrite, on_progress=tell)
+    lora = input_file(args, args.lora)
+    with progress_bar("resizing") as tell:
+        report = lib_dpo.resize(lora, args.output, **ranks, precision=args.precision, overwrite=args.overwrite, progress=tell)
     return report.as_json(), resize_text(report)
 
 
 def _inspect(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import inspect_text
-    from lib_dpo.operations.inspect import inspect
 
     def one(typed: str | Path) -> Result:
-        found = inspect(input_file(args, typed))
+        found = lib_dpo.inspect(input_file(args, typed))
         return found.as_json(), inspect_text(found)
 
     named = list(_each_file(args.file))
@@ -290,11 +259,10 @@ def _each_file(names: Sequence[str]) -> Iterator[str | Path]:
 
 def _compat(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import compat_text
-    from lib_dpo.families.model import open_model
-    from lib_dpo.operations.compat import compat
 
-    with open_model(input_file(args, args.target)) as target, _pair(args) as pair, progress_bar("comparing") as tell:
-        report = compat(target, pair, on_progress=tell)
+    target, pair = input_file(args, args.target), _pair(args)
+    with progress_bar("comparing") as tell:
+        report = lib_dpo.compat(target, *pair, progress=tell)
     return report.as_json(), compat_text(report)
 
 
