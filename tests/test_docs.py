@@ -11,9 +11,15 @@ import pytest
 from lib_dpo.cli.arguments import make_parser
 from lib_dpo.cli.main import _runs
 from lib_dpo.cli.parser import Parser
+from tools.rooms import PACKAGE, PICTURE, WORDS, doors, picture
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "models" / "bundled" / "README.md"]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "models" / "bundled" / "README.md",
+]
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _CODE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _WORDS_IN_FIVE_MINUTES = 1250  # of plain English, read calmly
@@ -81,12 +87,18 @@ def test_every_command_is_told_with_options_that_it_has():
 
 
 def test_modules_that_are_told_are_there():
-    table = "\n".join(line for line in _text(ROOT / "docs" / "structure.md").splitlines() if line.startswith("| "))
-    names = re.findall(r"`([a-z_]+)(/?)`", table)
-    missing = [
-        name for name, _ in names if not ((ROOT / "lib_dpo" / name).is_dir() or (ROOT / "lib_dpo" / f"{name}.py").is_file())
-    ]
-    assert [name for name in missing if name != "lib_dpo"] == []
+    known = {file.with_suffix("").relative_to(PACKAGE).as_posix() for file in PACKAGE.rglob("*.py")}
+    known |= {folder.relative_to(PACKAGE).as_posix() for folder in PACKAGE.rglob("*") if folder.is_dir()} | {"lib_dpo"}
+    known |= {name.rpartition("/")[2] for name in known}  # the room may have been said before
+    names = re.findall(r"`(?:lib_dpo/)?([a-z_0-9]+(?:/[a-z_0-9]+)*)/?(?:\.py)?`", _text(ROOT / "docs" / "ARCHITECTURE.md"))
+    assert len(names) > 40
+    beside = {"tests", "tests_webui", "scripts", "javascript"}
+    assert [name for name in names if name not in known and name.partition("/")[0] not in beside] == []
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_imports():
+    assert PICTURE.read_text(encoding="utf-8") == picture(doors()), "draw it again: python -m tools.rooms"
+    assert {room for pair in doors() for room in pair} <= WORDS.keys() | {"errors", "settings", "progress", "__main__"}
 
 
 def test_targets_that_are_told_are_in_the_makefile():
