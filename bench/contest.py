@@ -15,7 +15,8 @@ from torch import Tensor
 from bench.contestants import Approximation, Contestant, contestants, one_by_one, ours, svd_lowrank
 from bench.measure import Measured, measure
 from lib_dpo.maths.devices import batch_size
-from lib_dpo.maths.lowrank import full_precision, krylov_blocks, seed_for, singular_values
+from lib_dpo.maths.lowrank import krylov_blocks, seed_for, singular_values
+from lib_dpo.maths.precision import full_precision
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.layers import Layer, plan_layers
 from lib_dpo.offsets.offset import Pair

@@ -13,14 +13,15 @@ from typing import TypeVar
 
 from lib_dpo.errors import SettingError
 from lib_dpo.families.arch import Architecture
-from lib_dpo.families.keymap import BlockWeights, check_blocks, parse_blocks
+from lib_dpo.families.blocks import BlockWeights, check_blocks, parse_blocks
 from lib_dpo.families.model import Model, open_model
 from lib_dpo.files.checkpoint import Checkpoint, open_checkpoint, sha256_in_background
-from lib_dpo.files.writer import check_output, check_safetensors_output
+from lib_dpo.files.outputs import check_output, check_safetensors_output
+from lib_dpo.files.sidecar import check_sidecar
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.offset import Offset, Pair, open_pair
 from lib_dpo.offsets.patch import check_changes
-from lib_dpo.operations.bake import BakeReport, check_sidecar
+from lib_dpo.operations.bake import BakeReport
 from lib_dpo.operations.bake import bake as bake_opened
 from lib_dpo.operations.compat import CompatReport
 from lib_dpo.operations.compat import compat as compat_opened

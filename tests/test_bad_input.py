@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lib_dpo.errors import SettingError
-from lib_dpo.families.keymap import UNET, parse_blocks
+from lib_dpo.families.blocks import parse_blocks
+from lib_dpo.families.keymap import UNET
 from lib_dpo.families.synthetic import offset_tensor
 from lib_dpo.files.checkpoint import open_checkpoint
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from lib_dpo.cli.text import bake_text, inspect_text
 from lib_dpo.errors import BadTensorError, Cancelled, MismatchError, NothingToDoError, OutputError, SettingError
 from lib_dpo.families.arch import ARCHITECTURES
-from lib_dpo.families.keymap import EVERYWHERE, UNET, BlockWeights, block_of, parse_blocks, unet_to_diffusers
+from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, block_of, parse_blocks
+from lib_dpo.families.keymap import UNET, unet_to_diffusers
 from lib_dpo.families.model import open_model
 from lib_dpo.families.synthetic import small_pair
 from lib_dpo.files.checkpoint import open_checkpoint

@@ -28,9 +28,9 @@ from lib_dpo.files.checkpoint import (
     file_sha256,
     open_checkpoint,
     sha256_in_background,
-    tensor_bytes,
     torch_dtype,
 )
+from lib_dpo.files.header import tensor_bytes
 
 READS_PICKLES = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 6)
 needs_pickles = pytest.mark.skipif(not READS_PICKLES, reason="torch before 2.6 reads no pickles safely")

@@ -15,7 +15,8 @@ import torch
 from fakes_forge import FORKS, LATE, FakeForge
 
 from lib_dpo.errors import HostError, NoModelError
-from lib_dpo.families.keymap import UNET, parse_blocks
+from lib_dpo.families.blocks import parse_blocks
+from lib_dpo.families.keymap import UNET
 from lib_dpo.hosts.forge import modules
 from lib_dpo.hosts.forge.live import ForgeLive
 from lib_dpo.offsets.patch import Patch, open_patch

@@ -17,8 +17,9 @@ from fakes_standalone import Standalone
 from harness import Harness, Tensors
 
 from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, NoModelError, SettingError
-from lib_dpo.families.keymap import UNET, VAE, parse_blocks
-from lib_dpo.hosts.inplace import all_finite, checksum, digest
+from lib_dpo.families.blocks import parse_blocks
+from lib_dpo.families.keymap import UNET, VAE
+from lib_dpo.hosts.checksums import all_finite, checksum, digest
 from lib_dpo.maths.delta import Term, Whole
 from lib_dpo.offsets.patch import Patch, open_patch
 

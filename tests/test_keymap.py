@@ -13,15 +13,12 @@ from hypothesis import strategies as st
 
 from lib_dpo.errors import SettingError
 from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.blocks import EVERYWHERE, block_labels, block_of, parse_blocks
 from lib_dpo.families.keymap import (
-    EVERYWHERE,
     UNET,
     VAE,
-    block_labels,
-    block_of,
     component_of,
     lora_modules,
-    parse_blocks,
     text_encoder_from_hf,
     text_encoder_to_hf,
     unet_from_diffusers,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lib_dpo.maths import lowrank
-from lib_dpo.maths.lowrank import factorise, full_precision, recompress, seed_for, singular_values
+from lib_dpo.maths.lowrank import factorise, recompress, seed_for, singular_values
+from lib_dpo.maths.precision import full_precision
 
 
 def matrix(out: int, in_: int, exponent: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -172,7 +173,7 @@ def test_full_precision_beside_a_host_that_uses_the_newer_setting() -> None:
     script = """
 import torch
 torch.backends.cuda.matmul.fp32_precision = "tf32"
-from lib_dpo.maths.lowrank import full_precision
+from lib_dpo.maths.precision import full_precision
 with full_precision():
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 assert torch.backends.cuda.matmul.fp32_precision == "tf32"

@@ -11,7 +11,8 @@ import tiny
 import torch
 
 from lib_dpo.errors import BadTensorError, SettingError
-from lib_dpo.families.keymap import UNET, parse_blocks
+from lib_dpo.families.blocks import parse_blocks
+from lib_dpo.families.keymap import UNET
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.patch import Patch, Row, open_patch
 

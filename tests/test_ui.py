@@ -502,7 +502,7 @@ def test_what_of_a_lora_counts_once_or_has_no_place_is_said_wherever_it_is_used(
 @pytest.mark.parametrize("arch", ["sd1", "sdxl"])
 def test_presets_are_blocks_that_every_model_has(arch: str):
     from lib_dpo.families.arch import ARCHITECTURES
-    from lib_dpo.families.keymap import check_blocks, parse_blocks
+    from lib_dpo.families.blocks import check_blocks, parse_blocks
 
     for blocks in bake.PRESETS.values():
         check_blocks(parse_blocks(blocks), ARCHITECTURES[arch])

@@ -22,9 +22,10 @@ from safetensors.torch import load_file
 
 from lib_dpo.errors import OutputError
 from lib_dpo.files import writer
-from lib_dpo.files.checkpoint import open_checkpoint, tensor_bytes
-from lib_dpo.files.header import read_header
-from lib_dpo.files.writer import SafetensorsWriter, check_output, write_text_atomic
+from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.files.header import read_header, tensor_bytes
+from lib_dpo.files.outputs import check_output, write_text_atomic
+from lib_dpo.files.writer import SafetensorsWriter
 
 TENSORS = {
     "f64": torch.arange(3, dtype=torch.float64),

@@ -137,7 +137,7 @@ def _diff(args: argparse.Namespace) -> Result:
 
 def _extract(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import extract_text
-    from lib_dpo.files.writer import check_safetensors_output
+    from lib_dpo.files.outputs import check_safetensors_output
 
     check_safetensors_output(args.output, overwrite=args.overwrite)  # before anything is fetched, here and below
     ranks = _ranks(args)
@@ -160,7 +160,7 @@ def _extract(args: argparse.Namespace) -> Result:
 
 def _offset(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import offset_text
-    from lib_dpo.files.writer import check_safetensors_output
+    from lib_dpo.files.outputs import check_safetensors_output
 
     check_safetensors_output(args.output, overwrite=args.overwrite)
     files = _pair(args)
@@ -180,9 +180,9 @@ def _verify(args: argparse.Namespace) -> Result:
 
 def _bake(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import bake_text
-    from lib_dpo.families.keymap import parse_blocks
-    from lib_dpo.files.writer import check_safetensors_output
-    from lib_dpo.operations.bake import check_sidecar
+    from lib_dpo.families.blocks import parse_blocks
+    from lib_dpo.files.outputs import check_safetensors_output
+    from lib_dpo.files.sidecar import check_sidecar
 
     strength, blocks = strength_to_bake(args.strength), parse_blocks(args.blocks)
     check_safetensors_output(args.output, overwrite=args.overwrite)
@@ -206,7 +206,7 @@ def _bake(args: argparse.Namespace) -> Result:
 
 def _resize(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import resize_text
-    from lib_dpo.files.writer import check_safetensors_output
+    from lib_dpo.files.outputs import check_safetensors_output
 
     ranks = _ranks(args)
     if args.rank is None and args.energy is None and args.size_mb is None:

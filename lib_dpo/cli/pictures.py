@@ -87,7 +87,7 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The command: figures and the text to print."""
     from tqdm import tqdm
 
-    from lib_dpo.files.writer import check_output, write_bytes_atomic
+    from lib_dpo.files.outputs import check_output, write_bytes_atomic
     from lib_dpo.hosts.standalone import Standalone
     from lib_dpo.webui.session import Session
 
@@ -148,7 +148,7 @@ def _write_each(folder: Path, found: Comparison, *, overwrite: bool) -> list[str
     """Every picture by row and column, such as 01_strength-0.5.png."""
     import io
 
-    from lib_dpo.files.writer import check_output, write_bytes_atomic
+    from lib_dpo.files.outputs import check_output, write_bytes_atomic
 
     names = {}
     for row, (prompt, seed) in enumerate(found.plan.rows, 1):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from lib_dpo.errors import printable
-from lib_dpo.families.keymap import block_labels
+from lib_dpo.families.blocks import block_labels
 from lib_dpo.offsets.coverage import LeftOut, left_out_lines
 from lib_dpo.offsets.lora.unplaced import twin_lines, unplaced_lines
 from lib_dpo.offsets.prediction import Prediction

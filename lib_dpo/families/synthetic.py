@@ -32,7 +32,8 @@ from lib_dpo.families.shapes import (
     unet_name_pairs,
 )
 from lib_dpo.files.header import tensor_nbytes, torch_dtype
-from lib_dpo.files.writer import SafetensorsWriter, write_text_atomic
+from lib_dpo.files.outputs import write_text_atomic
+from lib_dpo.files.writer import SafetensorsWriter
 from lib_dpo.progress import Progress, Steps
 
 _METADATA = {"format": "pt"}

@@ -20,7 +20,7 @@ from lib_dpo.errors import Cancelled, HostError, NoModelError, SettingError
 from lib_dpo.families.arch import Architecture
 from lib_dpo.families.keymap import UNET
 from lib_dpo.families.model import open_model
-from lib_dpo.hosts import inplace
+from lib_dpo.hosts import checksums, inplace
 from lib_dpo.hosts.base import Baked, Check, FileEntry, LoadedModel, Picture, Request
 from lib_dpo.hosts.picture_folder import check_picture_folder, pictures_check
 from lib_dpo.hosts.pipeline import Weights, check_whole, open_pipeline
@@ -110,7 +110,7 @@ class StandaloneLive:
         tensors = {key: slot.tensor for key, slot in self._clean_slots().items()}
         parts = {"unet": True, "te": False}
         return {
-            name: inplace.digest({key: tensor for key, tensor in tensors.items() if key.startswith(UNET) == is_unet})
+            name: checksums.digest({key: tensor for key, tensor in tensors.items() if key.startswith(UNET) == is_unet})
             for name, is_unet in parts.items()
         }
 

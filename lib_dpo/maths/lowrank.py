@@ -17,8 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -73,40 +72,6 @@ class Factors(NamedTuple):
         root = scale**-0.5
         up, down = (self.up, self.down) if scale == 1 else (self.up * root, self.down * root)
         return up.to(dtype), down.to(dtype), scale
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """No autocast, no TF32 and no autograd inside: hosts switch the first two on."""
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError as error:  # torch 2.9 and later: the host has set fp32_precision, and the two ways do not mix
-        logger.debug("%s", error)
-        with _setting(torch.backends.cuda.matmul, "fp32_precision", "ieee"), _plain():
-            yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with _plain():
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-@contextmanager
-def _setting(owner: object, name: str, value: str) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextmanager
-def _plain() -> Iterator[None]:
-    with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-        yield
 
 
 def seed_for(seed: int, key: str) -> int:

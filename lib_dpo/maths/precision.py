@@ -1,11 +1,15 @@
-"""The number formats that outputs come in."""
+"""Number formats: those that outputs come in, one rounding into them, and full precision while maths runs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 PRECISION: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -23,3 +27,37 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     beyond = near.double().abs() > exact.abs()
     odd = torch.where(near.double() == exact, bits, (bits - beyond.int()) | 1)
     return odd.view(torch.float32).to(dtype)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """No autocast, no TF32 and no autograd inside: hosts switch the first two on."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError as error:  # torch 2.9 and later: the host has set fp32_precision, and the two ways do not mix
+        logger.debug("%s", error)
+        with _setting(torch.backends.cuda.matmul, "fp32_precision", "ieee"), _plain():
+            yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with _plain():
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _setting(owner: object, name: str, value: str) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        yield

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from lib_dpo.maths.lowrank import full_precision
+from lib_dpo.maths.precision import full_precision
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

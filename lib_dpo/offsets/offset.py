@@ -13,7 +13,8 @@ from torch import Tensor
 
 from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
 from lib_dpo.families.arch import Architecture, Shape
-from lib_dpo.families.keymap import UNET, block_of
+from lib_dpo.families.blocks import block_of
+from lib_dpo.families.keymap import UNET
 from lib_dpo.families.model import Model
 from lib_dpo.families.pruning import Blocks, belongs, blocks_of
 from lib_dpo.files.checkpoint import Checkpoint

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lib_dpo.errors import BadTensorError, NothingToDoError, SettingError
 from lib_dpo.families.arch import Architecture
-from lib_dpo.families.keymap import EVERYWHERE, UNET, BlockWeights, block_of, check_blocks
+from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, block_of, check_blocks
+from lib_dpo.families.keymap import UNET
 from lib_dpo.families.model import Model
 from lib_dpo.files.checkpoint import Checkpoint
 from lib_dpo.offsets.lora.file import LoraFile, LoraLayer

@@ -6,36 +6,30 @@ Of a diffusers folder the UNet alone is written, as one file under diffusers' na
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
 from lib_dpo.families.arch import Shape
-from lib_dpo.families.keymap import EVERYWHERE, BlockWeights, block_of, check_blocks, component_of
+from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, block_of, check_blocks
+from lib_dpo.families.keymap import component_of
 from lib_dpo.families.model import Model
 from lib_dpo.files.header import dtype_name, torch_dtype
-from lib_dpo.files.writer import SafetensorsWriter, check_output, write_bytes_atomic
+from lib_dpo.files.sidecar import SIDECAR_TEXT, SidecarFate, check_sidecar, sidecar_in_place
+from lib_dpo.files.writer import SafetensorsWriter
 from lib_dpo.maths.addition import Sum, add_rounded
 from lib_dpo.maths.delta import Term, Whole
-from lib_dpo.maths.lowrank import full_precision
-from lib_dpo.maths.precision import PRECISION
+from lib_dpo.maths.precision import PRECISION, full_precision
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.offset import Offset, blocks_in, check_finite, check_is_model, check_left_out
 from lib_dpo.offsets.recipe import Ingredient, baked_in, with_recipe
 from lib_dpo.progress import Progress, Steps
 
-SidecarFate = Literal["copied", "replaced", "removed", "kept", "none"]
-_SIDECAR_TEXT = {
-    "copied": "copied the target's .yaml to {}",
-    "replaced": "replaced {}, which was another one, by the target's .yaml",
-    "removed": "removed {}: the target has no .yaml, and hosts would have loaded the new file with it",
-}
 _AHEAD = 1  # tensors per thread that may wait to be written: 60 MB each at most
 
 
@@ -59,7 +53,7 @@ class BakeReport:
     @property
     def sidecar_text(self) -> str:
         """What was done with the .yaml, for people; empty where nothing was."""
-        return _SIDECAR_TEXT.get(self.sidecar, "").format(self.path.with_suffix(".yaml"))
+        return SIDECAR_TEXT.get(self.sidecar, "").format(self.path.with_suffix(".yaml"))
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -130,7 +124,7 @@ def bake(
             name=output.stem,
             half=precision == "fp16",
         )
-        with _sidecar_in_place(target.path, output, overwrite=overwrite) as sidecar:
+        with sidecar_in_place(target.path, output, overwrite=overwrite) as sidecar:
             writer.finish(metadata)
     return BakeReport(
         path=output,
@@ -299,54 +293,6 @@ class _Run:
 def _all_finite(tensor: Tensor) -> bool:
     """torch lacks isfinite for float8."""
     return bool(torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor).all())
-
-
-def check_sidecar(target: Path, output: Path, *, overwrite: bool) -> None:
-    """Refuse a .yaml beside the output that is not the target's: hosts would load the output with it.
-
-    Raises:
-        OutputError: it would have to be replaced or removed, and `overwrite` is not set.
-    """
-    if _sidecar_fate(target, output) in ("copied", "replaced", "removed"):
-        check_output(output.with_suffix(".yaml"), overwrite=overwrite)
-
-
-def _sidecar_fate(target: Path, output: Path) -> SidecarFate:
-    """What is to be done so that the output has the sidecar .yaml of the target, or none where that has none."""
-    wanted, found = _sidecar(target), _sidecar(output)
-    if wanted == found:
-        return "none" if found is None else "kept"
-    if wanted is None:
-        return "removed"
-    return "copied" if found is None else "replaced"
-
-
-def _sidecar(checkpoint: Path) -> bytes | None:
-    """The .yaml beside a checkpoint file, from which hosts read the prediction type; None without one."""
-    file = checkpoint.with_suffix(".yaml") if checkpoint.name and not checkpoint.is_dir() else None
-    return file.read_bytes() if file and file.is_file() else None
-
-
-@contextmanager
-def _sidecar_in_place(target: Path, output: Path, *, overwrite: bool) -> Iterator[SidecarFate]:
-    """Have the output's sidecar as it is to be, before the output gets its name; an error in the block undoes it."""
-    check_sidecar(target, output, overwrite=overwrite)  # again: another one may have appeared meanwhile
-    fate, before = _sidecar_fate(target, output), _sidecar(output)
-    try:
-        _put(output.with_suffix(".yaml"), _sidecar(target))
-        yield fate
-    except BaseException:
-        _put(output.with_suffix(".yaml"), before)
-        raise
-
-
-def _put(file: Path, content: bytes | None) -> None:
-    """Make a file hold this, or be gone for None. One that does already is not touched."""
-    if content is None:
-        if file.is_file():
-            file.unlink()
-    elif not file.is_file() or file.read_bytes() != content:
-        write_bytes_atomic(file, content)
 
 
 def _item_bytes(dtype: str) -> int:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lib_dpo.errors import MismatchError
-from lib_dpo.families.keymap import block_labels, block_of, component_of
+from lib_dpo.families.blocks import block_labels, block_of
+from lib_dpo.families.keymap import component_of
 from lib_dpo.families.model import Model
-from lib_dpo.maths.lowrank import energy, full_precision
+from lib_dpo.maths.lowrank import energy
+from lib_dpo.maths.precision import full_precision
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out_of_unets, nothing_changed
 from lib_dpo.offsets.offset import Pair, blocks_in, check_finite, check_is_model, check_left_out

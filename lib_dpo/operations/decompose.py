@@ -12,14 +12,7 @@ from torch import Tensor
 
 from lib_dpo.errors import BadTensorError, NoMemoryError
 from lib_dpo.maths.devices import is_out_of_memory, release
-from lib_dpo.maths.lowrank import (
-    Factors,
-    factorise,
-    residual_energy_,
-    resolve_method,
-    seed_for,
-    singular_values,
-)
+from lib_dpo.maths.lowrank import Factors, factorise, residual_energy_, resolve_method, seed_for, singular_values
 from lib_dpo.offsets.layers import Layer
 from lib_dpo.offsets.offset import Pair
 from lib_dpo.operations.measure import Row, measure

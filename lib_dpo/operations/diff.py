@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lib_dpo.families.keymap import block_labels, block_of
+from lib_dpo.families.blocks import block_labels, block_of
 from lib_dpo.families.pruning import Blocks
 from lib_dpo.maths.devices import resolve_device
-from lib_dpo.maths.lowrank import full_precision
+from lib_dpo.maths.precision import full_precision
 from lib_dpo.maths.ranks import Spectrum, break_even_rank, size_curve
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out, nothing_changed

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lib_dpo.errors import NothingToDoError, OutputError, SettingError
 from lib_dpo.families.keymap import component_of
-from lib_dpo.files.checkpoint import tensor_bytes
+from lib_dpo.files.header import tensor_bytes
 from lib_dpo.files.writer import LEGACY_HASH, SafetensorsWriter
 from lib_dpo.maths.devices import batch_size, resolve_device
-from lib_dpo.maths.lowrank import Factors, energy, full_precision
-from lib_dpo.maths.precision import PRECISION
+from lib_dpo.maths.lowrank import Factors, energy
+from lib_dpo.maths.precision import PRECISION, full_precision
 from lib_dpo.maths.threads import Scratch, side_by_side
 from lib_dpo.offsets.coverage import LeftOut, nothing_changed
 from lib_dpo.offsets.coverage import left_out as tensors_left_out

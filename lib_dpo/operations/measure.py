@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lib_dpo.families.arch import Architecture
-from lib_dpo.families.keymap import block_labels, block_of, component_of
+from lib_dpo.families.blocks import block_labels, block_of
+from lib_dpo.families.keymap import component_of
 from lib_dpo.maths.lowrank import energy
 from lib_dpo.offsets.offset import Pair
 

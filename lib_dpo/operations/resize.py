@@ -17,8 +17,8 @@ from lib_dpo.errors import BadTensorError, MismatchError, SettingError
 from lib_dpo.files.checkpoint import Checkpoint
 from lib_dpo.files.header import dtype_name
 from lib_dpo.files.writer import SafetensorsWriter
-from lib_dpo.maths.lowrank import carrying, full_precision, recompress
-from lib_dpo.maths.precision import PRECISION
+from lib_dpo.maths.lowrank import carrying, recompress
+from lib_dpo.maths.precision import PRECISION, full_precision
 from lib_dpo.maths.ranks import Spectrum, allocate
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.lora.alphas import alphas_for_all

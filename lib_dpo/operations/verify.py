@@ -9,7 +9,8 @@ from typing import Any
 
 from lib_dpo.errors import BadTensorError, MismatchError
 from lib_dpo.families.keymap import component_of
-from lib_dpo.maths.lowrank import energy, full_precision
+from lib_dpo.maths.lowrank import energy
+from lib_dpo.maths.precision import full_precision
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out, nothing_changed
 from lib_dpo.offsets.offset import Offset, Pair

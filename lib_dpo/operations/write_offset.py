@@ -15,8 +15,8 @@ from lib_dpo import __version__
 from lib_dpo.errors import SettingError
 from lib_dpo.families.keymap import component_of, unet_to_diffusers
 from lib_dpo.files.writer import SafetensorsWriter
-from lib_dpo.maths.lowrank import energy, full_precision
-from lib_dpo.maths.precision import PRECISION
+from lib_dpo.maths.lowrank import energy
+from lib_dpo.maths.precision import PRECISION, full_precision
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out, nothing_changed
 from lib_dpo.offsets.lora.metadata import modelspec_metadata

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from lib_dpo.errors import DpoError
-from lib_dpo.families.keymap import parse_blocks
+from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.offsets.recipe import Ingredient
 from lib_dpo.settings import one_of
 from lib_dpo.webui.cells import plot_axes

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from lib_dpo.errors import DpoError, HostError, MismatchError, NoModelError, SettingError
 from lib_dpo.families.arch import ARCHITECTURES, Architecture
-from lib_dpo.families.keymap import parse_blocks
+from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.families.model import Model, open_model
 from lib_dpo.files.checkpoint import sha256_in_background
-from lib_dpo.files.writer import check_output
+from lib_dpo.files.outputs import check_output
 from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel, Request
 from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.offsets.patch import Patch, check_changes, open_patch

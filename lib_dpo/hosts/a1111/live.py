@@ -20,7 +20,7 @@ from torch import nn
 from lib_dpo.errors import HostError, NoModelError
 from lib_dpo.families.keymap import UNET
 from lib_dpo.files.checkpoint import open_checkpoint
-from lib_dpo.hosts import inplace
+from lib_dpo.hosts import checksums, inplace
 from lib_dpo.hosts.a1111 import builtin_lora, conds
 from lib_dpo.hosts.a1111.builtin_lora import LiveTensor, live_tensors
 from lib_dpo.hosts.base import Baked, Check, LoadedModel
@@ -146,8 +146,8 @@ class A1111Live:
     def fingerprint(self) -> Mapping[str, str]:
         clean = {key: place.clean() for key, place in live_tensors(_needed_model()).items()}
         return {
-            "unet": inplace.digest({key: tensor for key, tensor in clean.items() if key.startswith(UNET)}),
-            "te": inplace.digest({key: tensor for key, tensor in clean.items() if key.startswith(_TEXT_ENCODERS)}),
+            "unet": checksums.digest({key: tensor for key, tensor in clean.items() if key.startswith(UNET)}),
+            "te": checksums.digest({key: tensor for key, tensor in clean.items() if key.startswith(_TEXT_ENCODERS)}),
         }
 
     def matched_keys(self, lora: Path) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from lib_dpo.families.arch import recognise
 from lib_dpo.families.keymap import UNET
 from lib_dpo.files.checkpoint import open_checkpoint
 from lib_dpo.hosts.base import Baked, Check, LoadedModel
+from lib_dpo.hosts.checksums import checksum
 from lib_dpo.hosts.forge.checks import checks
 from lib_dpo.hosts.forge.modules import (
     chosen_engine,
@@ -48,7 +49,7 @@ from lib_dpo.hosts.forge.patchers import (
     weights_of,
 )
 from lib_dpo.hosts.forge.patches import HostModel, HostPatches, host_patches, patch_bytes, quantised, shape_of
-from lib_dpo.hosts.inplace import check_memory, checksum
+from lib_dpo.hosts.inplace import check_memory
 from lib_dpo.offsets.lora.keys import group_keys
 from lib_dpo.offsets.patch import Patch
 from lib_dpo.progress import Progress, Steps

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lib_dpo.errors import BadTensorError, HostError
+from lib_dpo.hosts.checksums import all_finite, digest
 from lib_dpo.hosts.forge.modules import fork_name, memory_module
 from lib_dpo.hosts.forge.patches import HostPatches, quantised
-from lib_dpo.hosts.inplace import all_finite, digest
 from lib_dpo.progress import Steps
 
 PARTS = ("unet", "te")  # of a model: what can be baked into

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from lib_dpo.errors import SettingError
-from lib_dpo.families.keymap import block_labels
+from lib_dpo.families.blocks import block_labels
 from lib_dpo.settings import DEFAULT_RANK, FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, Method, RankPolicy
 from lib_dpo.webui.results import Analysis, Extracted
 from lib_dpo.webui.session import Session
