@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,6 +180,7 @@ def test_a_bake_counts_the_tensors_whose_values_changed(host: A1111, tmp_path: P
         after = host.weights()
         assert baked.tensors == len(keys) == sum(not torch.equal(after[key], before[key]) for key in before)
     assert "No value of the model changed" in _baked_html(baked)
+    assert "unet.up.weight" in _baked_html(replace(baked, twins=("unet.up.weight",)))
     host.live.unbake()
 
 

@@ -49,6 +49,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save(folder / "te_lora.safetensors", pair_of("lora_te_text_model_encoder_layers_1_mlp_fc1", 64, 16))
     clip_g = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj"
     tiny.save(folder / "clip_g_lora.safetensors", pair_of(clip_g, 16, 16))
+    silent = pair_of(unet, 8, 8) | {f"{unet}.alpha": torch.tensor(0.0)}
+    tiny.save(folder / "silent_lora.safetensors", silent)
+    tiny.save(folder / "projection_lora.safetensors", pair_of("lora_te2_text_projection", 16, 16))
     return folder
 
 
@@ -455,7 +458,7 @@ def test_a_generation_on_top_of_a_bake(start, files: Path):
     check_equal(host.generate(), with_bake)
 
 
-@pytest.mark.parametrize("name", ["sdxl_lora", "sdxl_dense", "clip_g_lora"])
+@pytest.mark.parametrize("name", ["sdxl_lora", "sdxl_dense", "clip_g_lora", "projection_lora"])
 def test_sdxl_with_both_its_text_encoders(start, files: Path, name: str):
     host = start("sdxl")
     before = host.weights()
@@ -464,6 +467,16 @@ def test_sdxl_with_both_its_text_encoders(start, files: Path, name: str):
     check_equal(host.generate(), before)
     host.live.bake(patch, 0.5)
     check_sum(host.weights(), before, patch, 0.5)
+    host.live.unbake()
+    check_equal(host.weights(), before)
+
+
+def test_a_bake_that_changes_nothing_counts_nothing(start, files: Path):
+    host = start()
+    before = host.weights()
+    baked = host.live.bake(opened(files, "silent_lora"), 1.0)
+    assert baked.tensors == 0
+    check_equal(host.weights(), before)
     host.live.unbake()
     check_equal(host.weights(), before)
 

@@ -45,11 +45,12 @@ class Baked:
     strength: float
     blocks: str
     rank: int | None
-    tensors: int  # that hold other values than without it; of a patched model, those that are patched
+    tensors: int  # that hold other values than without it; of a patched model, those whose patch is not all 0
     not_applied: tuple[str, ...]  # keys of the offset that this host or model has no place for
     bytes_kept: int  # memory that undo keeps occupied
     online: bool = False  # added in every forward pass, because the stored weights are quantised
     file: Path | None = None  # of the offset
+    twins: tuple[str, ...] = ()  # keys of the offset that say again what others say: they count once
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -59,6 +60,7 @@ class Baked:
             "rank": self.rank,
             "tensors": self.tensors,
             "not_applied": list(self.not_applied),
+            "twins": list(self.twins),
             "bytes_kept": self.bytes_kept,
             "online": self.online,
         }

@@ -231,6 +231,7 @@ def bake(
         rank=patch.rank,
         tensors=changed,
         not_applied=plan.not_applied,
+        twins=patch.offset.twins,
         bytes_kept=plan.nbytes,
         file=patch.checkpoint.path,
     )

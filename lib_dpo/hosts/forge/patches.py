@@ -44,6 +44,7 @@ class HostPatches:
     clip: Mapping[str, Any]
     keys: Mapping[str, str]  # parameter name -> canonical key
     not_applied: tuple[str, ...]
+    empty: frozenset[str]  # parameter names whose patch is all 0
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,15 @@ def host_patches(patch: Patch, model: HostModel, load_lora: Callable[[Any, Any],
         if row.bias is not None:
             dense |= {place.name: row.bias for place in places.get(row.key.removesuffix("weight") + "bias", ())}
         steps.advance(math.prod(patch.offset.shapes.get(row.key, ())), row.key)
+    nothing = {name for name, (up, down, alpha) in low.items() if not (alpha and bool(up.any()) and bool(down.any()))}
+    nothing |= {name for name, tensor in dense.items() if not bool(tensor.any())}
     patches = _pairs(low, load_lora) | {name: ("diff", (tensor,)) for name, tensor in dense.items()}
     return HostPatches(
         unet={name: value for name, value in patches.items() if name in model.unet},
         clip={name: value for name, value in patches.items() if name in model.clip},
         keys={place.name: key for key, found in places.items() for place in found},
         not_applied=(*(key for key, found in places.items() if not found), *patch.offset.unmatched),
+        empty=frozenset(nothing),
     )
 
 

@@ -180,6 +180,7 @@ def _new_name(session: Session, typed: str) -> str:
 
 def _baked_html(found: Baked) -> str:
     missing = markup.sentences(unplaced_lines(found.not_applied))
+    twins = markup.sentences(twin_lines(found.twins))
     nothing = (
         ""
         if found.tensors
@@ -194,5 +195,5 @@ def _baked_html(found: Baked) -> str:
     return markup.card(
         "Baked into the loaded model",
         "Every picture you make now has it, until Undo or until another checkpoint is loaded.",
-        nothing, *missing, online, mood="doubt" if missing or nothing else "good", body=body,
+        nothing, *twins, *missing, online, mood="doubt" if missing or nothing else "good", body=body,
     )  # fmt: skip
