@@ -37,8 +37,8 @@ from lib_dpo.families.arch import ARCHITECTURES as KNOWN
 from lib_dpo.families.model import open_model
 from lib_dpo.families.shapes import checkpoint_dtype, checkpoint_shapes, small, unet_name_pairs
 from lib_dpo.families.synthetic import make_pair
+from lib_dpo.files.atomic import write_text_atomic
 from lib_dpo.files.header import tensor_nbytes
-from lib_dpo.files.outputs import write_text_atomic
 from lib_dpo.maths.devices import resolve_device
 from lib_dpo.offsets.layers import Layer
 from lib_dpo.offsets.offset import open_pair

@@ -1,4 +1,6 @@
-"""What can go wrong, as a tree. Every message names the file or key, what was found, what was expected, what to do.
+"""What can go wrong, as a tree, and what may have been meant.
+
+Every message names the file or key, what was found, what was expected, what to do.
 
 DpoError
 ├── BadFileError            a file that cannot be read as what it claims to be
@@ -20,7 +22,6 @@ DpoError
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Iterable
 
@@ -32,6 +33,8 @@ def printable(text: str) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known name that somebody may have meant, the same but for its case before a similar one; None if none is near."""
+    import difflib  # what refuses a word needs it, a start does not
+
     folded: dict[str, str] = {}
     for name in known:
         folded.setdefault(name.casefold(), name)

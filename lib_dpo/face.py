@@ -7,7 +7,7 @@ of the command line and mean the same. Errors are those of lib_dpo.errors. docs/
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,8 +15,8 @@ from lib_dpo.errors import SettingError
 from lib_dpo.families.arch import Architecture
 from lib_dpo.families.blocks import BlockWeights, check_blocks, parse_blocks
 from lib_dpo.families.model import Model, open_model
+from lib_dpo.files.atomic import check_output, check_safetensors_output
 from lib_dpo.files.checkpoint import Checkpoint, open_checkpoint, sha256_in_background
-from lib_dpo.files.outputs import check_output, check_safetensors_output
 from lib_dpo.files.sidecar import check_sidecar
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.offset import Offset, Pair, open_pair
@@ -45,7 +45,7 @@ __all__ = [
 ]  # fmt: skip
 ModelFile = str | Path | Model
 OffsetFile = str | Path | Offset
-Opened = TypeVar("Opened", Model, Offset, Checkpoint)
+Opened = TypeVar("Opened", Model, Offset)
 
 
 def diff(
@@ -190,7 +190,7 @@ def bake(
 
 
 def resize(
-    lora: str | Path | Checkpoint,
+    lora: OffsetFile,
     output: str | Path,
     *,
     rank: int | None = None,
@@ -216,7 +216,7 @@ def resize(
     policy = RankPolicy(rank, energy, size_mb, conv_rank)
     output = Path(output)
     check_safetensors_output(output, overwrite=overwrite)
-    with _opened(lora, Checkpoint, open_checkpoint) as checkpoint:
+    with open_checkpoint(lora) if isinstance(lora, (str, Path)) else nullcontext(lora.checkpoint) as checkpoint:
         _check_apart(output, checkpoint)
         return resize_opened(checkpoint, output, policy, precision=precision, overwrite=overwrite, on_progress=progress)
 

@@ -6,8 +6,8 @@ The host executes this file at its start and again at every Reload UI, as a modu
 from modules import script_callbacks, scripts, shared
 from modules.ui_components import InputAccordion
 
+from lib_dpo.hosts.a1111_family import ALLOW_PATHS, REFERENCE_DIR, xyz_module
 from lib_dpo.hosts.detect import current_host
-from lib_dpo.hosts.webui import ALLOW_PATHS, REFERENCE_DIR, xyz_module
 from lib_dpo.webui import api, axes, generation, tab
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab.script import script_controls

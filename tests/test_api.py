@@ -183,7 +183,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(
     post(client, "/extract", PAIR | {"name": "dpo", "rank": 4})
     folders = (session.host.lora_dir, session.host.checkpoint_dir, session.host.reference_dir)
     before = [sorted(folder.rglob("*")) for folder in folders]
-    monkeypatch.setattr("lib_dpo.files.outputs.shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
+    monkeypatch.setattr("lib_dpo.files.atomic.shutil.disk_usage", lambda place: SimpleNamespace(free=1000))
     sources = {} if path == "/save" else PAIR
     refused(client, path, {**sources, **body, "name": "new"}, 422, "free some space")
     assert [sorted(folder.rglob("*")) for folder in folders] == before

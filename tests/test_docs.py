@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from lib_dpo.cli.argparse_errors import Parser
 from lib_dpo.cli.arguments import make_parser
 from lib_dpo.cli.main import _runs
-from lib_dpo.cli.parser import Parser
 from tools.rooms import PACKAGE, PICTURE, WORDS, doors, picture
 
 ROOT = Path(__file__).resolve().parents[1]

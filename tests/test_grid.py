@@ -16,10 +16,11 @@ from PIL import Image, ImageChops, ImageFont
 
 from lib_dpo.errors import Cancelled, SettingError
 from lib_dpo.hosts.base import Silent
-from lib_dpo.pictures import grid, lettering
+from lib_dpo.pictures import lettering
+from lib_dpo.pictures import plan as planning
 from lib_dpo.pictures.drawing import Grid, difference_map, draw_grid, where_most
 from lib_dpo.pictures.effects import CAVEAT, effects, fallen_apart, pixels, structure
-from lib_dpo.pictures.grid import (
+from lib_dpo.pictures.plan import (
     MAX_PICTURES,
     UNTOUCHED,
     Cell,
@@ -261,7 +262,7 @@ def test_rows_may_differ_in_size_but_not_their_pictures():
 
 
 def test_pictures_larger_than_planned_are_refused_after_the_first(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(grid, "MAX_MEGAPIXELS", 0.1)
+    monkeypatch.setattr(planning, "MAX_MEGAPIXELS", 0.1)
     made = []
     with pytest.raises(SettingError, match="megapixels"):
         run(plan_of(), lambda cell: made.append(cell) or flat(cell, (128, 128)), Silent())

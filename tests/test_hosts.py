@@ -458,7 +458,7 @@ def test_a_generation_on_top_of_a_bake(start, files: Path):
     check_equal(host.generate(), with_bake)
 
 
-@pytest.mark.parametrize("name", ["sdxl_lora", "sdxl_dense", "clip_g_lora", "projection_lora"])
+@pytest.mark.parametrize("name", ["sdxl_lora", "sdxl_dense", "clip_g_lora"])
 def test_sdxl_with_both_its_text_encoders(start, files: Path, name: str):
     host = start("sdxl")
     before = host.weights()
@@ -466,6 +466,16 @@ def test_sdxl_with_both_its_text_encoders(start, files: Path, name: str):
     check_sum(host.generate(patch, 0.5), before, patch, 0.5)
     check_equal(host.generate(), before)
     host.live.bake(patch, 0.5)
+    check_sum(host.weights(), before, patch, 0.5)
+    host.live.unbake()
+    check_equal(host.weights(), before)
+
+
+def test_clip_gs_projection_is_baked_the_right_way_round(start, files: Path):
+    """open_clip keeps it as (in, out), Forge and most LoRAs as a linear layer. A1111's networks cannot change it at all."""
+    host = start("sdxl")
+    before, patch = host.weights(), opened(files, "projection_lora")
+    assert host.live.bake(patch, 0.5).tensors == 1
     check_sum(host.weights(), before, patch, 0.5)
     host.live.unbake()
     check_equal(host.weights(), before)

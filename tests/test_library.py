@@ -135,6 +135,10 @@ def test_opened_files_stay_open_and_paths_are_closed(pair: tuple[Path, Path]):
         lib_dpo.bake(base, offset, "one.safetensors")
         lib_dpo.bake(base, offset, "two.safetensors", strength=0.5)
         assert offset.read(next(iter(offset.shapes))).numel()
+    lib_dpo.extract(*pair, "l.safetensors", rank=4)
+    with lib_dpo.open_offset("l.safetensors") as lora:
+        kept = lib_dpo.resize(lora, "r.safetensors", rank=2).energy_kept
+        assert kept == lib_dpo.resize("l.safetensors", "r.safetensors", rank=2, overwrite=True).energy_kept < 1
     assert load_file(Path("one.safetensors")).keys() == load_file(pair[0]).keys()
 
 

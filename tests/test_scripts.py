@@ -146,9 +146,9 @@ def host(monkeypatch: pytest.MonkeyPatch, session: Session) -> Iterator[Host]:
     for name, module in host.modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr("lib_dpo.hosts.detect.current_host", lambda: session.host)
-    monkeypatch.delitem(sys.modules, "lib_dpo.hosts.webui", raising=False)
+    monkeypatch.delitem(sys.modules, "lib_dpo.hosts.a1111_family", raising=False)
     yield host
-    sys.modules.pop("lib_dpo.hosts.webui", None)  # it holds the fakes
+    sys.modules.pop("lib_dpo.hosts.a1111_family", None)  # it holds the fakes
 
 
 def files() -> list[Path]:
@@ -261,7 +261,7 @@ def test_axes_see_the_arguments_of_our_script(host: Host):
 
 def test_the_folder_that_answers_put_their_pictures_in_is_made(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Forge Neo sets it from the start and never makes it: every picture of an answer ends in gradio's bare "Error"."""
-    webui = importlib.import_module("lib_dpo.hosts.webui")
+    webui = importlib.import_module("lib_dpo.hosts.a1111_family")
     opts = host.modules["modules.shared"].opts
     found = webui.WebUI("Forge Neo", "2.26", SimpleNamespace(checks=list))
     monkeypatch.setitem(sys.modules, "gradio", SimpleNamespace(__version__="4.40.0"))

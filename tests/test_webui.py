@@ -53,13 +53,13 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setitem(sys.modules, "modules", Strict("modules", __path__=[], **children))
     for name, module in children.items():
         monkeypatch.setitem(sys.modules, f"modules.{name}", module)
-    monkeypatch.delitem(sys.modules, "lib_dpo.hosts.webui", raising=False)
+    monkeypatch.delitem(sys.modules, "lib_dpo.hosts.a1111_family", raising=False)
     yield found
-    sys.modules.pop("lib_dpo.hosts.webui", None)  # it holds the stand-ins
+    sys.modules.pop("lib_dpo.hosts.a1111_family", None)  # it holds the stand-ins
 
 
 def host() -> Any:
-    from lib_dpo.hosts.webui import WebUI
+    from lib_dpo.hosts.a1111_family import WebUI
 
     return WebUI("AUTOMATIC1111", "v1.10.1", SimpleNamespace())  # type: ignore[arg-type]
 

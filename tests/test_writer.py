@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 
 from lib_dpo.errors import OutputError
 from lib_dpo.files import writer
+from lib_dpo.files.atomic import check_output, write_text_atomic
 from lib_dpo.files.checkpoint import open_checkpoint
 from lib_dpo.files.header import read_header, tensor_bytes
-from lib_dpo.files.outputs import check_output, write_text_atomic
 from lib_dpo.files.writer import SafetensorsWriter
 
 TENSORS = {

@@ -1,4 +1,4 @@
 """The command line: what can be typed, what is printed.
 
-Imports everything; only __main__ imports it.
+May import everything; only __main__ imports it.
 """

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lib_dpo import __version__
+from lib_dpo.cli.argparse_errors import Parser, among, number, program
 from lib_dpo.cli.files import input_folder, output_file, output_folder
-from lib_dpo.cli.parser import Parser, among, number, program
 from lib_dpo.cli.pictures import add_commands as add_picture_commands
 from lib_dpo.settings import BUNDLED_MODEL, FIELDS, METHODS, PRECISIONS, PROFILES
 

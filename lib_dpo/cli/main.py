@@ -13,10 +13,10 @@ from typing import Any
 
 import lib_dpo
 from lib_dpo import __version__
+from lib_dpo.cli.argparse_errors import REFUSED
 from lib_dpo.cli.arguments import Runs, make_parser
 from lib_dpo.cli.files import check_inputs_apart, check_not_swapped, folders_to_make, input_file, input_files, unquoted
 from lib_dpo.cli.output import check_reports, progress_bar, write_json
-from lib_dpo.cli.parser import REFUSED
 from lib_dpo.cli.words import with_flags
 from lib_dpo.errors import Cancelled, DpoError, SettingError, printable, this_python
 from lib_dpo.settings import RankPolicy, check, strength_to_bake
@@ -137,7 +137,7 @@ def _diff(args: argparse.Namespace) -> Result:
 
 def _extract(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import extract_text
-    from lib_dpo.files.outputs import check_safetensors_output
+    from lib_dpo.files.atomic import check_safetensors_output
 
     check_safetensors_output(args.output, overwrite=args.overwrite)  # before anything is fetched, here and below
     ranks = _ranks(args)
@@ -160,7 +160,7 @@ def _extract(args: argparse.Namespace) -> Result:
 
 def _offset(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import offset_text
-    from lib_dpo.files.outputs import check_safetensors_output
+    from lib_dpo.files.atomic import check_safetensors_output
 
     check_safetensors_output(args.output, overwrite=args.overwrite)
     files = _pair(args)
@@ -181,7 +181,7 @@ def _verify(args: argparse.Namespace) -> Result:
 def _bake(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import bake_text
     from lib_dpo.families.blocks import parse_blocks
-    from lib_dpo.files.outputs import check_safetensors_output
+    from lib_dpo.files.atomic import check_safetensors_output
     from lib_dpo.files.sidecar import check_sidecar
 
     strength, blocks = strength_to_bake(args.strength), parse_blocks(args.blocks)
@@ -206,7 +206,7 @@ def _bake(args: argparse.Namespace) -> Result:
 
 def _resize(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import resize_text
-    from lib_dpo.files.outputs import check_safetensors_output
+    from lib_dpo.files.atomic import check_safetensors_output
 
     ranks = _ranks(args)
     if args.rank is None and args.energy is None and args.size_mb is None:

@@ -44,7 +44,7 @@ def check_reports(args: argparse.Namespace) -> None:
     if getattr(args, "dark", False) and not plot:
         raise SettingError("--dark is about the picture of --plot; give a file with --plot, or leave --dark out")
     for path in filter(None, (args.json, plot)):
-        from lib_dpo.files.outputs import check_output
+        from lib_dpo.files.atomic import check_output
 
         if path.suffix.lower() in _NOT_REPORTS:
             raise OutputError(f"{path}: is the name of a checkpoint or its config; choose a name with .json or .png")
@@ -65,7 +65,7 @@ def _is_ours(path: Path) -> bool:
 
 def write_json(path: Path, figures: dict[str, Any]) -> None:
     """Write the figures of a command, all or nothing; a device gets them as they are."""
-    from lib_dpo.files.outputs import write_text_atomic
+    from lib_dpo.files.atomic import write_text_atomic
 
     text = json.dumps(_finite(figures), indent=2, allow_nan=False) + "\n"
     if path.exists() and not path.is_file():

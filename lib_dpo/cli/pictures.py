@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lib_dpo.cli.argparse_errors import number
 from lib_dpo.cli.files import check_not_swapped, input_file, input_folder, output_file, output_folder
-from lib_dpo.cli.parser import number
 from lib_dpo.errors import OutputError
 from lib_dpo.settings import BUNDLED_MODEL, FIELDS
 
@@ -87,7 +87,7 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The command: figures and the text to print."""
     from tqdm import tqdm
 
-    from lib_dpo.files.outputs import check_output, write_bytes_atomic
+    from lib_dpo.files.atomic import check_output, write_bytes_atomic
     from lib_dpo.hosts.standalone import Standalone
     from lib_dpo.webui.session import Session
 
@@ -148,7 +148,7 @@ def _write_each(folder: Path, found: Comparison, *, overwrite: bool) -> list[str
     """Every picture by row and column, such as 01_strength-0.5.png."""
     import io
 
-    from lib_dpo.files.outputs import check_output, write_bytes_atomic
+    from lib_dpo.files.atomic import check_output, write_bytes_atomic
 
     names = {}
     for row, (prompt, seed) in enumerate(found.plan.rows, 1):

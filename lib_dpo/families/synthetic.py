@@ -31,8 +31,8 @@ from lib_dpo.families.shapes import (
     unet_diffusers_config,
     unet_name_pairs,
 )
+from lib_dpo.files.atomic import write_text_atomic
 from lib_dpo.files.header import tensor_nbytes, torch_dtype
-from lib_dpo.files.outputs import write_text_atomic
 from lib_dpo.files.writer import SafetensorsWriter
 from lib_dpo.progress import Progress, Steps
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lib_dpo.errors import BadFileError, NotAllowedError, OutputError, SettingError, missing_extra, nearest
+from lib_dpo.files.atomic import write_text_atomic
 from lib_dpo.files.checkpoint import COMPONENTS, choose_weights
 from lib_dpo.files.hashes import user_cache
-from lib_dpo.files.outputs import write_text_atomic
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from lib_dpo.files.outputs import check_output, write_bytes_atomic
+from lib_dpo.files.atomic import check_output, write_bytes_atomic
 
 SidecarFate = Literal["copied", "replaced", "removed", "kept", "none"]
 

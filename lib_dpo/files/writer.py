@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lib_dpo.errors import BadFileError, OutputError
+from lib_dpo.files.atomic import AtomicFile, _encodable, _mb, check_safetensors_output
 from lib_dpo.files.header import MAX_HEADER_BYTES, Header, TensorInfo, dtype_name, read_header, tensor_bytes, tensor_nbytes
-from lib_dpo.files.outputs import AtomicFile, _encodable, _mb, check_safetensors_output
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """What the library wants of a WebUI, in its own words. A1111, the Forge family and the fakes of the tests implement it.
 
-A `Host` is what WebUIs have in common (webui.py); its `LiveModel` is what tells them apart (a1111/, forge/, standalone.py).
+A `Host` is what WebUIs have in common (a1111_family.py); its `LiveModel` what tells them apart (a1111/, forge/, standalone.py).
 """
 
 from __future__ import annotations

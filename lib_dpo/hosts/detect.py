@@ -16,7 +16,7 @@ def current_host() -> Host:
     """
     if "modules.shared" not in sys.modules:
         raise HostError("no WebUI is running in this process; use the command `dpo`")
-    from lib_dpo.hosts.webui import WebUI, host_version
+    from lib_dpo.hosts.a1111_family import WebUI, host_version
 
     if "modules_forge" in sys.modules:
         from lib_dpo.hosts.forge.live import ForgeLive

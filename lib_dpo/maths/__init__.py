@@ -1,4 +1,4 @@
 """Matrices in, factors out: SVD, ranks, exact addition, number formats, devices, threads. Knows no model and no file.
 
-Imports only errors, progress and settings. Everything from families up may import it.
+May import only errors, progress and settings. Everything from families up may import it.
 """

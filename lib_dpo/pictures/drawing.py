@@ -17,8 +17,8 @@ from PIL.Image import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lib_dpo.pictures.effects import difference, pixels
-from lib_dpo.pictures.grid import Cell, Images, Plan
 from lib_dpo.pictures.lettering import Type, longest_word, typeface, typeface_for, wrap, write
+from lib_dpo.pictures.plan import Cell, Images, Plan
 
 _INK, _SOFT, _LINE, _PAPER = "#1f2933", "#64748b", "#e2e8f0", "#ffffff"
 _SMALLEST = 9  # pixels of type; smaller is not read

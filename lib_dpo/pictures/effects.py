@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lib_dpo.errors import SettingError
-from lib_dpo.pictures.grid import UNTOUCHED, Cell, Images, Plan, Variant
+from lib_dpo.pictures.plan import UNTOUCHED, Cell, Images, Plan, Variant
 
 if TYPE_CHECKING:
     from PIL.Image import Image

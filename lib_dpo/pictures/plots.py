@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lib_dpo.families.blocks import block_labels
-from lib_dpo.files.outputs import write_bytes_atomic
+from lib_dpo.files.atomic import write_bytes_atomic
 from lib_dpo.operations.diff import DiffReport
 
 if TYPE_CHECKING:

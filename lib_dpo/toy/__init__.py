@@ -1,4 +1,4 @@
 """The small model that ships with the project: its pictures, their judge, its demo and its study.
 
-Imports pictures and below, and not webui. The command line runs it.
+May import pictures and below, and not webui. The command line runs it.
 """

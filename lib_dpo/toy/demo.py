@@ -16,7 +16,7 @@ import torch
 
 from lib_dpo import __version__
 from lib_dpo.families.model import Model, open_model
-from lib_dpo.files.outputs import check_output, write_bytes_atomic, write_text_atomic
+from lib_dpo.files.atomic import check_output, write_bytes_atomic, write_text_atomic
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.operations.bake import bake

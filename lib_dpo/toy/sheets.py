@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from lib_dpo.pictures.drawing import draw_grid
-from lib_dpo.pictures.grid import Cell, Plan, Variant, strength_variants
+from lib_dpo.pictures.plan import Cell, Plan, Variant, strength_variants
 from lib_dpo.toy.gallery import Group, Item, gallery
 from lib_dpo.toy.generate import GUIDANCE, STEPS
 from lib_dpo.toy.pictures import SIZE, caption

@@ -1,4 +1,4 @@
 """What people do in a WebUI: the session behind the tab, the API, the script and the X/Y/Z axes.
 
-Imports pictures and below, and not toy. scripts/ registers it with the host, and the command line serves it.
+May import pictures and below, and not toy. scripts/ registers it with the host, and the command line serves it.
 """

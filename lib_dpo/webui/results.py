@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts wit
     from lib_dpo.operations.extract import ExtractReport
     from lib_dpo.pictures.drawing import Grid
     from lib_dpo.pictures.effects import EffectReport
-    from lib_dpo.pictures.grid import Images, Plan
+    from lib_dpo.pictures.plan import Images, Plan
 
 
 @dataclass(frozen=True)

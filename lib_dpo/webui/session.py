@@ -18,8 +18,8 @@ from lib_dpo.errors import DpoError, HostError, MismatchError, NoModelError, Set
 from lib_dpo.families.arch import ARCHITECTURES, Architecture
 from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.families.model import Model, open_model
+from lib_dpo.files.atomic import check_output
 from lib_dpo.files.checkpoint import sha256_in_background
-from lib_dpo.files.outputs import check_output
 from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel, Request
 from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.offsets.patch import Patch, check_changes, open_patch
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts wit
     from lib_dpo.operations.compat import CompatReport
     from lib_dpo.operations.inspect import Inspection
     from lib_dpo.operations.write_offset import OffsetReport
-    from lib_dpo.pictures.grid import Cell
+    from lib_dpo.pictures.plan import Cell
 
 logger = logging.getLogger(__name__)
 
@@ -220,7 +220,7 @@ class Session:
         """
         from lib_dpo.pictures.drawing import draw_grid
         from lib_dpo.pictures.effects import effects
-        from lib_dpo.pictures.grid import Plan, parse_seeds, parse_strengths, run, strength_variants
+        from lib_dpo.pictures.plan import Plan, parse_seeds, parse_strengths, run, strength_variants
 
         self.host.live.ready()
         width, height = self._size(width, height)

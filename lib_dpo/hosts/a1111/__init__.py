@@ -1,4 +1,4 @@
 """AUTOMATIC1111's WebUI 1.10: its live model, the prompts it has encoded, its built-in Lora extension.
 
-Imports what hosts imports.
+May import what hosts imports.
 """

@@ -1,4 +1,4 @@
 """Forge, reForge, Forge Classic and Forge Neo: their live model, their patchers, and what tells the forks apart.
 
-Imports what hosts imports.
+May import what hosts imports.
 """

@@ -1,4 +1,4 @@
 """LoRA files of every spelling, read as offsets: the grammar of their keys, their scales, what had no place.
 
-Imports what offsets imports.
+May import what offsets imports.
 """

@@ -1,6 +1,6 @@
 """The DPO tab: a status line, and a page each to extract, bake, compare and inspect.
 
-Imports what webui imports, and the session.
+May import what webui imports, and the session.
 """
 
 from __future__ import annotations

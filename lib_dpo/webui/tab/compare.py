@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from lib_dpo.offsets.offset import Offset
     from lib_dpo.pictures.effects import EffectReport
-    from lib_dpo.pictures.grid import Cell
+    from lib_dpo.pictures.plan import Cell
 
 _MOODS: dict[str, Mood] = {"none": "doubt", "subtle": "good", "strong": "good", "broken": "bad"}
 _WORDS = {"none": "No visible effect", "subtle": "A subtle effect", "strong": "A strong effect", "broken": "Too much"}
@@ -171,14 +171,14 @@ def look(session: Session, found: Comparison | None, label: str | None) -> list[
 
 def _labels(found: Comparison) -> dict[str, Cell]:
     """The pictures that have an untouched one beside them, by what the list calls them."""
-    from lib_dpo.pictures.grid import UNTOUCHED
+    from lib_dpo.pictures.plan import UNTOUCHED
 
     changed = [cell for cell in found.plan.cells if cell.variant != UNTOUCHED]
     return {f"{n}. {cell.variant.label}, seed {cell.seed}: {_short(cell.prompt)}": cell for n, cell in enumerate(changed, 1)}
 
 
 def _pair(found: Comparison, cell: Cell) -> tuple[Image, Image]:
-    from lib_dpo.pictures.grid import UNTOUCHED, Cell
+    from lib_dpo.pictures.plan import UNTOUCHED, Cell
 
     return found.images[Cell(cell.prompt, cell.seed, UNTOUCHED)], found.images[cell]
 
