@@ -1,4 +1,4 @@
-"""What `import lib_dpo` gives: each command as a function of files, for notebooks and other tools.
+"""What `import lib_dpo` gives: each command on model files as a function, for notebooks and other tools.
 
 Files are paths, or what `open_model` and `open_offset` gave, which stays open. Keyword arguments are named as the options
 of the command line and mean the same. Errors are those of lib_dpo.errors. docs/library.md has examples.
@@ -38,7 +38,7 @@ from lib_dpo.operations.verify import verify as verify_opened
 from lib_dpo.operations.write_offset import OffsetReport
 from lib_dpo.operations.write_offset import write_offset as write_offset_opened
 from lib_dpo.progress import Progress
-from lib_dpo.settings import ExtractSettings, Method, RankPolicy, check, strength_to_bake
+from lib_dpo.settings import PRECISIONS, ExtractSettings, Method, RankPolicy, check, one_of, strength_to_bake
 
 __all__ = [
     "bake", "compat", "diff", "extract", "inspect", "open_model", "open_offset", "resize", "verify", "write_offset",
@@ -165,6 +165,7 @@ def bake(
         As `diff`, and SettingError, OutputError: a setting or a name that cannot be. NothingToDoError: no value would change.
     """
     strength = strength_to_bake(strength)
+    _check_precision(precision)
     weights = parse_blocks(blocks) if isinstance(blocks, str) else blocks
     output = Path(output)
     check_safetensors_output(output, overwrite=overwrite)
@@ -214,6 +215,7 @@ def resize(
     if rank is None and energy is None and size_mb is None:
         raise SettingError("resize needs a new rank, energy or size_mb; give one of them")
     policy = RankPolicy(rank, energy, size_mb, conv_rank)
+    _check_precision(precision)
     output = Path(output)
     check_safetensors_output(output, overwrite=overwrite)
     with open_checkpoint(lora) if isinstance(lora, (str, Path)) else nullcontext(lora.checkpoint) as checkpoint:
@@ -262,6 +264,13 @@ def _offset(file: OffsetFile, expected: Architecture) -> AbstractContextManager[
 def _pair(base: ModelFile, tuned: ModelFile) -> Iterator[Pair]:
     with _model(base) as first, _model(tuned) as second:
         yield open_pair(first, second)
+
+
+def _check_precision(precision: str) -> None:
+    """Refuse one that is unknown where `keep` is known too."""
+    known = ("keep", *PRECISIONS)
+    if precision not in known:
+        raise SettingError(f"precision {precision!r} is unknown; expected one of {one_of(precision, known)}")
 
 
 def _check_apart(output: Path, *inputs: Checkpoint) -> None:

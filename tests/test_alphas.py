@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from lib_dpo.offsets.lora.alphas import alphas_for_all
+from lib_dpo.offsets.lora.alphas import readable_alphas
 
 TO_Q, TO_K = (f"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_{letter}" for letter in "qk")
 CONV, CONV_IN, FF = "lora_unet_down_blocks_0_resnets_0_conv1", "lora_unet_conv_in", "lora_unet_mid_block_ff_net_2"
 TEXT = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+TEXT_2 = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
 
 
 @pytest.mark.parametrize(
@@ -20,9 +21,16 @@ TEXT = "lora_te_text_model_encoder_layers_0_mlp_fc1"
         ({TO_Q: 64, TO_K: 32, CONV: 64}, 32),
         ({TO_Q: 64, CONV: 16, FF: 16}, 16),  # the commonest is another
         ({TO_Q: 8, CONV: 4}, 4),  # a tie: which of the two is taken depends on their order
-        ({TO_Q: 64, FF: 64, TEXT: 32}, 32),
+        ({TO_Q: 64, FF: 64, TEXT: 32}, None),  # each component by itself
+        ({TO_Q: 64, TO_K: 1e-9, CONV: 64, FF: 64}, 64),  # an outlier does not decide for all
         ({TO_Q: 0.5, TO_K: -2, CONV: 0}, 0.5),  # never 0, which would silence all, nor negative
     ],
 )
 def test_alphas_are_those_wanted_or_one_for_all(wanted: dict[str, float], expected: float | None):
-    assert alphas_for_all(wanted) == (wanted if expected is None else dict.fromkeys(wanted, expected))
+    assert readable_alphas(wanted) == (wanted if expected is None else dict.fromkeys(wanted, expected))
+
+
+def test_only_the_component_that_would_be_misread_changes():
+    unet = {TO_Q: 64.0, FF: 16.0, CONV: 16.0}  # with the text encoder 64 would be the commonest, in the UNet it is 16
+    text = {TEXT: 64.0, TEXT.replace("fc1", "fc2"): 64.0, TEXT_2: 3.0}
+    assert readable_alphas(unet | text) == dict.fromkeys(unet, 16.0) | text

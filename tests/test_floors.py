@@ -53,6 +53,8 @@ def test_imports_go_down_the_floors():
         ({"files/hub.py": "from lib_dpo.maths import ranks", "maths/ranks.py": ""}, "only rooms below it"),
         ({"files/hub.py": "import lib_dpo.files.names", "files/names.py": "from lib_dpo.files.hub import x"}, "in a circle"),
         ({"errors.py": "from lib_dpo import settings", "settings.py": ""}, "lib_dpo.errors imports lib_dpo.settings"),
+        ({"offsets/lora.py": "from lib_dpo import extract", "face.py": ""}, "lib_dpo.offsets.lora imports lib_dpo.face"),
+        ({"offsets/lora.py": "import lib_dpo", "face.py": ""}, "lib_dpo.offsets.lora imports lib_dpo.face"),
         ({"helpers.py": ""}, "helpers stands on no floor"),
     ],
 )

@@ -48,7 +48,9 @@ def test_the_examples_run(pair: tuple[Path, Path], capsys: pytest.CaptureFixture
     lib_dpo.write_offset(*pair, "half.safetensors")
     lib_dpo.bake(pair[0], "half.safetensors", "finetunes/a.safetensors", strength=0.5)
     shutil.copy("half.safetensors", "finetunes/b.safetensors")
-    load().pipeline.save_pretrained("my-model")
+    pipeline = load().pipeline
+    pipeline.unet.register_to_config(sample_size=8)  # pictures of 64 by 64, as the bundled model draws them
+    pipeline.save_pretrained("my-model")
     printed = {}
     for title, code in EXAMPLES:
         exec(compile(code, f"docs/library.md, {title}", "exec"), {})
@@ -85,7 +87,24 @@ def test_each_function_gives_the_figures_and_the_file_of_its_command(pair: tuple
         ),
         (lib_dpo.verify("l1.safetensors", base, tuned), ("verify", "--lora", "l1.safetensors", *of_pair)),
         (
-            lib_dpo.bake(base, "o1.safetensors", "b1.safetensors", strength=0.5, blocks="MID=0"),
+            lib_dpo.extract(base, tuned, "m1.safetensors", energy=0.5, profile="full", device="cpu", method="exact"),
+            (
+                "extract",
+                *of_pair,
+                "-o",
+                "m2.safetensors",
+                "--energy",
+                0.5,
+                "--profile",
+                "full",
+                "--device",
+                "cpu",
+                "--method",
+                "exact",
+            ),
+        ),
+        (
+            lib_dpo.bake(base, "o1.safetensors", "b1.safetensors", strength=0.5, blocks="MID=0", precision="bf16"),
             (
                 "bake",
                 "--target",
@@ -98,11 +117,13 @@ def test_each_function_gives_the_figures_and_the_file_of_its_command(pair: tuple
                 0.5,
                 "--blocks",
                 "MID=0",
+                "--precision",
+                "bf16",
             ),
         ),
         (
-            lib_dpo.resize("l1.safetensors", "r1.safetensors", energy=0.9),
-            ("resize", "--lora", "l1.safetensors", "-o", "r2.safetensors", "--energy", 0.9),
+            lib_dpo.resize("l1.safetensors", "r1.safetensors", energy=0.9, precision="fp16"),
+            ("resize", "--lora", "l1.safetensors", "-o", "r2.safetensors", "--energy", 0.9, "--precision", "fp16"),
         ),
         (lib_dpo.inspect("l1.safetensors"), ("inspect", "l1.safetensors")),
         (lib_dpo.compat(base, base, tuned), ("compat", "--target", base, *of_pair)),
@@ -113,7 +134,7 @@ def test_each_function_gives_the_figures_and_the_file_of_its_command(pair: tuple
         assert {key: figures[key] for key in expected if key != "output"} == {
             key: value for key, value in expected.items() if key != "output"
         }, arguments[0]
-    for kind in "lobr":  # their metadata hold their own names
+    for kind in "lmobr":  # their metadata hold their own names
         one, other = (load_file(Path(f"{kind}{number}.safetensors")) for number in (1, 2))
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one)
@@ -153,6 +174,10 @@ def test_refusals_are_those_of_the_library(pair: tuple[Path, Path]):
         lib_dpo.extract(base, tuned, "l.safetensors", rank=4, energy=0.5)
     with pytest.raises(SettingError, match="precision 'fp7'"):
         lib_dpo.write_offset(base, tuned, "o.safetensors", precision="fp7")
+    with pytest.raises(SettingError, match="precision 'fp7' is unknown; expected one of keep"):
+        lib_dpo.bake(base, tuned, "b.safetensors", precision="fp7")
+    with pytest.raises(SettingError, match="precision 'fp7' is unknown; expected one of keep"):
+        lib_dpo.resize(tuned, "r.safetensors", rank=4, precision="fp7")
     with pytest.raises(SettingError, match="new rank"):
         lib_dpo.resize(tuned, "l.safetensors")
     with pytest.raises(NothingToDoError, match="strength 0"):

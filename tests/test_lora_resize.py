@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lib_dpo.cli.text import inspect_text, resize_text
 from lib_dpo.errors import BadTensorError
@@ -45,7 +46,7 @@ def test_the_ranks_and_alphas_of_the_metadata_are_those_of_the_file(tmp_path: Pa
     path = saved(tmp_path / "l.safetensors", with_convolution(0.5), metadata)
     _, new = resized(path, tmp_path / "r.safetensors", rank=2, conv_rank=3)
     arguments = {"algo": "locon", "preset": "full", "dropout": "0.1", "conv_dim": "3", "conv_alpha": "0.75"}
-    assert (new["ss_network_dim"], new["ss_network_alpha"]) == ("2", "0.75")  # one alpha for all: see alphas_for_all
+    assert (new["ss_network_dim"], new["ss_network_alpha"]) == ("2", "0.75")  # one alpha for all: see readable_alphas
     assert json.loads(new["ss_network_args"]) == arguments
     with open_checkpoint(tmp_path / "r.safetensors") as checkpoint:
         assert float(checkpoint.read(f"{TO_Q}.alpha")) == float(new["ss_network_alpha"])
@@ -60,6 +61,32 @@ def test_ranks_that_differ_are_called_dynamic_and_no_convolution_is_claimed(tmp_
     _, new = resized(path, tmp_path / "r.safetensors", rank=3)
     assert (new["ss_network_dim"], new["ss_network_alpha"]) == ("Dynamic", "1")
     assert json.loads(new["ss_network_args"]) == {"dropout": 0.3}
+
+
+@pytest.mark.parametrize("precision", ["keep", "fp16"])
+def test_scales_of_either_sign_and_none_keep_their_meaning(tmp_path: Path, precision: str) -> None:
+    """Against float64 by hand; ranks and scales differ, so that one alpha stands for all."""
+    kinds = {"to_q": (8, 4.0), "to_k": (4, -2.0), "to_v": (8, 0.0), "to_out_0": (6, 1e-9)}
+    tensors: dict[str, torch.Tensor] = {}
+    for name, (rank, alpha) in kinds.items():
+        tensors |= kohya(TO_Q.replace("to_q", name), *pair(rank=rank), alpha)
+    path = saved(tmp_path / "l.safetensors", tensors, {})
+    with open_checkpoint(path) as lora:
+        report = resize(lora, tmp_path / "r.safetensors", RankPolicy(energy=0.8), precision=precision)
+    new = load_file(tmp_path / "r.safetensors")
+    missed = total = 0.0
+    for name, (rank, alpha) in kinds.items():
+        module = TO_Q.replace("to_q", name)
+        up, down = (tensors[f"{module}.lora_{part}.weight"].double() for part in ("up", "down"))
+        before = up @ down * alpha / rank
+        after = torch.zeros_like(before)
+        if f"{module}.lora_up.weight" in new:
+            up, down = (new[f"{module}.lora_{part}.weight"].double() for part in ("up", "down"))
+            after = up @ down * float(new[f"{module}.alpha"]) / len(down)
+        missed += float((before - after).square().sum())
+        total += float(before.square().sum())
+    assert report.energy_kept == pytest.approx(1 - missed / total, abs=1e-9)
+    assert report.energy_kept >= 0.79
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '"x"', "7"])

@@ -51,7 +51,7 @@ def module_files(package: Path) -> dict[str, Path]:
     for file in sorted(package.rglob("*.py")):
         parts = file.relative_to(package.parent).with_suffix("").parts
         names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
-    return {name: file for name, file in names.items() if name != package.name}  # the package itself holds no code of ours
+    return {name: file for name, file in names.items() if name != package.name}  # the package itself only hands on its face
 
 
 def imported_modules(name: str, files: dict[str, Path]) -> set[str]:
@@ -59,7 +59,10 @@ def imported_modules(name: str, files: dict[str, Path]) -> set[str]:
     found: set[str] = set()
     for node in ast.walk(ast.parse(files[name].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found.update("lib_dpo.face" if alias.name == "lib_dpo" else alias.name for alias in node.names)  # lazily
+            found.update("lib_dpo.face" if alias.name == "lib_dpo" else alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module == "lib_dpo":  # its face, or a room
+            names = [alias.name for alias in node.names if alias.name != "__version__"]
+            found.update(f"lib_dpo.{name}" if f"lib_dpo.{name}" in files else "lib_dpo.face" for name in names)
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 submodule = f"{node.module}.{alias.name}"

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lib_dpo.cli.files import check_inputs_apart, check_not_swapped, folders_to_
 from lib_dpo.cli.output import check_reports, progress_bar, write_json
 from lib_dpo.cli.words import with_flags
 from lib_dpo.errors import Cancelled, DpoError, SettingError, printable, this_python
-from lib_dpo.settings import RankPolicy, check, strength_to_bake
+from lib_dpo.settings import ExtractSettings, RankPolicy, check, strength_to_bake
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +115,11 @@ def _ranks(args: argparse.Namespace) -> dict[str, Any]:
     return ranks
 
 
-def _pair(args: argparse.Namespace) -> tuple[Path, Path]:
-    return input_file(args, args.base), input_file(args, args.tuned)
+@contextmanager
+def _pair(args: argparse.Namespace) -> Iterator[tuple[Any, Any]]:
+    """Base and tuned, opened; a base that cannot be read is refused before tuned is fetched."""
+    with lib_dpo.open_model(input_file(args, args.base)) as base, lib_dpo.open_model(input_file(args, args.tuned)) as tuned:
+        yield base, tuned
 
 
 # ---- commands: each returns its figures and the text to print ----
@@ -126,8 +130,8 @@ Result = tuple[dict[str, Any], str]
 def _diff(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import diff_text
 
-    with progress_bar("comparing") as tell:
-        report = lib_dpo.diff(*_pair(args), spectra=args.plot is not None, device=args.device, progress=tell)
+    with _pair(args) as pair, progress_bar("comparing") as tell:
+        report = lib_dpo.diff(*pair, spectra=args.plot is not None, device=args.device, progress=tell)
     if args.plot:
         from lib_dpo.pictures.plots import plot_diff
 
@@ -141,10 +145,10 @@ def _extract(args: argparse.Namespace) -> Result:
 
     check_safetensors_output(args.output, overwrite=args.overwrite)  # before anything is fetched, here and below
     ranks = _ranks(args)
-    files = _pair(args)
-    with progress_bar("extracting") as tell:
+    ExtractSettings(RankPolicy(**ranks), args.method, args.profile, args.precision, args.device, args.seed)
+    with _pair(args) as pair, progress_bar("extracting") as tell:
         report = lib_dpo.extract(
-            *files,
+            *pair,
             args.output,
             **ranks,
             method=args.method,
@@ -163,18 +167,18 @@ def _offset(args: argparse.Namespace) -> Result:
     from lib_dpo.files.atomic import check_safetensors_output
 
     check_safetensors_output(args.output, overwrite=args.overwrite)
-    files = _pair(args)
-    with progress_bar("writing") as tell:
-        report = lib_dpo.write_offset(*files, args.output, precision=args.precision, overwrite=args.overwrite, progress=tell)
+    with _pair(args) as pair, progress_bar("writing") as tell:
+        report = lib_dpo.write_offset(*pair, args.output, precision=args.precision, overwrite=args.overwrite, progress=tell)
     return report.as_json(), offset_text(report)
 
 
 def _verify(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import verify_text
 
-    pair, lora = _pair(args), input_file(args, args.lora)
-    with progress_bar("verifying") as tell:
-        report = lib_dpo.verify(lora, *pair, progress=tell)
+    with _pair(args) as pair:
+        lora = input_file(args, args.lora)
+        with progress_bar("verifying") as tell:
+            report = lib_dpo.verify(lora, *pair, progress=tell)
     return report.as_json(), verify_text(report)
 
 
@@ -260,8 +264,11 @@ def _each_file(names: Sequence[str]) -> Iterator[str | Path]:
 def _compat(args: argparse.Namespace) -> Result:
     from lib_dpo.cli.text import compat_text
 
-    target, pair = input_file(args, args.target), _pair(args)
-    with progress_bar("comparing") as tell:
+    with (
+        lib_dpo.open_model(input_file(args, args.target)) as target,
+        _pair(args) as pair,
+        progress_bar("comparing") as tell,
+    ):
         report = lib_dpo.compat(target, *pair, progress=tell)
     return report.as_json(), compat_text(report)
 

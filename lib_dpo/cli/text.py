@@ -14,9 +14,9 @@ from lib_dpo.operations.compat import CompatReport
 from lib_dpo.operations.diff import DiffReport
 from lib_dpo.operations.extract import ExtractReport
 from lib_dpo.operations.inspect import Inspection
-from lib_dpo.operations.measure import Row, Tally, changed_text_encoders
+from lib_dpo.operations.measure import Row, Tally
 from lib_dpo.operations.resize import ResizeReport
-from lib_dpo.operations.verdict import Verdict
+from lib_dpo.operations.verdict import Verdict, changed_text_encoders
 from lib_dpo.operations.verify import VerifyReport
 from lib_dpo.operations.write_offset import OffsetReport
 

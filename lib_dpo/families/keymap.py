@@ -1,4 +1,4 @@
-"""Names of the same tensor in different layouts: canonical (ldm/sgm), diffusers, kohya LoRA; and block labels.
+"""Names of the same tensor in different layouts: canonical (ldm/sgm), diffusers, kohya LoRA.
 
 Everything is a table of prefixes, written once in one direction; the inverse is derived from it. A key is translated
 by its longest prefix that stands in the table, so depth and widths do not matter.

@@ -48,7 +48,7 @@ def check_safetensors_output(path: str | Path, *, overwrite: bool) -> None:
     if path.suffix.lower() != ".safetensors" and not path.is_dir():
         stem = path.with_suffix("") if path.suffix.lower() in _OTHER_SUFFIXES else path
         raise OutputError(f"{path}: expected a name that ends in .safetensors; write {stem}.safetensors")
-    if _encodable(str(path)) != str(path):
+    if encodable(str(path)) != str(path):
         raise OutputError(f"{path}: has a name that is not UTF-8, which the library cannot open; choose another")
     check_output(path, overwrite=overwrite)
 
@@ -87,7 +87,7 @@ class AtomicFile:
                 _remove_abandoned(path)
                 free = shutil.disk_usage(path.parent).free
                 if free < needed:
-                    raise OutputError(f"{path}: needs {_mb(needed)}, {_mb(free)} are free; free some space")
+                    raise OutputError(f"{path}: needs {megabytes(needed)}, {megabytes(free)} are free; free some space")
                 self.file = open(self.part, "x+b")  # noqa: SIM115  closed by publish and discard
         except BaseException:
             self.discard()
@@ -186,10 +186,11 @@ def _same_file(path: Path, other: Path) -> bool:
         return False
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
     """Text that UTF-8 can hold: names of files may have bytes that Python shows as surrogates."""
     return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else text
 
 
-def _mb(count: int) -> str:
+def megabytes(count: int) -> str:
+    """A size in bytes as people read it; MB are 10^6 bytes."""
     return f"{count / 1e6:,.1f} MB"

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lib_dpo.errors import BadFileError, OutputError
-from lib_dpo.files.atomic import AtomicFile, _encodable, _mb, check_safetensors_output
+from lib_dpo.files.atomic import AtomicFile, check_safetensors_output, encodable, megabytes
 from lib_dpo.files.header import MAX_HEADER_BYTES, Header, TensorInfo, dtype_name, read_header, tensor_bytes, tensor_nbytes
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class SafetensorsWriter:
         Args:
             check: called with the complete file before it gets its name; an error raised in it discards the file.
         """
-        metadata = {key: _encodable(value) for key, value in metadata.items()}
+        metadata = {key: encodable(value) for key, value in metadata.items()}
         header = self._header(metadata)
         room = self._start - 8
         needs_legacy_hash = LEGACY_HASH in metadata.values()
@@ -141,8 +141,8 @@ class SafetensorsWriter:
         header = header.ljust(_up_to_8(len(header)))
         if len(header) > MAX_HEADER_BYTES:
             raise OutputError(
-                f"{self.path}: its keys and metadata take {_mb(len(header))}, the format allows "
-                f"{_mb(MAX_HEADER_BYTES)}; write less metadata"
+                f"{self.path}: its keys and metadata take {megabytes(len(header))}, the format allows "
+                f"{megabytes(MAX_HEADER_BYTES)}; write less metadata"
             )
         return header
 

@@ -19,8 +19,7 @@ from lib_dpo.families.keymap import UNET
 from lib_dpo.hosts.base import Baked
 from lib_dpo.hosts.checksums import all_finite
 from lib_dpo.hosts.marks import Marker, Marks
-from lib_dpo.offsets.patch import Patch
-from lib_dpo.operations.bake import fitted
+from lib_dpo.offsets.patch import Patch, fitted
 from lib_dpo.progress import Progress, Steps
 
 Values = tuple[Tensor, ...]

@@ -59,15 +59,17 @@ class Factors(NamedTuple):
 
         The scale is alpha / rank, and scale * up @ down approximates A: what the alpha does not carry lies in the factors.
         """
-        up, down, scale = self._at(dtype, alpha)
-        carries = (up != 0).any(0) & (down != 0).any(1)
-        carries[:least] = True
-        if bool(carries.all()):
-            return up, down, scale
-        kept = carries.nonzero()[:, 0]
-        return Factors(self.up[:, kept], self.down[kept], self.singular_values[kept.cpu()])._at(dtype, alpha)
+        factors = self
+        while True:  # fewer components make the scale larger and the factors smaller: more of them may be 0 then
+            up, down, scale = factors._stored(dtype, alpha)
+            carries = (up != 0).any(0) & (down != 0).any(1)
+            carries[:least] = True
+            if bool(carries.all()):
+                return up, down, scale
+            kept = carries.nonzero()[:, 0]
+            factors = Factors(factors.up[:, kept], factors.down[kept], factors.singular_values[kept.cpu()])
 
-    def _at(self, dtype: torch.dtype, alpha: float) -> tuple[Tensor, Tensor, float]:
+    def _stored(self, dtype: torch.dtype, alpha: float) -> tuple[Tensor, Tensor, float]:
         scale = alpha / self.up.shape[1] if self.up.shape[1] else 1.0
         root = scale**-0.5
         up, down = (self.up, self.down) if scale == 1 else (self.up * root, self.down * root)

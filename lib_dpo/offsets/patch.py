@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib_dpo.errors import BadTensorError, NothingToDoError, SettingError
+from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError, SettingError
 from lib_dpo.families.arch import Architecture
 from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, block_of, check_blocks
 from lib_dpo.families.keymap import UNET
@@ -53,8 +54,11 @@ class Patch:
     blocks: BlockWeights
     rank: int | None
     id: str
-    checkpoint: Checkpoint
     lora: LoraFile | None
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.offset.checkpoint
 
     @property
     def name(self) -> str:
@@ -99,7 +103,7 @@ class Patch:
                 yield self._lora_row(self.lora, layer, weight)
 
     def close(self) -> None:
-        self.checkpoint.close()
+        self.offset.close()
 
     def _lora_row(self, lora: LoraFile, layer: LoraLayer, weight: float) -> Row:
         parts = layer.parts
@@ -162,7 +166,7 @@ def open_patch(
     except BaseException:
         checkpoint.close()
         raise
-    return Patch(offset, blocks, rank, _content_id(checkpoint, lora, blocks, rank), checkpoint, lora)
+    return Patch(offset, blocks, rank, _content_id(checkpoint, lora, blocks, rank), lora)
 
 
 def check_changes(offset: Offset, blocks: BlockWeights) -> None:
@@ -184,3 +188,23 @@ def _content_id(checkpoint: Checkpoint, lora: LoraFile | None, blocks: BlockWeig
     read = (*checkpoint.files, *([checkpoint.path.with_name(ADAPTER_CONFIG)] if config else ()))
     files = [(str(file.resolve()), file.stat().st_mtime_ns, file.stat().st_size) for file in read]
     return hashlib.sha256(repr((files, str(blocks), rank)).encode()).hexdigest()[:12]
+
+
+def fitted(delta: Tensor, shape: tuple[int, ...], key: str, offset_name: str, target_name: str) -> Tensor:
+    """The delta in the target's shape. A first convolution with more input channels (inpainting) gets zeros for them.
+
+    Raises:
+        MismatchError: it fits no other way.
+    """
+    if tuple(delta.shape) == shape:
+        return delta
+    if delta.numel() == math.prod(shape) and delta.shape[:1] == shape[:1]:
+        return delta.reshape(shape)
+    is_first = key.endswith("input_blocks.0.0.weight") and delta.ndim == len(shape) == 4
+    if is_first and delta.shape[1] < shape[1] and (delta.shape[0], *delta.shape[2:]) == (shape[0], *shape[2:]):
+        extra = delta.new_zeros((shape[0], shape[1] - delta.shape[1], *shape[2:]))
+        return torch.cat((delta, extra), dim=1)
+    raise MismatchError(
+        f"{key} is {'x'.join(map(str, delta.shape))} in {offset_name} but {'x'.join(map(str, shape))} in {target_name}; "
+        "the offset was made for another model"
+    )

@@ -1,4 +1,4 @@
-"""One module for each thing that the tool does to files: extract, verify, resize, bake, diff, compat, inspect.
+"""What the tool does to files: extract, write_offset, verify, resize, bake, diff, compat, inspect, and what these share.
 
-May import offsets and below. The face, the front ends and the toy call it; hosts call it to save.
+May import offsets and below. The face, the front ends and the toy call it.
 """

@@ -27,6 +27,7 @@ from lib_dpo.maths.delta import Term, Whole
 from lib_dpo.maths.precision import PRECISION, full_precision
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.offset import Offset, blocks_in, check_finite, check_is_model, check_left_out
+from lib_dpo.offsets.patch import fitted
 from lib_dpo.offsets.recipe import Ingredient, baked_in, with_recipe
 from lib_dpo.progress import Progress, Steps
 
@@ -217,26 +218,6 @@ def _is_folder(target: Model) -> bool:
 def _written_prefix(target: Model) -> str:
     """What the file keys to write begin with, and lose: `unet.` of a whole diffusers folder, nothing of all others."""
     return target.recognised.unet_prefix if _is_folder(target) else ""
-
-
-def fitted(delta: Tensor, shape: tuple[int, ...], key: str, offset_name: str, target_name: str) -> Tensor:
-    """The delta in the target's shape. A first convolution with more input channels (inpainting) gets zeros for them.
-
-    Raises:
-        MismatchError: it fits no other way.
-    """
-    if tuple(delta.shape) == shape:
-        return delta
-    if delta.numel() == math.prod(shape) and delta.shape[:1] == shape[:1]:
-        return delta.reshape(shape)
-    is_first = key.endswith("input_blocks.0.0.weight") and delta.ndim == len(shape) == 4
-    if is_first and delta.shape[1] < shape[1] and (delta.shape[0], *delta.shape[2:]) == (shape[0], *shape[2:]):
-        extra = delta.new_zeros((shape[0], shape[1] - delta.shape[1], *shape[2:]))
-        return torch.cat((delta, extra), dim=1)
-    raise MismatchError(
-        f"{key} is {'x'.join(map(str, delta.shape))} in {offset_name} but {'x'.join(map(str, shape))} in {target_name}; "
-        "the offset was made for another model"
-    )
 
 
 class _Run:

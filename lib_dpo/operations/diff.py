@@ -22,8 +22,8 @@ from lib_dpo.offsets.layers import Layer, plan_layers
 from lib_dpo.offsets.offset import Pair, blocks_in
 from lib_dpo.offsets.prediction import Prediction, predictions
 from lib_dpo.operations.decompose import Decomposer
-from lib_dpo.operations.measure import Row, Tally, changed_text_encoders, measure
-from lib_dpo.operations.verdict import Verdict, right_base
+from lib_dpo.operations.measure import Row, Tally, measure
+from lib_dpo.operations.verdict import Verdict, changed_text_encoders, right_base
 from lib_dpo.progress import Progress, Steps
 
 # Kinds of layer for the heat-map, by a part of the canonical key; the first match counts.

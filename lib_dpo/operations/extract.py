@@ -24,13 +24,13 @@ from lib_dpo.maths.threads import Scratch, side_by_side
 from lib_dpo.offsets.coverage import LeftOut, nothing_changed
 from lib_dpo.offsets.coverage import left_out as tensors_left_out
 from lib_dpo.offsets.layers import Layer, plan_layers
-from lib_dpo.offsets.lora.alphas import alphas_for_all
+from lib_dpo.offsets.lora.alphas import readable_alphas
 from lib_dpo.offsets.lora.metadata import METADATA_BYTES, kohya_metadata
 from lib_dpo.offsets.offset import Pair, licence
 from lib_dpo.operations.decompose import Decomposer
-from lib_dpo.operations.measure import Row, Tally, changed_text_encoders, measure
+from lib_dpo.operations.measure import Row, Tally, measure
 from lib_dpo.operations.rank_plan import asked_rank, entry_bytes, left_out, plan_ranks
-from lib_dpo.operations.verdict import Verdict, right_base
+from lib_dpo.operations.verdict import Verdict, changed_text_encoders, right_base
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.settings import ExtractSettings
 
@@ -159,7 +159,7 @@ class _Run:
         self.written = self.capped = self.exhausted = 0
         self.used = dict.fromkeys(self.ranks, 0)
         ranks = {layer.module.name: self._rank(layer) for layer in self.layers if layer.kind == "pair"}
-        alphas = alphas_for_all({name: rank for name, rank in ranks.items() if rank})
+        alphas = readable_alphas({name: rank for name, rank in ranks.items() if rank})
         self.alphas = {name: alphas.get(name, 1) for name in ranks}
         self.dtype = PRECISION[self.settings.precision]
         largest = max(math.prod(self.pair.base.shape(layer.module.key)) for layer in self.layers)

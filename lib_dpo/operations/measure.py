@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,8 +35,6 @@ _GRID: Mapping[torch.dtype, tuple[int, int]] = {
     if hasattr(torch, name)
 }
 _SAMPLE = 1 << 14  # values looked at per tensor: one tensor's mean step^2 is then known to about 1 %
-
-_BEYOND_ROUNDING = 4.0  # energy over the rounding floor from which a component counts as changed
 
 
 def rounding_energy(stored: Tensor) -> float:
@@ -135,6 +133,13 @@ class Tally:
             row.add(component)
         return row
 
+    def only(self, components: Collection[str | None]) -> Tally:
+        """The same figures of these components and their blocks only."""
+        kept = Tally(self.architecture)
+        kept.components = {name: row for name, row in self.components.items() if name in components}
+        kept.blocks = {name: row for name, row in self.blocks.items() if name[:2] != "TE" or name.lower() in components}
+        return kept
+
     def energy_kept(self) -> dict[str, Any]:
         """In all, per component and per block in the order of the forward pass."""
         labels = block_labels(self.architecture)
@@ -184,10 +189,3 @@ def measure(
         largest=max(abs(float(bound)) for bound in torch.aminmax(delta)) if delta.numel() else 0.0,
     )
     return delta, row
-
-
-def changed_text_encoders(tally: Tally) -> list[str]:
-    """Text encoders whose change is more than the rounding of the files explains."""
-    return [
-        name for name, row in tally.components.items() if name.startswith("te") and row.offset > _BEYOND_ROUNDING * row.noise
-    ]

@@ -21,7 +21,7 @@ from lib_dpo.maths.lowrank import carrying, recompress
 from lib_dpo.maths.precision import PRECISION, full_precision
 from lib_dpo.maths.ranks import Spectrum, allocate
 from lib_dpo.maths.threads import side_by_side
-from lib_dpo.offsets.lora.alphas import alphas_for_all
+from lib_dpo.offsets.lora.alphas import readable_alphas
 from lib_dpo.offsets.lora.file import FileModules, read_modules
 from lib_dpo.offsets.lora.metadata import ENTRY_BYTES
 from lib_dpo.offsets.lora.offset import read_factors
@@ -91,7 +91,7 @@ def resize(
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> ResizeReport:
-    """Write the LoRA with new ranks; alpha / rank stays as it is, so strengths mean the same.
+    """Write the LoRA with new ranks; alpha / rank * up @ down approximates what it was, so strengths mean the same.
 
     Raises:
         MismatchError: no LoRA pairs in the file, or other decompositions.
@@ -187,7 +187,7 @@ def _ranks(
         ranks = allocate(rest, energy=policy.energy * total - taken)
     else:
         size = policy.size_mb or 0.0
-        longest = [NewPair(rank, rank / 3, convolution) for rank in (1, 2) for convolution in (False, True)]
+        longest = [NewPair(rank, 1.234567e-05, convolution) for rank in (1, 2) for convolution in (False, True)]
         metadata = resized_metadata(lora, policy, title, 1 / 3, longest)
         overhead = len(json.dumps(metadata).encode()) + ENTRY_BYTES
         overhead += sum(lora.infos[key].nbytes + ENTRY_BYTES + len(key) for key in others)
@@ -251,7 +251,7 @@ def _write(
     with SafetensorsWriter(
         output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(lora.infos) + len(cores), compact=True
     ) as writer:
-        alphas = alphas_for_all({name: core.scale * ranks[name] for name, core in cores.items() if core.alpha and ranks[name]})
+        alphas = readable_alphas({name: core.scale * ranks[name] for name, core in cores.items() if core.alpha and ranks[name]})
         for name, alpha in alphas.items():  # all alphas first: they are float32, and so every tensor stays aligned
             writer.add(cores[name].alpha or "", torch.tensor(alpha, dtype=torch.float32))
         with side_by_side(lambda name: _smaller(job, name, cores[name], ranks[name], alphas.get(name)), cores) as done:

@@ -21,7 +21,7 @@ _STALE = (
     _ENERGY,  # and its parts
     "dpo.rank_policy",
 )
-# Arguments of the training that say ranks, or how factors are kept: `mid` goes into `down`, and all of alpha into alpha.
+# Arguments of the training that say ranks, or how factors are kept: `mid` goes into `down`, the scale into alpha and factors.
 _STALE_ARGUMENTS = (
     "conv_dim", "conv_alpha", "block_dims", "block_alphas", "conv_block_dims", "conv_block_alphas", "network_reg_dims",
     "use_tucker", "use_cp", "use_conv_cp", "disable_conv_cp", "rs_lora",

@@ -9,7 +9,7 @@ from lib_dpo.offsets.coverage import change_left_out, left_out
 from lib_dpo.offsets.offset import Pair, blocks_in
 from lib_dpo.offsets.prediction import prediction_doubt
 from lib_dpo.offsets.recipe import baked_in
-from lib_dpo.operations.measure import Row, Tally, changed_text_encoders
+from lib_dpo.operations.measure import Row, Tally
 
 # Heuristics on relative size, ||tuned - base|| / ||base|| of the UNet. Diffusion-DPO moves weights by 1 to 3 %
 # (2,000 steps at an effective rate near 2e-5); finetunes and merges by 5 to 30 %; unrelated models by 100 % and more.
@@ -112,3 +112,13 @@ def _looks_swapped(pair: Pair) -> bool:
     if named[0] != named[1]:
         return named[0]
     return [model.components() == ("unet",) for model in (pair.base, pair.tuned)] == [True, False]
+
+
+_BEYOND_ROUNDING = 4.0  # energy over the rounding floor from which a component counts as changed
+
+
+def changed_text_encoders(tally: Tally) -> list[str]:
+    """Text encoders whose change is more than the rounding of the files explains."""
+    return [
+        name for name, row in tally.components.items() if name.startswith("te") and row.offset > _BEYOND_ROUNDING * row.noise
+    ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,9 @@ from lib_dpo.maths.precision import full_precision
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out, nothing_changed
 from lib_dpo.offsets.offset import Offset, Pair
-from lib_dpo.operations.measure import Row, Tally, changed_text_encoders, measure
+from lib_dpo.operations.measure import Row, Tally, measure
+from lib_dpo.operations.resize_metadata import energy_claimed
+from lib_dpo.operations.verdict import changed_text_encoders
 from lib_dpo.progress import Progress, Steps
 
 
@@ -82,7 +83,7 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
             tally.add(key, row)
             steps.advance(numel[key], key)
     touched = {component_of(pair.architecture, key) for key in offset.shapes}
-    kept = counted(tally, {"unet", *changed_text_encoders(tally), *touched})
+    kept = tally.only({"unet", *changed_text_encoders(tally), *touched})
     if not kept.total.offset:
         raise nothing_changed(pair, "weights", "there is no change to keep")
     return VerifyReport(
@@ -91,22 +92,6 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
         layers=len(offset.shapes),
         unmatched=offset.unmatched + tuple(sorted(offset.shapes.keys() - numel.keys())),
         left_out=left_out(pair),
-        claimed=_claimed(offset.metadata),
+        claimed=energy_claimed(offset.metadata),
         twins=offset.twins,
     )
-
-
-def counted(tally: Tally, components: Collection[str | None]) -> Tally:
-    """The same figures of these components and their blocks only."""
-    kept = Tally(tally.architecture)
-    kept.components = {name: row for name, row in tally.components.items() if name in components}
-    kept.blocks = {name: row for name, row in tally.blocks.items() if name[:2] != "TE" or name.lower() in components}
-    return kept
-
-
-def _claimed(metadata: Mapping[str, str]) -> float | None:
-    try:
-        claimed = float(metadata["dpo.energy_kept"])
-    except (KeyError, ValueError):
-        return None
-    return claimed if math.isfinite(claimed) else None

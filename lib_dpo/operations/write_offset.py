@@ -21,9 +21,8 @@ from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out, nothing_changed
 from lib_dpo.offsets.lora.metadata import modelspec_metadata
 from lib_dpo.offsets.offset import Pair, licence
-from lib_dpo.operations.measure import Row, Tally, changed_text_encoders, measure
-from lib_dpo.operations.verdict import Verdict, right_base
-from lib_dpo.operations.verify import counted
+from lib_dpo.operations.measure import Row, Tally, measure
+from lib_dpo.operations.verdict import Verdict, changed_text_encoders, right_base
 from lib_dpo.progress import Progress, Steps
 
 
@@ -108,7 +107,7 @@ def write_offset(
         if not tally.components["unet"].offset:
             raise nothing_changed(pair, "UNet", "there is no offset to write")
         verdict = right_base(pair, tally)
-        kept = counted(tally, ("unet", *changed_text_encoders(tally)))
+        kept = tally.only(("unet", *changed_text_encoders(tally)))
         writer.finish({**_metadata(pair, output, precision, tally, kept, verdict), **source()})
     return OffsetReport(
         path=output,

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from lib_dpo.errors import HostError
 from lib_dpo.families.arch import Shape
-from lib_dpo.offsets.patch import Patch, Row
-from lib_dpo.operations.bake import fitted
+from lib_dpo.offsets.patch import Patch, Row, fitted
 
 _log = logging.getLogger(__name__)
 

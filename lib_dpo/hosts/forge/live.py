@@ -164,7 +164,7 @@ class ForgeLive:
             strength=strength,
             blocks=str(patch.blocks),
             rank=patch.rank,
-            tensors=len({key for name, key in patches.keys.items() if name not in patches.empty} - set(not_applied)),
+            tensors=len({patches.keys[name] for name in {*patches.unet, *patches.clip} - patches.empty} - set(not_applied)),
             not_applied=not_applied,
             bytes_kept=self.bake_bytes(patch),
             online=any(quantised(parameter) for name, parameter in parameters_of(clean.unet).items() if name in patches.unet),

@@ -18,8 +18,7 @@ from torch import Tensor
 from lib_dpo.errors import HostError, MismatchError
 from lib_dpo.families.arch import Architecture, TextEncoder
 from lib_dpo.families.keymap import QKV, UNET, text_encoder_to_hf
-from lib_dpo.offsets.patch import Patch, Row
-from lib_dpo.operations.bake import fitted
+from lib_dpo.offsets.patch import Patch, Row, fitted
 from lib_dpo.progress import Steps
 
 Parameters = Mapping[str, Tensor]

@@ -1,4 +1,4 @@
-"""LoRA files of every spelling, read as offsets: the grammar of their keys, their scales, what had no place.
+"""LoRA files of every spelling: the grammar of their keys, their scales, what had no place; read as offsets, and written.
 
-May import what offsets imports.
+May import what offsets may.
 """

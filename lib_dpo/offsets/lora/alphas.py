@@ -1,9 +1,10 @@
 """The alphas of a LoRA that is written: such that every program multiplies its pairs by the same numbers.
 
-A pair counts alpha / rank times. diffusers takes the commonest alpha of a file for all layers, and other alphas by the names of
-their layers; for attention layers in kohya's naming, and for all of text encoders, it looks under names that nothing has
-(seen in 0.42 with PEFT 0.21: `get_peft_kwargs` in utils/peft_utils.py gets `…attn1.processor.to_q_lora.down.weight`). Where
-such a layer's alpha is not the commonest, its pair would count several times too much or too little there.
+A pair counts alpha / rank times. diffusers takes the commonest alpha of the UNet or of a text encoder for all its layers, and
+other alphas by the names of their layers; for attention layers in kohya's naming, and for all of text encoders, it looks under
+names that nothing has (seen in 0.42 with PEFT 0.21: `get_peft_kwargs` in utils/peft_utils.py gets
+`...attn1.processor.to_q_lora.down.weight`). Where such a layer's alpha is not the commonest, its pair would count several
+times too much or too little there.
 """
 
 from __future__ import annotations
@@ -12,22 +13,34 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
-_READ_AS_THE_COMMONEST = re.compile(r"attn|^(lora|lycoris)_te|^text_encoder")
+_TEXT_ENCODER = re.compile(r"(lora|lycoris)_te\d?(?=_)|text_encoder(_2)?(?=\.)")
+_FARTHEST = 256  # times smaller than the commonest, below which an alpha does not become that of others
 
 
-def alphas_for_all(wanted: Mapping[str, float]) -> dict[str, float]:
-    """Alphas by module: those wanted where every program reads them, else one for all, the smallest above 0.
+def readable_alphas(wanted: Mapping[str, float]) -> dict[str, float]:
+    """Alphas by module: those wanted where every program reads them, else one for all of that UNet or text encoder.
 
-    With the smallest, products of the factors come out larger rather than smaller than what they stand for: hosts multiply
-    in fp16, whose small numbers are coarse. The factors have to carry what the alpha does not: see `Factors.rounded`.
+    The factors have to carry what the alpha does not: see `Factors.rounded`. The one alpha is the smallest above 0 that is no
+    outlier, so that products of the factors come out larger rather than smaller than what they stand for: hosts multiply in
+    fp16, whose small numbers are coarse. (A layer that turns out to have fewer components than planned is the exception.)
 
     Args:
         wanted: alphas by the module's name as it is in the file; kohya's, since PEFT's files have none.
     """
-    fixed = {alpha for name, alpha in wanted.items() if _READ_AS_THE_COMMONEST.search(name)}
-    counts = Counter(wanted.values()).most_common(2)
-    is_commonest = len(counts) < 2 or counts[0][1] > counts[1][1]
-    if not fixed or (len(fixed) == 1 and is_commonest and counts[0][0] in fixed):
-        return dict(wanted)
-    one = min((alpha for alpha in wanted.values() if alpha > 0), default=1.0)
-    return dict.fromkeys(wanted, one)
+    components: dict[str, dict[str, float]] = {}
+    for name, alpha in wanted.items():
+        encoder = _TEXT_ENCODER.match(name)
+        components.setdefault(encoder[0] if encoder else "", {})[name] = alpha
+    found = {name: alpha for place, alphas in components.items() for name, alpha in _readable(alphas, place).items()}
+    return {name: found[name] for name in wanted}
+
+
+def _readable(alphas: Mapping[str, float], encoder: str) -> dict[str, float]:
+    read_as_the_commonest = {alpha for name, alpha in alphas.items() if encoder or "attn" in name}
+    counts = Counter(alphas.values()).most_common(2)
+    commonest = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None
+    if read_as_the_commonest <= {commonest}:
+        return dict(alphas)
+    positive = [alpha for alpha in alphas.values() if alpha > 0]
+    middle = Counter(positive).most_common(1)[0][0] if positive else 1.0
+    return dict.fromkeys(alphas, min((alpha for alpha in positive if alpha * _FARTHEST >= middle), default=1.0))

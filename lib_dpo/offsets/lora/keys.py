@@ -1,7 +1,7 @@
 """The grammar of LoRA files: which part of which module a key is, and which keys belong to something else than LoRA.
 
 Understood: kohya's, PEFT's (with an adapter's name too) and diffusers' names of all ages. A key is a module's name and a
-suffix; only the suffix is looked at here, `lora_alias` knows the modules.
+suffix; only the suffix is looked at here, `aliases` knows the modules.
 """
 
 from __future__ import annotations
