@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TypeVar
 
 from lib_dpo.errors import SettingError
 from lib_dpo.families.arch import Architecture
@@ -45,7 +44,6 @@ __all__ = [
 ]  # fmt: skip
 ModelFile = str | Path | Model
 OffsetFile = str | Path | Offset
-Opened = TypeVar("Opened", Model, Offset)
 
 
 def diff(
@@ -242,22 +240,14 @@ def compat(target: ModelFile, base: ModelFile, tuned: ModelFile, *, progress: Pr
         return compat_opened(model, pair, on_progress=progress)
 
 
-@contextmanager
-def _opened(file: str | Path | Opened, kind: type[Opened], open_file: Callable[[str | Path], Opened]) -> Iterator[Opened]:
-    """A file, opened and closed again; what comes opened stays so."""
-    if isinstance(file, kind):
-        yield file
-    else:
-        with open_file(file) as opened:  # type: ignore[arg-type]  # mypy takes a Model for a possible path
-            yield opened
-
-
 def _model(file: ModelFile) -> AbstractContextManager[Model]:
-    return _opened(file, Model, open_model)
+    """A model, opened and closed again; what comes opened stays so."""
+    return nullcontext(file) if isinstance(file, Model) else open_model(file)
 
 
 def _offset(file: OffsetFile, expected: Architecture) -> AbstractContextManager[Offset]:
-    return _opened(file, Offset, lambda path: open_offset(path, expected))
+    """The same for an offset."""
+    return nullcontext(file) if isinstance(file, Offset) else open_offset(file, expected)
 
 
 @contextmanager

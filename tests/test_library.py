@@ -143,6 +143,7 @@ def test_each_function_gives_the_figures_and_the_file_of_its_command(pair: tuple
 @pytest.mark.parametrize("name", [name for name in FACE if not name.startswith("open_")])
 def test_options_are_named_as_the_command_line_names_them(name: str):
     command = {"write_offset": "offset"}.get(name, name)
+    # argparse has no public way to its subcommands, nor to their options
     actions = make_parser(_runs())._subparsers._group_actions[0].choices[command]._actions  # type: ignore[union-attr]
     known = {action.dest for action in actions} | {"progress"}
     if name == "diff":

@@ -39,20 +39,9 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--steps", type=number(int), default=20, metavar="N", help="steps of each picture")
     sub.add_argument("--cfg", type=number(float), default=7.0, help="how closely pictures follow the prompt")
     sub.add_argument("--sampler", default="", help="Euler (default), Euler a, DDIM, DPM++ 2M or UniPC")
-    sub.add_argument(
-        "--width",
-        type=number(int),
-        default=0,
-        metavar="N",
-        help="of a picture, in pixels (default: what the model was made for)",
-    )
-    sub.add_argument(
-        "--height",
-        type=number(int),
-        default=0,
-        metavar="N",
-        help="of a picture, in pixels (default: what the model was made for)",
-    )
+    for side in ("--width", "--height"):
+        told = "of a picture, in pixels (default: what the model was made for)"
+        sub.add_argument(side, type=number(int), default=0, metavar="N", help=told)
     sub.add_argument("-o", "--output", required=True, type=output_file, metavar="GRID.png", help="the labelled grid")
     sub.add_argument("--each", type=output_folder, metavar="DIR", help="a folder for the single pictures too")
     _host_arguments(sub)
