@@ -6,7 +6,7 @@ of the command line and mean the same. Errors are those of lib_dpo.errors. docs/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -37,7 +37,7 @@ from lib_dpo.operations.verify import verify as verify_opened
 from lib_dpo.operations.write_offset import OffsetReport
 from lib_dpo.operations.write_offset import write_offset as write_offset_opened
 from lib_dpo.progress import Progress
-from lib_dpo.settings import PRECISIONS, ExtractSettings, Method, RankPolicy, check, one_of, strength_to_bake
+from lib_dpo.settings import LORA_PRECISIONS, PRECISIONS, ExtractSettings, Method, RankPolicy, check, one_of, strength_to_bake
 
 __all__ = [
     "bake", "compat", "diff", "extract", "inspect", "open_model", "open_offset", "resize", "verify", "write_offset",
@@ -78,6 +78,7 @@ def extract(
     precision: str = "fp16",
     device: str = "auto",
     seed: int = 0,
+    form: str = "low-rank",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExtractReport:
@@ -87,13 +88,14 @@ def extract(
         rank, energy, size_mb: one of them decides the ranks: the same for all layers (64 without any), or as many as keep
             this share of the change, or as fit into a file of this many MB (10^6 bytes).
         conv_rank: another rank for 3x3 convolutions, beside `rank`.
-        method: auto, exact or randomized. profile: portable, webui or full. precision: fp16, bf16 or fp32.
+        method: auto, exact or randomized. profile: portable, webui or full. precision: fp16, bf16, fp32 or fp8.
+        form: low-rank, or exact: the whole change in int8, without a rank; see operations/forms.py.
         progress: as in `diff`.
 
     Raises:
         As `diff`, and SettingError, OutputError: a setting or a name that cannot be.
     """
-    settings = ExtractSettings(RankPolicy(rank, energy, size_mb, conv_rank), method, profile, precision, device, seed)
+    settings = ExtractSettings(RankPolicy(rank, energy, size_mb, conv_rank), method, profile, precision, device, seed, form)
     output = Path(output)
     check_safetensors_output(output, overwrite=overwrite)
     with _pair(base, tuned) as pair:
@@ -204,7 +206,7 @@ def resize(
 
     Args:
         rank, energy, size_mb, conv_rank: as in `extract`, but one must be given.
-        precision: keep, fp16, bf16 or fp32.
+        precision: keep, fp16, bf16, fp32 or fp8.
         progress: as in `diff`.
 
     Raises:
@@ -213,7 +215,7 @@ def resize(
     if rank is None and energy is None and size_mb is None:
         raise SettingError("resize needs a new rank, energy or size_mb; give one of them")
     policy = RankPolicy(rank, energy, size_mb, conv_rank)
-    _check_precision(precision)
+    _check_precision(precision, LORA_PRECISIONS)
     output = Path(output)
     check_safetensors_output(output, overwrite=overwrite)
     with open_checkpoint(lora) if isinstance(lora, (str, Path)) else nullcontext(lora.checkpoint) as checkpoint:
@@ -256,9 +258,9 @@ def _pair(base: ModelFile, tuned: ModelFile) -> Iterator[Pair]:
         yield open_pair(first, second)
 
 
-def _check_precision(precision: str) -> None:
+def _check_precision(precision: str, precisions: Sequence[str] = PRECISIONS) -> None:
     """Refuse one that is unknown where `keep` is known too."""
-    known = ("keep", *PRECISIONS)
+    known = ("keep", *precisions)
     if precision not in known:
         raise SettingError(f"precision {precision!r} is unknown; expected one of {one_of(precision, known)}")
 

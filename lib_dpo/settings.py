@@ -16,6 +16,8 @@ Method = Literal["auto", "exact", "randomized"]
 METHODS: tuple[Method, ...] = get_args(Method)
 PROFILES = ("portable", "webui", "full")
 PRECISIONS = ("fp16", "bf16", "fp32")
+LORA_PRECISIONS = (*PRECISIONS, "fp8")
+FORMS = ("low-rank", "exact")
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,16 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
             str,
             choices=PROFILES,
         ),
+        "form": Field(
+            "Form",
+            "low-rank: a LoRA of the rank, energy or size asked for; exact: the whole change, a byte for each weight (LoKr)",
+            str,
+            choices=FORMS,
+        ),
         "precision": Field("Precision", "number format of the file", str, choices=PRECISIONS),
+        "lora_precision": Field(
+            "Precision", "number format of the file; fp8 holds twice the rank in the same bytes", str, choices=LORA_PRECISIONS
+        ),
         "device": Field("Device", "where to compute: auto, cpu, cuda, cuda:1 or mps", str),
         "seed": Field("Seed", "of the method randomized: the same seed writes the same file", int, minimum=0),
         "strength": Field("Strength", "how much of the offset: 0 is none of it, 1 is the full change", float),
@@ -206,7 +217,13 @@ class ExtractSettings:
     precision: str = "fp16"
     device: str = "auto"
     seed: int = 0
+    form: str = "low-rank"
 
     def __post_init__(self) -> None:
-        for name in ("method", "profile", "precision", "device", "seed"):
+        for name in ("method", "profile", "device", "seed", "form"):
             check(name, getattr(self, name))
+        check("lora_precision", self.precision)
+        if self.form == "exact" and self.policy != RankPolicy():
+            raise SettingError("an exact LoRA holds the whole change; leave out rank, energy, size_mb and conv_rank")
+        if self.form == "exact" and self.precision != "fp16":
+            raise SettingError(f"an exact LoRA has its own precision, int8; leave out {self.precision}")

@@ -231,7 +231,7 @@ def test_the_number_of_cores_does_not_change_the_file(sd1: Files, tmp_path: Path
 
 def test_batches_write_the_same_weights(sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(sd1, tmp_path / "one.safetensors", rank=4)
-    monkeypatch.setattr("lib_dpo.operations.extract.batch_size", lambda device, numel: 5)
+    monkeypatch.setattr("lib_dpo.operations.forms.batch_size", lambda device, numel: 5)
     run(sd1, tmp_path / "five.safetensors", rank=4)
     one, five = load_file(tmp_path / "one.safetensors"), load_file(tmp_path / "five.safetensors")
     assert one.keys() == five.keys()
@@ -317,7 +317,7 @@ def test_memory_that_runs_out_after_the_decomposition_costs_one_layer_a_second_r
 def test_a_batch_that_does_not_fit_is_done_one_by_one(sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     error = torch.cuda.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(decompose, "factorise", failing(error, when=lambda A, options: A.ndim == 3))
-    monkeypatch.setattr("lib_dpo.operations.extract.batch_size", lambda device, numel: 4)
+    monkeypatch.setattr("lib_dpo.operations.forms.batch_size", lambda device, numel: 4)
     report = run(sd1, tmp_path / "l.safetensors", rank=4)
     assert report.fallbacks["out of memory"] > 10
     assert report.layers == 282
@@ -450,7 +450,18 @@ def test_ranks_and_sizes_out_of_reach_are_refused(sd1: Files, tmp_path: Path, po
 
 
 @pytest.mark.newest
-@pytest.mark.parametrize("policy", [{"rank": 4}, {"rank": 4, "conv_rank": 2}, {"energy": 0.5}, {"resized": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {"rank": 4},
+        {"rank": 4, "conv_rank": 2},
+        {"energy": 0.5},
+        {"resized": 0.7},
+        {"rank": 4, "precision": "fp8"},
+        {"energy": 0.5, "precision": "fp8"},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("arch", ["sd1", "sdxl"])
 def test_diffusers_loads_every_key_of_a_portable_file_and_fuses_the_same_weights(
     arch: str, policy: dict[str, Any], tmp_path: Path, sd1: Files, sdxl: Files
@@ -460,7 +471,7 @@ def test_diffusers_loads_every_key_of_a_portable_file_and_fuses_the_same_weights
 
     files = sd1 if arch == "sd1" else sdxl
     share = policy.get("resized")
-    run(files, tmp_path / "l.safetensors", precision="fp32", **({"rank": 4} if share else policy))
+    run(files, tmp_path / "l.safetensors", **{"precision": "fp32", **({"rank": 4} if share else policy)})
     if share:
         with open_checkpoint(tmp_path / "l.safetensors") as lora:
             resize(lora, tmp_path / "smaller.safetensors", RankPolicy(energy=share))

@@ -124,7 +124,7 @@ def test_in_float32_the_file_is_the_change_itself(files: Files, tmp_path: Path) 
 
 
 def test_in_batches_too(files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lib_dpo.operations.extract.batch_size", lambda device, numel: 4)
+    monkeypatch.setattr("lib_dpo.operations.forms.batch_size", lambda device, numel: 4)
     run(files, tmp_path / "l.safetensors", rank=64)
     check(files, tmp_path / "l.safetensors")
 

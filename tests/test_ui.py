@@ -167,8 +167,8 @@ def test_what_depends_on_a_saved_choice_follows_it_when_the_tab_is_shown(session
 
 
 @pytest.mark.parametrize(("choice", "shown"), [
-    (extract.BY_RANK, [True, True, False, False]), (extract.BY_SIZE, [False, False, True, False]),
-    (extract.BY_ENERGY, [False, False, False, True]),
+    (extract.BY_RANK, [True, True, False, False, False]), (extract.BY_SIZE, [False, False, True, False, False]),
+    (extract.BY_ENERGY, [False, False, False, True, False]), (extract.EXACT, [False, False, False, False, True]),
 ])  # fmt: skip
 def test_the_field_of_a_restored_choice_is_shown(
     session: Session, monkeypatch: pytest.MonkeyPatch, choice: str, shown: list[bool]
@@ -182,6 +182,7 @@ def test_the_field_of_a_restored_choice_is_shown(
         "conv_rank",
         "size",
         "energy",
+        "exact",
     ]
     assert [change["visible"] for change in follower.function(choice)] == shown
 

@@ -10,7 +10,7 @@ from lib_dpo import __version__
 from lib_dpo.cli.argparse_errors import Parser, among, number, program
 from lib_dpo.cli.files import input_folder, output_file, output_folder
 from lib_dpo.cli.pictures import add_commands as add_picture_commands
-from lib_dpo.settings import BUNDLED_MODEL, FIELDS, METHODS, PRECISIONS, PROFILES
+from lib_dpo.settings import BUNDLED_MODEL, FIELDS, FORMS, LORA_PRECISIONS, METHODS, PRECISIONS, PROFILES
 
 _INSPECTED = "a model, a LoRA or an offset file; several, or a pattern such as *.safetensors"
 Command = Callable[[str, Callable[..., Any], str], argparse.ArgumentParser]
@@ -64,9 +64,10 @@ def _add_extraction(command: Command, runs: Runs) -> None:
     _output_arguments(sub, "L.safetensors")
     _rank_arguments(sub)
     sub.add_argument("--conv-rank", type=number(int), metavar="N", help=FIELDS["conv_rank"].help)
+    sub.add_argument("--form", **among(FORMS), default="low-rank", help=FIELDS["form"].help)
     sub.add_argument("--method", **among(METHODS), default="auto", help=FIELDS["method"].help)
     sub.add_argument("--profile", **among(PROFILES), default="portable", help=FIELDS["profile"].help)
-    sub.add_argument("--precision", **among(PRECISIONS), default="fp16", help=FIELDS["precision"].help)
+    sub.add_argument("--precision", **among(LORA_PRECISIONS), default="fp16", help=FIELDS["lora_precision"].help)
     sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
     sub.add_argument("--seed", type=number(int), default=0, help=FIELDS["seed"].help)
 
@@ -95,7 +96,7 @@ def _add_use(command: Command, runs: Runs) -> None:
     _output_arguments(sub, "L2.safetensors")
     _rank_arguments(sub, "of the smaller LoRA")
     sub.add_argument("--conv-rank", type=number(int), metavar="N", help=FIELDS["conv_rank"].help)
-    sub.add_argument("--precision", **among(("keep", *PRECISIONS)), default="keep", help=FIELDS["precision"].help)
+    sub.add_argument("--precision", **among(("keep", *LORA_PRECISIONS)), default="keep", help=FIELDS["lora_precision"].help)
 
     sub = command("inspect", runs["inspect"], "say what files are")
     sub.add_argument("file", nargs="+", metavar="FILE", help=_INSPECTED)

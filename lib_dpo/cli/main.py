@@ -145,7 +145,7 @@ def _extract(args: argparse.Namespace) -> Result:
 
     check_safetensors_output(args.output, overwrite=args.overwrite)  # before anything is fetched, here and below
     ranks = _ranks(args)
-    ExtractSettings(RankPolicy(**ranks), args.method, args.profile, args.precision, args.device, args.seed)
+    ExtractSettings(RankPolicy(**ranks), args.method, args.profile, args.precision, args.device, args.seed, args.form)
     with _pair(args) as pair, progress_bar("extracting") as tell:
         report = lib_dpo.extract(
             *pair,
@@ -156,6 +156,7 @@ def _extract(args: argparse.Namespace) -> Result:
             precision=args.precision,
             device=args.device,
             seed=args.seed,
+            form=args.form,
             overwrite=args.overwrite,
             progress=tell,
         )

@@ -52,8 +52,9 @@ def extract_text(report: ExtractReport) -> str:
     """The result card of an extraction."""
     total = report.tally.total
     used = [rank for rank in report.ranks.values() if rank]
-    ranks = _ranks(min(used), max(used)) if used else "no pairs"
-    asked = "" if str(report.policy) == ranks else f", asked for: {report.policy}"
+    ranks = "exact, int8" if report.form == "exact" else _ranks(min(used), max(used)) if used else "no pairs"
+    asked = "" if report.policy in (ranks, "exact") else f", asked for: {report.policy}"
+    ranks += f" in {report.precision}" * (report.precision == "fp8")
     lines = [
         f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.layers} layers, {ranks}{asked})",
         f"energy kept {_percent(total.energy_kept)} of the DPO change" + _missed(report.energy_wanted, total.energy_kept),
@@ -67,8 +68,7 @@ def extract_text(report: ExtractReport) -> str:
             f"{report.capped} of {report.layers} layers at a lower rank than asked for: a LoRA of a "
             "higher rank would be larger than these layers"
         )
-    if report.exhausted:
-        lines.append(report.exhausted_text)
+    lines += [text for text in (report.exhausted_text, report.wider_text) if text]
     if report.fallbacks:
         lines.append("fell back: " + ", ".join(f"{reason} {count} x" for reason, count in report.fallbacks.items()))
     return "\n".join(lines)

@@ -62,7 +62,7 @@ class Factors(NamedTuple):
         factors = self
         while True:  # fewer components make the scale larger and the factors smaller: more of them may be 0 then
             up, down, scale = factors._stored(dtype, alpha)
-            carries = (up != 0).any(0) & (down != 0).any(1)
+            carries = (up.float() != 0).any(0) & (down.float() != 0).any(1)  # older torch compares no float8
             carries[:least] = True
             if bool(carries.all()):
                 return up, down, scale
@@ -71,8 +71,11 @@ class Factors(NamedTuple):
 
     def _stored(self, dtype: torch.dtype, alpha: float) -> tuple[Tensor, Tensor, float]:
         scale = alpha / self.up.shape[1] if self.up.shape[1] else 1.0
-        root = scale**-0.5
-        up, down = (self.up, self.down) if scale == 1 else (self.up * root, self.down * root)
+        left = right = scale**-0.5
+        if dtype.itemsize == 1:  # few exponents: the numbers of both factors are made about as large
+            tilt = (self.up.shape[0] / self.down.shape[1]) ** 0.25
+            left, right = left * tilt, right / tilt
+        up, down = (self.up, self.down) if left == right == 1 else (self.up * left, self.down * right)
         return up.to(dtype), down.to(dtype), scale
 
 

@@ -9,9 +9,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lib_dpo.errors import SettingError
+
 logger = logging.getLogger(__name__)
 
-PRECISION: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+PRECISION: Mapping[str, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32} | (
+    {"fp8": torch.float8_e4m3fn} if hasattr(torch, "float8_e4m3fn") else {}
+)
+
+
+def dtype_of(precision: str) -> torch.dtype:
+    """The dtype of a precision by its name in settings. Raises SettingError where this torch lacks it."""
+    if precision not in PRECISION:
+        raise SettingError(f"precision {precision} needs torch 2.1 or later, this is {torch.__version__}; choose fp16")
+    return PRECISION[precision]
 
 
 def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:

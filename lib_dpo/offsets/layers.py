@@ -13,11 +13,14 @@ from lib_dpo.offsets.offset import Pair
 
 @dataclass(frozen=True)
 class Layer:
-    """One module to write and how: a pair of factors, a norm (`w_norm` + `b_norm`), or dense (`diff` + `diff_b`)."""
+    """One module to write and how: a pair of factors, a norm (`w_norm` + `b_norm`), or dense (`diff` + `diff_b`).
+
+    `exact`: a matrix that is written whole in one way or another, and its bias.
+    """
 
     module: LoraModule
     shape: tuple[int, ...]  # of the module's own rows of the weight
-    kind: Literal["pair", "norm", "dense"]
+    kind: Literal["pair", "norm", "dense", "exact"]
     required: bool = False  # write it even when it is zero: CLIP-G attention is all of q, k, v, out or none
 
     @property
@@ -45,6 +48,7 @@ def plan_layers(pair: Pair, profile: str, components: Sequence[str]) -> list[Lay
 
     portable: pairs only. webui: UNet norms as well. full: layers whose bias changed in full, with the bias; never for
     open_clip attention, which hosts take as pairs only. Text encoder norms and embeddings never: hosts reject them.
+    exact: all of these, with the biases of all layers that have one.
     """
     layers = []
     groups = _changed_attention(pair, components)
@@ -60,6 +64,8 @@ def plan_layers(pair: Pair, profile: str, components: Sequence[str]) -> list[Lay
             if len(shape) == 1:
                 if profile != "portable" and component == "unet" and module.bias in present:
                     layers.append(Layer(module, own, "norm"))
+            elif profile == "exact" and module.part is None and module.bias in present:
+                layers.append(Layer(module, own, "exact"))
             elif profile == "full" and key not in groups and module.bias in present and _changed(pair, module.bias):
                 layers.append(Layer(module, own, "dense"))
             else:

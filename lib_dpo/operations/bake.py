@@ -24,7 +24,7 @@ from lib_dpo.files.sidecar import SIDECAR_TEXT, SidecarFate, check_sidecar, side
 from lib_dpo.files.writer import SafetensorsWriter
 from lib_dpo.maths.addition import Sum, add_rounded
 from lib_dpo.maths.delta import Term, Whole
-from lib_dpo.maths.precision import PRECISION, full_precision
+from lib_dpo.maths.precision import dtype_of, full_precision
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.offset import Offset, blocks_in, check_finite, check_is_model, check_left_out
 from lib_dpo.offsets.patch import fitted
@@ -236,7 +236,7 @@ class _Run:
         if self.precision == "keep" or stored[0] not in "FB" or stored == "BOOL":
             return stored
         component = component_of(self.target.architecture, self.canonical.get(key, ""))
-        return dtype_name(PRECISION[self.precision]) if component else stored
+        return dtype_name(dtype_of(self.precision)) if component else stored
 
     def tensor(self, key: str, canonical: str | None, dtype: str) -> Sum:
         """The tensor to write: changed by the offset, or converted only. May be called from several threads at once."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib_dpo.errors import BadTensorError, NoMemoryError
 from lib_dpo.maths.devices import is_out_of_memory, release
+from lib_dpo.maths.fp8 import refitted_up
 from lib_dpo.maths.lowrank import Factors, factorise, residual_energy_, resolve_method, seed_for, singular_values
 from lib_dpo.offsets.layers import Layer
 from lib_dpo.offsets.offset import Pair
@@ -111,15 +112,18 @@ class Decomposer:
     def round_(
         self, layer: Layer, delta: Tensor, factors: Factors, dtype: torch.dtype, alpha: float
     ) -> tuple[Tensor, Tensor, float]:
-        """`Factors.rounded`, and ||delta - alpha / rank up down||^2. Overwrites `delta`; out of memory: on the CPU."""
-        least = int(layer.required)
+        """`Factors.rounded`, and ||delta - alpha / rank up down||^2; in fp8 with `up` fitted to the rounded `down`.
+
+        Overwrites `delta`. Out of memory: done on the CPU.
+        """
+        least = int(layer.required or dtype.itemsize == 1)  # alphas of fp8 files are written before, and want a pair
         try:
-            up, down, scale = factors.rounded(dtype, alpha, least=least)
+            up, down, scale = _best_rounded(delta, factors, dtype, alpha, least)
             return up, down, residual_energy_(delta, up, down, scale)
         except RuntimeError as error:
             self._fall_back(error, layer.module.key, delta.device)
-        up, down, scale = Factors(*(part.cpu() for part in factors)).rounded(dtype, alpha, least=least)
         delta, _ = self._load_on_cpu(layer)  # again: the one on the device may be half overwritten
+        up, down, scale = _best_rounded(delta, Factors(*(part.cpu() for part in factors)), dtype, alpha, least)
         return up, down, residual_energy_(delta, up, down, scale)
 
     def _fall_back(self, error: RuntimeError, name: str, device: torch.device) -> None:
@@ -141,3 +145,12 @@ class Decomposer:
         with self._counting:
             self.fallbacks[reason] += 1
         release(self.device)
+
+
+def _best_rounded(
+    delta: Tensor, factors: Factors, dtype: torch.dtype, alpha: float, least: int
+) -> tuple[Tensor, Tensor, float]:
+    up, down, scale = factors.rounded(dtype, alpha, least=least)
+    if dtype.itemsize == 1 and bool((down.float() != 0).any(1).all()):
+        up = refitted_up(delta, down, scale).to(dtype)
+    return up, down, scale

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lib_dpo.errors import SettingError
 from lib_dpo.families.keymap import component_of
-from lib_dpo.maths.precision import PRECISION
+from lib_dpo.maths.fp8 import ROUNDING
+from lib_dpo.maths.precision import dtype_of
 from lib_dpo.maths.ranks import Spectrum, allocate, break_even_rank
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.layers import Layer
@@ -41,13 +42,14 @@ def plan_ranks(
     policy = settings.policy
     if policy.fixed:
         return _fixed_ranks(layers, policy)
-    item = torch.finfo(PRECISION[settings.precision]).bits // 8
+    item = dtype_of(settings.precision).itemsize
     spectra, pair_energy = _spectra(layers, item, decomposer, steps)
     if policy.energy is None:
         return _ranks_for_size(layers, spectra, item, policy.size_mb or 0.0)
     whole = sum(measure(pair, key)[1].offset for layer in layers if layer.kind != "pair" for key in layer.keys)
     rest = sum(measure(pair, key)[1].offset for key in left_out(pair, layers, components))
-    return allocate(spectra, energy=policy.energy * (pair_energy + whole + rest) - whole)
+    rounding = ROUNDING if item == 1 else 0.0
+    return allocate(spectra, energy=(policy.energy * (pair_energy + whole + rest) - whole) * (1 + rounding))
 
 
 def _fixed_ranks(layers: Sequence[Layer], policy: RankPolicy) -> dict[str, int]:

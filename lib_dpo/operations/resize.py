@@ -17,11 +17,12 @@ from lib_dpo.errors import BadTensorError, MismatchError, SettingError
 from lib_dpo.files.checkpoint import Checkpoint
 from lib_dpo.files.header import dtype_name
 from lib_dpo.files.writer import SafetensorsWriter
+from lib_dpo.maths.fp8 import Extent, factor_scale
 from lib_dpo.maths.lowrank import carrying, recompress
-from lib_dpo.maths.precision import PRECISION, full_precision
+from lib_dpo.maths.precision import dtype_of, full_precision
 from lib_dpo.maths.ranks import Spectrum, allocate
 from lib_dpo.maths.threads import side_by_side
-from lib_dpo.offsets.lora.alphas import readable_alphas
+from lib_dpo.offsets.lora.alphas import encoder_of, readable_alphas
 from lib_dpo.offsets.lora.file import FileModules, read_modules
 from lib_dpo.offsets.lora.metadata import ENTRY_BYTES
 from lib_dpo.offsets.lora.offset import read_factors
@@ -251,16 +252,17 @@ def _write(
     with SafetensorsWriter(
         output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(lora.infos) + len(cores), compact=True
     ) as writer:
-        alphas = readable_alphas({name: core.scale * ranks[name] for name, core in cores.items() if core.alpha and ranks[name]})
+        alphas = readable_alphas(_alphas(job, cores, ranks))
         for name, alpha in alphas.items():  # all alphas first: they are float32, and so every tensor stays aligned
             writer.add(cores[name].alpha or "", torch.tensor(alpha, dtype=torch.float32))
+        copied = _copy(lora, writer, others)  # before the factors too, which may be of one byte
         with side_by_side(lambda name: _smaller(job, name, cores[name], ranks[name], alphas.get(name)), cores) as done:
             for name, smaller in zip(cores, done, strict=True):
                 for key, tensor in smaller.tensors.items():
                     writer.add(key, tensor)
                 missed += smaller.missed
                 steps.advance(1, name)
-        total = _copy(lora, writer, others) + sum(float(core.values.square().sum()) for core in cores.values())
+        total = copied + sum(float(core.values.square().sum()) for core in cores.values())
         kept = 1 - missed / total if total else 1.0
         written = [
             NewPair(ranks[name], alphas.get(name, ranks[name]), _is_convolution(lora, core))
@@ -269,6 +271,25 @@ def _write(
         ]
         writer.finish(resized_metadata(lora, job.policy, output.stem, kept, written))
     return kept
+
+
+def _alphas(job: _Job, cores: Mapping[str, _Core], ranks: Mapping[str, int]) -> dict[str, float]:
+    """The alphas of modules that have one: their scales stay, but for fp8, which wants factors of a size.
+
+    Raises:
+        SettingError: fp8 was asked for a file whose names have no place for an alpha.
+    """
+    written = {name: core for name, core in cores.items() if ranks[name]}
+    if job.precision == "fp8":
+        if without := next((name for name, core in written.items() if not core.alpha), None):
+            raise SettingError(f"{job.lora.path.name}: {without} has no alpha, which fp8 needs; choose the precision fp16")
+        extents: dict[str, list[Extent]] = {}
+        for name, core in written.items():
+            up, down = (math.prod(job.lora.infos[core.parts[part]].shape) // core.rank for part in ("up", "down"))
+            extents.setdefault(encoder_of(name), []).append(Extent(float(core.values.norm()), up, down))
+        scales = {component: factor_scale(own) for component, own in extents.items()}
+        return {name: scales[encoder_of(name)] * ranks[name] for name in written}
+    return {name: core.scale * ranks[name] for name, core in written.items() if core.alpha}
 
 
 class _Smaller(NamedTuple):
@@ -294,7 +315,8 @@ def _smaller(job: _Job, name: str, core: _Core, rank: int, alpha: float | None) 
         S, U = S * abs(core.scale / scale), U * math.copysign(1, core.scale * scale)
     root = S[:rank].sqrt()
     dtype = _dtype(lora, core, job.precision)
-    down_factor, up_factor = (root[:, None] * Vh[:rank]).to(dtype), (U[:, :rank] * root).to(dtype)
+    tilt = (len(U) / Vh.shape[1]) ** 0.25 if dtype.itemsize == 1 else 1.0  # as in `Factors`
+    down_factor, up_factor = (root[:, None] * Vh[:rank] / tilt).to(dtype), (U[:, :rank] * root * tilt).to(dtype)
     if not all(bool(torch.isfinite(factor.float()).all()) for factor in (down_factor, up_factor)):
         raise SettingError(f"{lora.path.name}: {name} does not fit into {dtype_name(dtype)}; choose the precision fp32")
     kernel = lora.infos[core.parts["up"]].shape[2:]
@@ -332,5 +354,5 @@ def _missed(before: tuple[Tensor, Tensor, float], after: tuple[Tensor, Tensor, f
 
 def _dtype(lora: Checkpoint, core: _Core, precision: str) -> torch.dtype:
     if precision != "keep":
-        return PRECISION[precision]
+        return dtype_of(precision)
     return lora.read(core.parts["up"]).dtype

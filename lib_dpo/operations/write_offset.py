@@ -16,7 +16,7 @@ from lib_dpo.errors import SettingError
 from lib_dpo.families.keymap import component_of, unet_to_diffusers
 from lib_dpo.files.writer import SafetensorsWriter
 from lib_dpo.maths.lowrank import energy
-from lib_dpo.maths.precision import PRECISION, full_precision
+from lib_dpo.maths.precision import dtype_of, full_precision
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out, nothing_changed
 from lib_dpo.offsets.lora.metadata import modelspec_metadata
@@ -74,7 +74,7 @@ def write_offset(
         BadTensorError: NaN or Inf, by key.
         OutputError: the output exists or cannot be written.
     """
-    dtype = PRECISION[precision]
+    dtype = dtype_of(precision)
     numel = {key: math.prod(pair.base.shape(key)) for key in pair.keys}
     unet = [key for key in pair.keys if component_of(pair.architecture, key) == "unet"]
     steps = Steps(sum(numel.values()), on_progress)

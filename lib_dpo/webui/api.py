@@ -126,7 +126,7 @@ class _Handlers:
         def settings() -> ExtractSettings:
             policy = RankPolicy(req.rank, req.energy, req.size_mb, req.conv_rank)
             method: Any = req.method  # checked by ExtractSettings
-            return ExtractSettings(policy, method, req.profile, req.precision, req.device, req.seed)
+            return ExtractSettings(policy, method, req.profile, req.precision, req.device, req.seed, req.form)
 
         chosen = self._refusing(settings)
         self._refusing(lambda: self._session.library.new_lora(req.name))

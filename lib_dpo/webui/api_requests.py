@@ -55,7 +55,7 @@ class AnalyseRequest(Body):
 
 
 class ExtractRequest(Body):
-    """A LoRA to extract; one of rank, energy, size_mb."""
+    """A LoRA to extract; one of rank, energy, size_mb, or none of them with the form exact."""
 
     base: str = _BASE
     reference: str = _REFERENCE
@@ -66,9 +66,10 @@ class ExtractRequest(Body):
     conv_rank: int | None = Field(None, description=FIELDS["conv_rank"].help)
     method: str = Field("auto", description=FIELDS["method"].help)
     profile: str = Field("portable", description=FIELDS["profile"].help)
-    precision: str = Field("fp16", description=FIELDS["precision"].help)
+    precision: str = Field("fp16", description=FIELDS["lora_precision"].help)
     device: str = Field("auto", description=FIELDS["device"].help)
     seed: int = Field(0, description=FIELDS["seed"].help)
+    form: str = Field("low-rank", description=FIELDS["form"].help)
     overwrite: bool = _OVERWRITE
     wait: bool = _WAIT
 

@@ -29,10 +29,15 @@ def readable_alphas(wanted: Mapping[str, float]) -> dict[str, float]:
     """
     components: dict[str, dict[str, float]] = {}
     for name, alpha in wanted.items():
-        encoder = _TEXT_ENCODER.match(name)
-        components.setdefault(encoder[0] if encoder else "", {})[name] = alpha
+        components.setdefault(encoder_of(name), {})[name] = alpha
     found = {name: alpha for place, alphas in components.items() for name, alpha in _readable(alphas, place).items()}
     return {name: found[name] for name in wanted}
+
+
+def encoder_of(module: str) -> str:
+    """What the names of a text encoder's modules begin with; "" for the UNet's."""
+    encoder = _TEXT_ENCODER.match(module)
+    return encoder[0] if encoder else ""
 
 
 def _readable(alphas: Mapping[str, float], encoder: str) -> dict[str, float]:

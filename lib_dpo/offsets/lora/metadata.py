@@ -13,17 +13,20 @@ ENTRY_BYTES, METADATA_BYTES = 96, 1 << 13
 STALE_METADATA = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
-def kohya_metadata(arch: Architecture, *, dim: tuple[str, str], alpha: tuple[str, str], title: str) -> dict[str, str]:
+def kohya_metadata(
+    arch: Architecture, *, dim: tuple[str, str], alpha: tuple[str, str], title: str, is_lokr: bool = False
+) -> dict[str, str]:
     """The entries that WebUIs read to show and to filter a LoRA: kohya's `ss_*` and Stability's `modelspec.*`.
 
     Args:
         dim, alpha: of linear layers, and of 3x3 convolutions.
+        is_lokr: it is a LoKr of LyCORIS, with whole matrices.
     """
-    arguments = {"conv_dim": dim[1], "conv_alpha": alpha[1]}
+    arguments = {"algo": "lokr", "full_matrix": "True"} if is_lokr else {"conv_dim": dim[1], "conv_alpha": alpha[1]}
     return {
         "ss_base_model_version": arch.ss_base_model_version,
         "ss_v2": str(arch.name.startswith("sd2")),
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "lycoris.kohya" if is_lokr else "networks.lora",
         "ss_network_dim": dim[0],
         "ss_network_alpha": alpha[0],
         "ss_network_args": json.dumps(arguments),

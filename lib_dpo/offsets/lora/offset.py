@@ -23,8 +23,9 @@ from lib_dpo.offsets.offset import Offset, dense_offset
 def read_factors(
     checkpoint: Checkpoint, parts: Mapping[str, str], settings: PeftSettings | None
 ) -> tuple[Tensor, Tensor, float]:
-    """One module's up (out, rank), down (rank, in, kh, kw) or (rank, in), and its scale alpha / rank; stored dtype.
+    """One module's up (out, rank), down (rank, in, kh, kw) or (rank, in), and its scale alpha / rank.
 
+    In the stored dtype, but float8 as float16, which holds all numbers of every kind of it: few operations take float8.
     A `mid` factor (CP decomposition) is multiplied into `down`, in float32.
 
     Args:
@@ -40,12 +41,16 @@ def read_factors(
                 f"{checkpoint.path.name}: {parts[part]} holds NaN or Inf, expected finite numbers; the file is damaged, "
                 "get it again"
             )
-    up = checkpoint.read(parts["up"]).flatten(1)
-    down = checkpoint.read(parts["down"])
+    up, down = (_without_float8(checkpoint.read(parts[side])) for side in ("up", "down"))
+    up = up.flatten(1)
     if "mid" in parts:
         mid = checkpoint.read(parts["mid"]).float()  # (rank, rank, kh, kw)
         down = torch.einsum("abhw,bi->aihw", mid, down.float().flatten(1))
     return up, down, pair_scale(checkpoint, settings, parts, down.shape[0]).value
+
+
+def _without_float8(factor: Tensor) -> Tensor:
+    return factor.half() if factor.element_size() == 1 else factor
 
 
 def truncated_factors(lora: LoraFile, layer: LoraLayer, rank: int | None) -> tuple[Tensor, Tensor, float]:

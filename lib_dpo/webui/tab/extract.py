@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_dpo.errors import SettingError
 from lib_dpo.families.blocks import block_labels
-from lib_dpo.settings import DEFAULT_RANK, FIELDS, METHODS, PRECISIONS, PROFILES, ExtractSettings, Method, RankPolicy
+from lib_dpo.settings import DEFAULT_RANK, FIELDS, LORA_PRECISIONS, METHODS, PROFILES, ExtractSettings, Method, RankPolicy
 from lib_dpo.webui.results import Analysis, Extracted
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import markup, parts
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lib_dpo.operations.diff import DiffReport, Spectra
     from lib_dpo.operations.write_offset import OffsetReport
 
-BY_RANK, BY_SIZE, BY_ENERGY = "Rank", "File size", "Share of the change"
+BY_RANK, BY_SIZE, BY_ENERGY, EXACT = "Rank", "File size", "Share of the change", "Exact"
 _MOODS: dict[str, Mood] = {
     "fits": "good", "base": "good", "doubtful": "doubt", "weaker": "doubt", "contained": "doubt", "other": "doubt",
     "wrong": "bad",
@@ -92,7 +92,7 @@ def _size_controls(tab: Tab) -> list[Any]:
     import gradio as gr
 
     by = gr.Radio(
-        choices=[BY_RANK, BY_SIZE, BY_ENERGY], value=BY_RANK, label="Choose the LoRA's size by", elem_id="dpo_extract_by"
+        choices=[BY_RANK, BY_SIZE, BY_ENERGY, EXACT], value=BY_RANK, label="Choose the LoRA's size by", elem_id="dpo_extract_by"
     )
     with gr.Row():
         rank = gr.Slider(
@@ -111,7 +111,12 @@ def _size_controls(tab: Tab) -> list[Any]:
         info="Each layer gets the rank that it needs. A large share makes a large file",
         visible=False, elem_id="dpo_extract_energy",
     )  # fmt: skip
-    shown = {rank: BY_RANK, conv_rank: BY_RANK, size: BY_SIZE, energy: BY_ENERGY}
+    exact = gr.HTML(
+        markup.note("All of the change, a byte for each weight: 0.86 GB for SD 1.5, 2.6 GB for SDXL. A LoRA (LoKr) for prompts "
+                    "in WebUIs and ComfyUI; diffusers cannot read it."),
+        visible=False, elem_id="dpo_extract_exact",
+    )  # fmt: skip
+    shown = {rank: BY_RANK, conv_rank: BY_RANK, size: BY_SIZE, energy: BY_ENERGY, exact: EXACT}
     parts.follow(tab, by, lambda choice: [parts.update(visible=name == choice) for name in shown.values()], list(shown))
     return [by, rank, conv_rank, size, energy]
 
@@ -120,13 +125,13 @@ def _advanced_controls() -> list[Any]:
     import gradio as gr
 
     defaults = ExtractSettings()
-    rows = {"method": METHODS, "profile": PROFILES, "precision": PRECISIONS}
+    rows = {"method": ("method", METHODS), "profile": ("profile", PROFILES), "precision": ("lora_precision", LORA_PRECISIONS)}
     with gr.Accordion("Advanced", open=False, elem_id="dpo_extract_advanced"):
         return [
             gr.Dropdown(
-                choices=list(choices), value=getattr(defaults, name), **field_options(name), elem_id=f"dpo_extract_{name}"
+                choices=list(choices), value=getattr(defaults, name), **field_options(field), elem_id=f"dpo_extract_{name}"
             )
-            for name, choices in rows.items()
+            for name, (field, choices) in rows.items()
         ]
 
 
@@ -153,7 +158,9 @@ def extract(
 ) -> str:  # fmt: skip
     """Write the LoRA; its result card."""
     policy = _policy(by, rank, conv_rank, size, energy)
-    settings = ExtractSettings(policy, method=method, profile=profile, precision=precision)
+    form = "exact" if by == EXACT else "low-rank"
+    precision = ExtractSettings.precision if by == EXACT else precision  # it has its own
+    settings = ExtractSettings(policy, method=method, profile=profile, precision=precision, form=form)
     found = session.jobs.run(
         "Extract DPO LoRA",
         lambda job: session.extract(
@@ -180,6 +187,8 @@ def write_offset(session: Session, task: str | None, base: str, reference: str, 
 
 def _policy(by: str, rank: float | None, conv_rank: float | None, size: float | None, energy: float | None) -> RankPolicy:
     """The size controls as a rank policy. Raises SettingError."""
+    if by == EXACT:
+        return RankPolicy()
     if by == BY_SIZE:
         return RankPolicy(size_mb=_number(size, "size in MB"))
     if by == BY_ENERGY:
@@ -288,8 +297,10 @@ def _extracted_html(session: Session, found: Extracted) -> str:
         sentences.append(report.exhausted_text + ".")
     rows: list[tuple[str, object]] = [
         ("File", session.library.place(report.path)), ("Size", markup.size(report.file_bytes)), ("Layers", report.layers),
-        ("Ranks", ranks or "no pairs"),
+        ("Numbers", report.precision) if report.form == "exact" else ("Ranks", ranks or "no pairs"),
     ]  # fmt: skip
+    if report.wider_text:
+        sentences.append(report.wider_text + ".")
     mood: Mood = "good"
     if found.matched is None:
         rows.append(("Loaded model", "of another family: the LoRA is not for it"))
