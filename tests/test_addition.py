@@ -26,7 +26,7 @@ def by_hand(stored: Tensor, terms: Sequence[Term], weight: float, dtype: torch.d
     for term in terms:
         rows = slice(term.first_row, term.first_row + term.rows)
         if isinstance(term, Whole):
-            delta[rows] += term.values.double().reshape(delta[rows].shape).numpy()
+            delta[rows] += term.scale * term.values.double().reshape(delta[rows].shape).numpy()
         else:
             delta[rows] += term.scale * (term.up.double().numpy() @ term.down.double().numpy())
     before, change = stored.double().numpy().reshape(delta.shape), weight * delta
@@ -81,8 +81,13 @@ def sums(draw: st.DrawFn) -> tuple[Tensor, list[Term], float, torch.dtype]:
     terms: list[Term] = []
     for _ in range(draw(st.integers(1, 3))):
         height, first = draw(st.sampled_from([(3 * rows, 0), (rows, 0), (rows, rows), (rows, 2 * rows)]))
-        if draw(st.booleans()):
-            terms.append(Whole(values(height, *shape[1:], size=small).to(draw(dtypes)), first))
+        kind = draw(st.sampled_from(["whole", "whole numbers", "product"]))
+        if kind == "whole":
+            scale = draw(st.sampled_from([1.0, 1.0, 1 / 3, -2.0]))
+            terms.append(Whole(values(height, *shape[1:], size=small).to(draw(dtypes)), first, scale))
+        elif kind == "whole numbers":
+            steps = torch.randint(-127, 128, (height, *shape[1:]), generator=generator, dtype=torch.int8)
+            terms.append(Whole(steps, first, draw(st.sampled_from([1.0, 1 / 3, 2.0**-14])) * small))
         else:
             rank, root = draw(st.integers(1, 70)), math.sqrt(small)
             up, down = values(height, rank, size=root).to(draw(dtypes)), values(rank, columns, size=root).to(draw(dtypes))

@@ -476,7 +476,7 @@ def test_families_that_are_not_supported_are_named(key: str, family: str, good: 
 
 
 @pytest.mark.parametrize(
-    "suffixes", [("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("lokr_w1", "lokr_w2"), ("oft_blocks",), ("dora_scale",)]
+    "suffixes", [("oft_blocks",), ("ia3_l", "on_input"), ("vera_lambda_b", "vera_lambda_d"), ("hada_w3",), ("lokr_t1",)]
 )
 def test_other_decompositions_are_named(suffixes: tuple[str, ...], good: Files, tmp_path: Path, refused: Refused):
     own = {f"{MODULE}.{suffix}": torch.zeros(4, 4) for suffix in suffixes}

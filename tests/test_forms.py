@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lib_dpo.errors import SettingError
+from lib_dpo.errors import BadFileError, SettingError
 from lib_dpo.families.arch import ARCHITECTURES
-from lib_dpo.families.keymap import unet_to_diffusers
+from lib_dpo.families.keymap import UNET, unet_to_diffusers
 from lib_dpo.families.model import open_model
 from lib_dpo.families.synthetic import small_pair
 from lib_dpo.files.checkpoint import open_checkpoint
@@ -21,9 +21,13 @@ from lib_dpo.maths import precision
 from lib_dpo.maths.fp8 import Extent, factor_scale, refitted_up
 from lib_dpo.maths.int8 import quantised
 from lib_dpo.maths.lowrank import factorise
+from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.offset import open_pair
+from lib_dpo.operations.bake import bake
 from lib_dpo.operations.extract import ExtractReport, extract
 from lib_dpo.operations.resize import resize
+from lib_dpo.operations.verify import verify
+from lib_dpo.operations.write_offset import write_offset
 from lib_dpo.settings import ExtractSettings, RankPolicy
 
 Files = tuple[Path, Path]
@@ -71,7 +75,11 @@ def kept_by_hand(files: Files, lora: dict[str, Tensor]) -> float:
     for name, delta in deltas(files).items():
         module, _, kind = name.rpartition(".")
         total += float(delta.square().sum())
-        found = as_others_read(lora, module, delta.shape) if kind == "weight" else lora.get(f"{module}.b_norm", lora.get(f"{module}.diff_b"))
+        found = (
+            as_others_read(lora, module, delta.shape)
+            if kind == "weight"
+            else lora.get(f"{module}.b_norm", lora.get(f"{module}.diff_b"))
+        )
         missed += float((delta - (0 if found is None else found.double().reshape(delta.shape))).square().sum())
     return 1 - missed / total
 
@@ -267,3 +275,44 @@ def test_an_exact_lora_has_no_rank_and_no_other_precision(settings: dict[str, An
     policy = {name: settings.pop(name) for name in ("rank", "energy") if name in settings}
     with pytest.raises(SettingError, match=message):
         ExtractSettings(RankPolicy(**policy), **{"form": "exact", **settings})
+
+
+def test_an_exact_lora_is_read_back_as_what_it_says_it_keeps(sd1: Files, tmp_path: Path) -> None:
+    report = run(sd1, tmp_path / "l.safetensors", form="exact")
+    with open_offset(tmp_path / "l.safetensors") as offset, open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        found = verify(offset, open_pair(base, tuned))
+        assert not offset.unmatched
+    assert found.tally.total.energy_kept == pytest.approx(report.tally.total.energy_kept, abs=1e-7)
+    assert found.claimed == report.tally.total.energy_kept
+
+
+def test_baking_it_gives_nearly_always_the_weights_of_an_offset_file(sd1: Files, tmp_path: Path) -> None:
+    """Within one step of fp16, but for weights near 0, where these steps are finer than those of int8."""
+    run(sd1, tmp_path / "l.safetensors", form="exact")
+    with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
+        write_offset(open_pair(base, tuned), tmp_path / "o.safetensors")
+    for name in ("l", "o"):
+        with open_model(sd1[0]) as target, open_offset(tmp_path / f"{name}.safetensors") as offset:
+            bake(target, offset, tmp_path / f"{name}-baked.safetensors", strength=1.0)
+    one, other = load_file(tmp_path / "l-baked.safetensors"), load_file(tmp_path / "o-baked.safetensors")
+    near = far = total = changed = 0
+    for key, weight in load_file(sd1[0]).items():
+        if key.startswith(UNET):
+            steps = (one[key].view(torch.int16).int() - other[key].view(torch.int16).int()).abs()
+            typical = weight.float().square().mean().sqrt()
+            large = weight.float().abs() > 0.1 * typical
+            near += int((steps <= 1).sum())
+            far += int((steps[large] > 1).sum())
+            changed += int((one[key] != weight).sum())
+            total += weight.numel()
+    assert near >= 0.975 * total
+    assert far < 0.001 * total
+    assert changed > 0.9 * total
+
+
+def test_a_truncated_exact_lora_is_refused(sd1: Files, tmp_path: Path) -> None:
+    run(sd1, tmp_path / "l.safetensors", form="exact")
+    content = (tmp_path / "l.safetensors").read_bytes()
+    (tmp_path / "l.safetensors").write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(BadFileError, match=r"it has \d+ bytes, expected \d+ by its header"):
+        open_offset(tmp_path / "l.safetensors")

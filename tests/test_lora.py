@@ -117,7 +117,7 @@ def test_a_diff_counts_beside_a_pair_of_another_layer(tmp_path: Path) -> None:
         assert float(offset.read(UNET + "input_blocks.1.0.in_layers.0.bias").mean()) == -1
 
 
-@pytest.mark.parametrize("suffix", ["hada_w1_a", "lokr_w1", "oft_blocks", "dora_scale", "lora_magnitude_vector"])
+@pytest.mark.parametrize("suffix", ["hada_w3", "lokr_t1", "oft_blocks", "ia3_l", "bm.weight"])
 def test_other_decompositions_are_refused_by_name(tmp_path: Path, suffix: str) -> None:
     tensors = {f"{NAME}.lora_{side}.weight": tensor for side, tensor in pair().items()}
     path = saved(tmp_path / "l.safetensors", tensors | {f"{NAME}.{suffix}": torch.ones(32)})

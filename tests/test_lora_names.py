@@ -292,8 +292,8 @@ def test_a_pair_and_a_bias_of_one_module_are_both_read_under_two_names(tmp_path:
     "suffix",
     [
         "oft_R.default.weight", "oft_blocks", "vera_lambda_b", "vera_lambda_d.default", "set_weight", "scale", "scalar", "bias",
-        "lora_B.bias", "lora_B.default.bias", "lora_up.bias", "dora_scale", "lora_magnitude_vector",
-        "lora_magnitude_vector.default.weight", "lora_embedding_A", "on_input", "a1.weight", "weight", "bitfit", "diff_c",
+        "lora_B.bias", "lora_B.default.bias", "lora_up.bias", "hada_w1_a.bias", "lokr_t1", "bm.weight", "lora_embedding_A",
+        "on_input", "a1.weight", "weight", "bitfit", "diff_c",
         "modules_to_save.weight", "ia3_l.default", "weight_norm", "lora_alpha", "randlora_lambda.default",
     ],
 )  # fmt: skip

@@ -222,6 +222,7 @@ def test_every_setting_of_peft_is_looked_at_or_known_to_change_nothing() -> None
     from peft import LoraConfig
 
     applied = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "peft_type", "bias", "init_lora_weights"}
+    applied |= {"use_dora"}
     # which modules were trained and how, and what goes with settings that are refused
     idle = {
         "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "target_modules",

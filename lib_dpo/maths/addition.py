@@ -85,17 +85,21 @@ class _Matrix:
     """A whole term: what of a tile it gives, and how far its float32 is from it."""
 
     def __init__(self, term: Whole) -> None:
-        self.first_row, self.rows = term.first_row, term.rows
+        self.first_row, self.rows, self._scale = term.first_row, term.rows, term.scale
         self._values = flat(term.values)
         self.size = float(torch.linalg.vector_norm(self._values.float(), math.inf)) if self._values.numel() else 0.0
+        self.size *= abs(term.scale)
 
     def tile(self, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-        return self._values[rows, columns].to(dtype)
+        values = self._values[rows, columns].to(dtype)
+        return values if self._scale == 1.0 else values * self._scale
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         if self._values.element_size() == 1:  # older torch picks no values out of float8
-            return _bits(self._values)[rows, columns].view(self._values.dtype).double()
-        return self._values[rows, columns].double()
+            values = _bits(self._values)[rows, columns].view(self._values.dtype).double()
+        else:
+            values = self._values[rows, columns].double()
+        return values if self._scale == 1.0 else values * self._scale
 
     def error(self, rows: slice, columns: slice, others: int) -> float:
         return self.size * (8 + 2 * others) * _UNIT + _TINY

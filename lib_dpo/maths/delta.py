@@ -14,10 +14,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Whole:
-    """A difference as it is stored, of any float dtype and of any shape with `rows` rows. It may be a view of a file."""
+    """scale * values, as it is stored: of any float dtype or int8, and of any shape with `rows` rows. It may view a file."""
 
     values: Tensor
     first_row: int = 0
+    scale: float = 1.0
 
     @property
     def rows(self) -> int:
@@ -44,12 +45,13 @@ Term = Whole | Product
 def total(terms: Sequence[Term], shape: Shape, dtype: torch.dtype) -> Tensor:
     """The sum of terms as one tensor of this shape, computed in `dtype`. A single whole term in it comes as it is."""
     if len(terms) == 1 and isinstance(terms[0], Whole) and terms[0].values.numel() == math.prod(shape):
-        return terms[0].values.to(dtype).reshape(shape)
+        values = terms[0].values.to(dtype).reshape(shape)
+        return values if terms[0].scale == 1.0 else values * terms[0].scale
     delta = torch.zeros(shape, dtype=dtype)
     for term in terms:
         rows = delta[term.first_row : term.first_row + term.rows]
         if isinstance(term, Whole):
-            rows.add_(term.values.to(dtype).reshape(rows.shape))
+            rows.add_(term.values.to(dtype).reshape(rows.shape), alpha=term.scale)
         else:
             rows.add_((term.up.to(dtype) @ term.down.to(dtype)).reshape(rows.shape), alpha=term.scale)
     return delta

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Literal
 
@@ -29,7 +29,10 @@ POSITIONS = r"(^|\.)position_ids$"  # 0, 1, 2, …: no weights, though some file
 
 @dataclass(frozen=True)
 class Offset:
-    """Deltas by canonical key, each the sum of the `terms` that are read when it is asked for; nothing is held in memory."""
+    """Deltas by canonical key, each the sum of the `terms` that are read when it is asked for; nothing is held in memory.
+
+    What a key of `bound` adds depends on the weight that it is added to: only `terms_on` gives it.
+    """
 
     checkpoint: Checkpoint  # the file that they are read from
     architecture: Architecture
@@ -38,6 +41,8 @@ class Offset:
     terms: Callable[[str], Sequence[Term]]
     unmatched: tuple[str, ...] = ()  # keys of the file that belong to no weight of the architecture
     twins: tuple[str, ...] = ()  # keys of the file that say again what others say: they count once
+    bound: Mapping[str, str] = field(default_factory=dict)  # canonical key -> DoRA, GLoRA
+    terms_on: Callable[[str, Tensor], Sequence[Term]] | None = None  # with the weight in its canonical shape
 
     @property
     def name(self) -> str:
@@ -53,12 +58,23 @@ class Offset:
 
         Raises:
             BadTensorError: it holds NaN or Inf.
+            MismatchError: it is bound to a model.
         """
+        if key in self.bound:
+            self.check_free()
         delta = total(self.terms(key), self.shapes[key], dtype)
         # a sum is cheaper than looking at each value; it overflows where the values are huge
         if not bool(torch.isfinite(delta.sum())) and not bool(torch.isfinite(delta).all()):
             raise BadTensorError(f"{self.name}: the offset of {key} holds NaN or Inf; the file is damaged, get it again")
         return delta
+
+    def check_free(self) -> None:
+        """Refuse an offset that is bound to a model, where there is none to add it to. Raises MismatchError."""
+        for key, form in self.bound.items():
+            raise MismatchError(
+                f"{self.name} is {form}, first in {key}: what it adds depends on the weights of the model, so it has no "
+                "offset of its own; `dpo bake` writes it into a checkpoint, which can be compared with the one before"
+            )
 
     def close(self) -> None:
         self.checkpoint.close()

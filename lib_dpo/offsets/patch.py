@@ -17,8 +17,9 @@ from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, block_of, check_bl
 from lib_dpo.families.keymap import UNET
 from lib_dpo.families.model import Model
 from lib_dpo.files.checkpoint import Checkpoint
+from lib_dpo.maths.delta import total
 from lib_dpo.offsets.lora.file import LoraFile, LoraLayer
-from lib_dpo.offsets.lora.offset import lora_offset, open_lora, read_difference, truncated_factors
+from lib_dpo.offsets.lora.offset import lora_offset, open_lora, read_change, truncated_factors
 from lib_dpo.offsets.lora.scale import ADAPTER_CONFIG
 from lib_dpo.offsets.offset import Offset, dense_offset
 
@@ -108,11 +109,21 @@ class Patch:
     def _lora_row(self, lora: LoraFile, layer: LoraLayer, weight: float) -> Row:
         parts = layer.parts
         bias = self._scaled(self.checkpoint.read(parts["diff_b"]), parts["diff_b"], weight) if "diff_b" in parts else None
-        if "up" in parts:
+        form = layer.form
+        if form is not None and form.name == "LoRA":
             up, down, scale = truncated_factors(lora, layer, self.rank)
             return Row(layer.module.key, layer.module.part, up=up, down=down, scale=scale * weight, bias=bias)
-        diff = self._scaled(read_difference(lora, layer), parts["diff"], weight) if "diff" in parts else None
+        if form is None:
+            return Row(layer.module.key, layer.module.part, bias=bias)
+        change = read_change(lora, layer)
+        first = next(key for part, key in parts.items() if part not in ("alpha", "diff_b"))
+        diff = self._scaled(total([change], self._shape_of(layer), torch.float32), first, weight)
         return Row(layer.module.key, layer.module.part, diff=diff, bias=bias)
+
+    def _shape_of(self, layer: LoraLayer) -> tuple[int, ...]:
+        """The shape of the rows that a layer changes."""
+        rows, *rest = self.offset.shapes[layer.module.key]
+        return (rows // (1 if layer.module.part is None else 3), *rest)
 
     def _scaled(self, stored: Tensor, name: str, weight: float) -> Tensor:
         tensor = stored.float()
@@ -147,7 +158,7 @@ def open_patch(
 
     Raises:
         SettingError: a block that the architecture lacks, a rank below 1 or above the LoRA's, a rank for a dense file.
-        MismatchError, BadFileError: as `open_offset`.
+        MismatchError, BadFileError: as `open_offset`; or the LoRA is bound to the weights of a model (DoRA, GLoRA).
     """
     checkpoint, lora = open_lora(path, expected)
     try:
@@ -159,9 +170,14 @@ def open_patch(
                 )
         else:
             own = lora.largest_rank()
+            if rank is not None and not own:
+                raise SettingError(
+                    f"{checkpoint.name} has no pairs (lora_up and lora_down) that a rank could cut; leave the rank out"
+                )
             if rank is not None and not 1 <= rank <= own:
                 raise SettingError(f"rank {rank} is outside 1 to {own}, the rank of {checkpoint.name}; choose one within")
             offset = lora_offset(lora, rank)
+            offset.check_free()
         check_blocks(blocks, offset.architecture)
     except BaseException:
         checkpoint.close()

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
-from lib_dpo.families.arch import Shape
 from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, block_of, check_blocks
 from lib_dpo.families.keymap import component_of
 from lib_dpo.families.model import Model
@@ -246,8 +245,8 @@ class _Run:
         weight = self.strength * self.blocks.of(block_of(self.target.architecture, canonical)) if canonical else 0.0
         if canonical is None or weight == 0:
             return Sum(stored.to(to), 0.0, 0.0, changed=False)
-        found = add_rounded(stored, self._terms(canonical, tuple(stored.shape)), weight, to)
-        if not math.isfinite(found.wanted):
+        found = add_rounded(stored, self._terms(canonical, stored), weight, to)
+        if not math.isfinite(found.wanted) and canonical not in self.offset.bound:
             self.offset.read(canonical, torch.float64)
         if not math.isfinite(found.lost) and not _all_finite(found.result):
             check_finite(self.target, canonical)
@@ -257,12 +256,27 @@ class _Run:
             )
         return found
 
-    def _terms(self, canonical: str, shape: Shape) -> Sequence[Term]:
-        """What the offset adds to a tensor of the target, of that shape."""
+    def _terms(self, canonical: str, stored: Tensor) -> Sequence[Term]:
+        """What the offset adds to a tensor of the target."""
+        shape = tuple(stored.shape)
+        if canonical in self.offset.bound:
+            return self._bound_terms(canonical, stored)
         if math.prod(self.offset.shapes[canonical]) == math.prod(shape):
             return self.offset.terms(canonical)
         delta = self.offset.read(canonical, torch.float64)
         return [Whole(fitted(delta, shape, canonical, self.offset.name, self.target.path.name))]
+
+    def _bound_terms(self, canonical: str, stored: Tensor) -> Sequence[Term]:
+        """The same of DoRA and GLoRA, which need the tensor itself."""
+        own, name = self.offset.shapes[canonical], self.target.path.name
+        if math.prod(own) != stored.numel():
+            raise MismatchError(
+                f"{canonical} is {'x'.join(map(str, stored.shape))} in {name}, but {self.offset.name} is "
+                f"{self.offset.bound[canonical]} for {'x'.join(map(str, own))}; choose a target of that shape"
+            )
+        assert self.offset.terms_on is not None, "what is bound can be read on a weight"
+        check_finite(self.target, canonical)
+        return self.offset.terms_on(canonical, stored)
 
     def count(self, found: Sum) -> None:
         """Add what became of one tensor to the report's figures."""

@@ -141,8 +141,7 @@ def _inspect_lora(checkpoint: Checkpoint) -> Inspection:
         lora = read_lora(checkpoint)
     except MismatchError as error:
         return _describe(checkpoint, kind="lora", architecture=None, layout=_lora_layout(checkpoint), notes=(str(error),))
-    infos = checkpoint.infos
-    ranks = [infos[layer.parts["down"]].shape[0] for layer in lora.layers if "down" in layer.parts]
+    ranks = [layer.form.rank or 0 for layer in lora.layers if layer.form and layer.form.name == "LoRA"]
     return _describe(
         checkpoint,
         kind="lora",
@@ -165,6 +164,12 @@ def _lora_notes(lora: LoraFile) -> Iterator[str]:
     biases = sum("diff_b" in layer.parts for layer in lora.layers)
     if biases:
         yield f"{biases} layers carry biases (diff_b or b_norm): not every loader takes them"
+    forms = Counter(layer.form.name for layer in lora.layers if layer.form and layer.form.name in ("LoHa", "LoKr", "GLoRA"))
+    if forms:
+        yield ", ".join(f"{count} {'layer is' if count == 1 else 'layers are'} {form}" for form, count in sorted(forms.items()))
+    bound = sorted({layer.form.bound for layer in lora.layers if layer.form and layer.form.bound})
+    if bound:
+        yield f"what {' and '.join(bound)} adds depends on the weights of the model: only a bake into a checkpoint can use it"
     yield from twin_lines(lora.twins)
     if any(scale.source == "none" for scale in lora.scales()) and unused_config(lora.checkpoint, lora.settings):
         yield f"{ADAPTER_CONFIG} beside it is not taken for its own: that goes with adapter_model.safetensors and PEFT's names"

@@ -25,7 +25,7 @@ from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.lora.alphas import encoder_of, readable_alphas
 from lib_dpo.offsets.lora.file import FileModules, read_modules
 from lib_dpo.offsets.lora.metadata import ENTRY_BYTES
-from lib_dpo.offsets.lora.offset import read_factors
+from lib_dpo.offsets.lora.offset import read_decomposed, read_factors
 from lib_dpo.offsets.lora.scale import PeftSettings
 from lib_dpo.operations.resize_metadata import NewPair, energy_claimed, resized_metadata
 from lib_dpo.progress import Progress, Steps
@@ -101,9 +101,7 @@ def resize(
         OutputError: the output exists or cannot be written.
     """
     found = read_modules(lora)
-    pairs = {row.name: row.parts for row in found.modules if "up" in row.parts}
-    if not pairs:
-        raise MismatchError(f"{lora.path.name} holds no LoRA pairs (lora_up and lora_down); expected a LoRA file")
+    pairs = _pairs(lora, found)
     others = _others(found)
     steps = Steps(2 * len(pairs), on_progress)
     with full_precision():
@@ -120,7 +118,7 @@ def resize(
             for name, cores[name] in zip(pairs, done, strict=True):
                 steps.advance(1, name)
         ranks = _ranks(lora, cores, others, policy, precision=precision, title=output.stem)
-        job = _Job(lora, found.settings, policy, precision)
+        job = _Job(lora, found.settings, policy, precision, _other_energy(lora, found))
         kept = _write(job, cores, others, ranks, output, overwrite=overwrite, steps=steps)
     claimed = energy_claimed(lora.metadata)
     return ResizeReport(
@@ -136,12 +134,40 @@ def resize(
     )
 
 
+def _pairs(lora: Checkpoint, found: FileModules) -> dict[str, Mapping[str, str]]:
+    """The parts of all pairs, by module. Raises MismatchError: there are none, or what is bound to a model lies among them."""
+    for row in found.modules:
+        if row.form and row.form.bound:
+            raise MismatchError(
+                f"{lora.path.name}: {row.name} is {row.form.bound}, whose result depends on the model's weights: what a lower "
+                "rank keeps cannot be told from the file; bake it into a checkpoint, and extract a LoRA from base and result"
+            )
+    pairs = {row.name: row.parts for row in found.modules if row.form and row.form.name == "LoRA"}
+    if not pairs:
+        forms = sorted({row.form.name for row in found.modules if row.form})
+        holds = f": it holds {' and '.join(forms)}, which no rank can cut; bake it, and extract a LoRA from base and result"
+        raise MismatchError(
+            f"{lora.path.name} holds no LoRA pairs (lora_up and lora_down){holds if forms else '; expected a LoRA file'}"
+        )
+    return pairs
+
+
 def _others(found: FileModules) -> dict[str, str]:
     """Keys that are copied as they are, and the parts they are; `` for those that belong to no module."""
     others = dict.fromkeys(found.unknown, "")
     for row in found.modules:
         others |= {key: part for part, key in row.parts.items() if "up" not in row.parts or part not in _FACTORS}
     return others
+
+
+def _other_energy(lora: Checkpoint, found: FileModules) -> float:
+    """The energy of the LoHa and LoKr that are copied."""
+    energy = 0.0
+    for row in found.modules:
+        if row.form and row.form.name in ("LoHa", "LoKr"):
+            change = read_decomposed(lora, row.parts, row.form, found.settings)
+            energy += float(change.values.double().square().sum()) * change.scale**2
+    return energy
 
 
 def _alpha_key(name: str, parts: Mapping[str, str]) -> str | None:
@@ -233,6 +259,7 @@ class _Job:
     settings: PeftSettings | None
     policy: RankPolicy
     precision: str
+    other_energy: float  # of LoHa and LoKr, which are copied
 
 
 def _write(
@@ -262,7 +289,7 @@ def _write(
                     writer.add(key, tensor)
                 missed += smaller.missed
                 steps.advance(1, name)
-        total = copied + sum(float(core.values.square().sum()) for core in cores.values())
+        total = copied + sum(float(core.values.square().sum()) for core in cores.values()) + job.other_energy
         kept = 1 - missed / total if total else 1.0
         written = [
             NewPair(ranks[name], alphas.get(name, ranks[name]), _is_convolution(lora, core))

@@ -52,10 +52,11 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
     Text encoders count when they changed beyond rounding, or when the file changes them.
 
     Raises:
-        MismatchError: other architectures.
+        MismatchError: other architectures, an offset that is bound to a model (DoRA, GLoRA).
         NothingToDoError: base and tuned are equal.
         BadTensorError: a shape that does not fit, NaN or Inf.
     """
+    offset.check_free()
     if offset.architecture is not pair.architecture:
         raise MismatchError(
             f"{offset.name} is for {offset.architecture.title} but the pair is {pair.architecture.title}; "

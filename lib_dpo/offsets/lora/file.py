@@ -16,18 +16,20 @@ from lib_dpo.families.shapes import checkpoint_shapes
 from lib_dpo.files.checkpoint import Checkpoint
 from lib_dpo.files.header import is_float
 from lib_dpo.offsets.lora.aliases import find_module
+from lib_dpo.offsets.lora.decompositions import Form, form_name, form_of
 from lib_dpo.offsets.lora.keys import Group, check_decomposition, check_unknown_parts, group_keys
-from lib_dpo.offsets.lora.scale import PeftSettings, Scale, pair_scale, read_settings
+from lib_dpo.offsets.lora.scale import PeftSettings, Scale, form_scale, has_scale, read_settings
 
 _ONE_ENCODER = ("lora_te_", "lora_te.")  # sd-scripts numbers the encoders of SDXL; loaders read these for it too
 
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """One module of a LoRA file: file keys by part (`up`, `down`, `mid`, `alpha`, `diff`, `diff_b`)."""
+    """One module of a LoRA file: file keys by part, and what they make up; None of a bias alone."""
 
     module: LoraModule
     parts: Mapping[str, str]
+    form: Form | None
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,14 @@ class LoraFile:
 
     def largest_rank(self) -> int:
         """The largest rank of its pairs; 0 without any."""
-        downs = (layer.parts["down"] for layer in self.layers if "down" in layer.parts)
-        return max((self.checkpoint.infos[key].shape[0] for key in downs), default=0)
+        return max((layer.form.rank or 0 for layer in self.layers if layer.form and layer.form.name == "LoRA"), default=0)
 
     def scales(self) -> list[Scale]:
-        """What each of its pairs is multiplied by, and whence. Raises as `PeftSettings.scale`."""
+        """What each of its pairs, and of what else has a rank, is multiplied by, and whence. Raises as `PeftSettings.scale`."""
         return [
-            pair_scale(self.checkpoint, self.settings, layer.parts, self.checkpoint.infos[layer.parts["down"]].shape[0])
+            form_scale(self.checkpoint, self.settings, layer.parts, layer.form.rank)
             for layer in self.layers
-            if "down" in layer.parts
+            if layer.form and layer.form.rank
         ]
 
 
@@ -63,7 +64,7 @@ def read_lora(checkpoint: Checkpoint, expected: Architecture | None = None) -> L
         expected: what it is wanted for; decides where the names of its modules fit several architectures.
 
     Raises:
-        MismatchError: a decomposition other than LoRA, parts that are not understood, an unknown architecture, pairs with one
+        MismatchError: a decomposition that is not read, parts that are not understood, an unknown architecture, pairs with one
             half missing, a weight named twice with different numbers, settings of another LoRA.
         BadTensorError: parts of a module that do not fit together.
     """
@@ -84,7 +85,7 @@ def read_lora(checkpoint: Checkpoint, expected: Architecture | None = None) -> L
         if parts.keys() == {"alpha"}:
             unknown.append(parts.pop("alpha"))
         if parts:
-            layers.append(LoraLayer(row.module, parts))
+            layers.append(LoraLayer(row.module, parts, row.form))
     lora = LoraFile(
         checkpoint,
         found.architectures[0],
@@ -106,6 +107,7 @@ class FileModule:
     name: str
     module: LoraModule | None
     parts: Mapping[str, str]
+    form: Form | None
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,7 @@ def read_modules(checkpoint: Checkpoint, expected: Architecture | None = None) -
     modules = []
     for identity, own in same.items():
         module = identity if isinstance(identity, LoraModule) else None
-        parts = _merged(checkpoint, own, settings, twins)
-        modules.append(FileModule(own[0].module, module, parts))
+        modules.append(FileModule(own[0].module, module, *_merged(checkpoint, own, settings, twins)))
     return FileModules(tuple(modules), architectures, is_sure, tuple(unknown), tuple(twins), settings)
 
 
@@ -154,8 +155,10 @@ def _has_bias(module: LoraModule) -> bool:
 # ---- one module ----
 
 
-def _merged(checkpoint: Checkpoint, groups: Sequence[Group], settings: PeftSettings | None, twins: list[str]) -> dict[str, str]:
-    """The parts of one module from all its spellings. Parts that come twice with the same numbers count once.
+def _merged(
+    checkpoint: Checkpoint, groups: Sequence[Group], settings: PeftSettings | None, twins: list[str]
+) -> tuple[dict[str, str], Form | None]:
+    """The parts of one module from all its spellings, and their form. Parts that come twice with the same numbers count once.
 
     WebUIs, ComfyUI and diffusers take one of two spellings too, each another one: what differs has no meaning.
 
@@ -175,14 +178,14 @@ def _merged(checkpoint: Checkpoint, groups: Sequence[Group], settings: PeftSetti
                 twins.append(key)
             else:
                 raise _differ(checkpoint, parts[part], key)
-    _check_module(checkpoint, parts, groups[0].module)
-    whole = [group for group in groups if {"up", "down"} <= group.parts.keys()]
-    if len(whole) > 1:
-        rank = checkpoint.infos[parts["down"]].shape[0]
-        scales = {pair_scale(checkpoint, settings, group.parts, rank).value for group in whole}
+    form = _check_module(checkpoint, parts, groups[0].module)
+    whole = [group for group in groups if has_scale(group.parts)]
+    if len(whole) > 1 and form is not None:
+        scales = {form_scale(checkpoint, settings, group.parts, form.rank).value for group in whole}
         if len(scales) > 1:
-            raise _differ(checkpoint, whole[0].parts["up"], whole[1].parts["up"], " in their scale")
-    return parts
+            one, other = (next(key for part, key in group.parts.items() if part != "alpha") for group in whole[:2])
+            raise _differ(checkpoint, one, other, " in their scale")
+    return parts, form
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
@@ -197,41 +200,28 @@ def _differ(checkpoint: Checkpoint, one: str, other: str, how: str = "") -> Mism
     )
 
 
-def _check_module(checkpoint: Checkpoint, parts: Mapping[str, str], name: str) -> None:
-    """Refuse a module whose parts do not make up a delta, from the header alone.
+def _check_module(checkpoint: Checkpoint, parts: Mapping[str, str], name: str) -> Form | None:
+    """What a module's parts make up, from the header alone. Refuses those that do not make up a delta.
 
     Raises:
-        MismatchError: one half of a pair is missing, or the module has a pair and a whole difference.
-        BadTensorError: a part that is no floating-point tensor, or whose shape fits neither LoRA nor the other parts.
+        MismatchError: as `form_name`.
+        BadTensorError: a part that is no floating-point tensor, or whose shape fits neither its kind nor the other parts.
     """
     file = checkpoint.path.name
-    if ("up" in parts) != ("down" in parts):
-        there = "up" if "up" in parts else "down"
-        raise MismatchError(f"{file}: {name} has only its {there} factor; the file is incomplete, get it again")
-    if "mid" in parts and "up" not in parts:
-        raise MismatchError(f"{file}: {name} has only its mid factor; the file is incomplete, get it again")
-    if "up" in parts and "diff" in parts:
-        raise MismatchError(
-            f"{file}: {name} has a pair ({parts['up']}) and a whole difference ({parts['diff']}); programs take the one or the "
-            "other: expected one of them"
-        )
+    form_name(parts, f"{file}: {name}")
+    shapes = {part: checkpoint.infos[key].shape for part, key in parts.items()}
     for part, key in parts.items():
         info = checkpoint.infos[key]
-        if not is_float(info.dtype) and (part != "alpha" or info.dtype == "C64"):  # some tools write alpha as an integer
+        is_number = is_float(info.dtype) or (part == "alpha" and info.dtype != "C64")  # some tools write alpha as an integer
+        is_steps = part == "lokr_w2" and info.dtype == "I8" and math.prod(shapes.get("lokr_w1", ())) == 1
+        if not (is_number or is_steps):
             raise BadTensorError(f"{file}: {key} is stored as {info.dtype}, expected floating-point numbers; get it again")
         dimensions, numel = len(info.shape), math.prod(info.shape)
-        fits = {"alpha": numel == 1, "mid": dimensions == 4, "diff": dimensions > 0, "diff_b": dimensions == 1}
+        fits = {"alpha": numel == 1, "mid": dimensions == 4, "diff_b": dimensions == 1}
+        fits |= dict.fromkeys(("diff", "dora_scale", "magnitude"), dimensions > 0)
         if not (fits.get(part, dimensions > 1) and numel):
             raise BadTensorError(f"{file}: {key} has the shape {list(info.shape)}, which no {part} has; get the file again")
-    if "up" not in parts:
-        return
-    up, down = checkpoint.infos[parts["up"]].shape, checkpoint.infos[parts["down"]].shape
-    inner = checkpoint.infos[parts["mid"]].shape[:2] if "mid" in parts else (down[0], down[0])
-    if (math.prod(up[1:]), down[0]) != inner or ("mid" in parts and math.prod(down[2:]) != 1):
-        raise BadTensorError(
-            f"{file}: {name} has {math.prod(up[1:])} columns up but {down[0]} rows down; both must equal its rank: the file "
-            "is damaged, get it again"
-        )
+    return form_of(parts, shapes, f"{file}: {name}")
 
 
 # ---- the architecture ----
@@ -301,10 +291,8 @@ def _real_shapes(arch_name: str) -> Mapping[str, Shape]:
 
 def _size(group: Group, checkpoint: Checkpoint) -> tuple[int, int] | None:
     """Rows and columns of what a module changes."""
-    shapes: Mapping[str, Shape] = {part: checkpoint.infos[key].shape for part, key in group.parts.items()}
-    if "up" in shapes and "down" in shapes:
-        kernel = shapes["mid"][2:] if "mid" in shapes else ()
-        return math.prod(shapes["up"][:1]), math.prod((*shapes["down"][1:], *kernel))
-    if "diff" in shapes:
-        return math.prod(shapes["diff"][:1]), math.prod(shapes["diff"][1:])
-    return None
+    try:
+        form = _check_module(checkpoint, group.parts, group.module)
+    except (BadTensorError, MismatchError):  # one that another spelling completes, or that is refused in its turn
+        return None
+    return (form.shape[0], math.prod(form.shape[1:])) if form else None

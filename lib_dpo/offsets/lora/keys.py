@@ -1,7 +1,7 @@
 """The grammar of LoRA files: which part of which module a key is, and which keys belong to something else than LoRA.
 
-Understood: kohya's, PEFT's (with an adapter's name too) and diffusers' names of all ages. A key is a module's name and a
-suffix; only the suffix is looked at here, `aliases` knows the modules.
+Understood: kohya's, PEFT's (with an adapter's name too) and diffusers' names of all ages, and those of LyCORIS. A key is a
+module's name and a suffix; only the suffix is looked at here, `aliases` knows the modules, `decompositions` what parts make up.
 """
 
 from __future__ import annotations
@@ -24,16 +24,24 @@ _FACTOR = re.compile(
 )
 # diffusers before 0.22; in a text encoder too, whose own names are q_proj and out_proj
 _PROCESSOR = re.compile(r"(?P<head>.+?)(?:\.processor)?\.to_(?P<letter>q|k|v|out)_lora\.(?P<side>up|down)\.weight")
-_PLAIN = {"alpha": "alpha", "diff": "diff", "diff_b": "diff_b", "w_norm": "diff", "b_norm": "diff_b"}
-_LORA_MARKS = ("up", "down", "mid", "diff", "diff_b")
+# the parts of other decompositions, LyCORIS's names and PEFT's; PEFT has its adapter's name behind, where it is not taken off
+_DECOMPOSED = re.compile(
+    r"(?P<module>.+)\.(?:"
+    r"(?P<part>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2)(?:\.(?!(?:alpha|bias|weight)$)[^.]+)?"
+    r"|(?P<glora>[ab][12])\.weight"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.[^.]+)?(?:\.weight)?"
+    r")"
+)
+_PLAIN = {
+    "alpha": "alpha", "diff": "diff", "diff_b": "diff_b", "w_norm": "diff", "b_norm": "diff_b", "dora_scale": "dora_scale",
+}  # fmt: skip
 
-# suffixes of other decompositions: a file that holds one is no LoRA, whatever else it holds
+# suffixes of decompositions that are not read: a file that holds one is refused, whatever else it holds
 _DECOMPOSITIONS: Mapping[str, str] = {
-    r"hada_\w+": "LoHa",
-    r"lokr_\w+": "LoKr",
+    r"hada_\w+": "a LoHa of another kind",
+    r"lokr_\w+": "a LoKr of another kind",
     r"b?oft_\w+(\..+)?": "OFT",
-    r"dora_scale|lora_magnitude_vector(\..+)?": "DoRA",
-    r"[ab][12]\.weight|bm\.weight": "GLoRA",
+    r"bm\.weight": "a GLoRA of another kind",
     r"on_input|ia3_l(\..+)?": "IA3",
     r"vera_\w+(\..+)?": "VeRA",
     r"(randlora|vblora|fourierft|hra|delora|shira|c3a|road|bone|miss|waveft)_\w+(\..+)?": "another adapter of PEFT",
@@ -57,7 +65,7 @@ _FOREIGN, _BESIDE = _compiled(_DECOMPOSITIONS), _compiled(_MODIFIERS)
 
 @dataclass(frozen=True)
 class Group:
-    """The keys of one module under one spelling, by part: `up`, `down`, `mid`, `alpha`, `diff`, `diff_b`."""
+    """The keys of one module under one spelling, by part: `alpha`, `diff_b`, and those that `decompositions` names."""
 
     module: str
     parts: dict[str, str]
@@ -70,6 +78,8 @@ def parse_key(key: str) -> tuple[str, str] | None:
         return match["module"], _SIDES[side]
     if match := _PROCESSOR.fullmatch(key):
         return f"{match['head']}.{_projection(match['head'], match['letter'])}", match["side"]
+    if match := _DECOMPOSED.fullmatch(key):
+        return match["module"], match["part"] or match["glora"] or "magnitude"
     module, _, suffix = key.rpartition(".")
     if not module or suffix not in _PLAIN:
         return None
@@ -106,17 +116,17 @@ def group_keys(keys: Iterable[str]) -> tuple[list[Group], list[str]]:
 
 
 def is_lora(keys: Iterable[str]) -> bool:
-    """Whether key names are those of a LoRA file, or of one of the decompositions that are refused by name."""
+    """Whether key names are those of a LoRA file or of another decomposition, also of one that is refused by name."""
     return any(_marks(key) for key in keys)
 
 
 def _marks(key: str) -> bool:
     parsed = parse_key(key)
-    return (parsed is not None and parsed[1] in _LORA_MARKS) or any(pattern.search(key) for pattern, _ in _FOREIGN)
+    return (parsed is not None and parsed[1] != "alpha") or any(pattern.search(key) for pattern, _ in _FOREIGN)
 
 
 def check_decomposition(keys: Iterable[str], name: str) -> None:
-    """Refuse a file of another decomposition than LoRA, and parts beside a pair that change its meaning.
+    """Refuse a file of a decomposition that is not read, and parts beside a pair that change its meaning.
 
     Args:
         name: the file, for messages.
@@ -129,7 +139,9 @@ def check_decomposition(keys: Iterable[str], name: str) -> None:
             continue
         for pattern, kind in _FOREIGN:
             if pattern.search(key):
-                raise MismatchError(f"{name}: {key} belongs to {kind}, which is not supported; expected a plain LoRA")
+                raise MismatchError(
+                    f"{name}: {key} belongs to {kind}, which is not supported; expected LoRA, LoHa, LoKr, GLoRA or DoRA"
+                )
         for pattern, kind in _BESIDE:
             if pattern.search(key):
                 raise MismatchError(
@@ -156,5 +168,5 @@ def check_unknown_parts(keys: Iterable[str], is_module: Callable[[str], bool], n
             if is_module(module):
                 raise MismatchError(
                     f"{name}: {key} is a part of {module} that is not understood ({key[len(module) + 1 :]}); expected pairs "
-                    "(lora_up and lora_down, lora_B and lora_A), alpha, diff, diff_b or norms only"
+                    "(lora_up and lora_down, lora_B and lora_A), LoHa, LoKr, GLoRA, DoRA, alpha, diff, diff_b or norms only"
                 )

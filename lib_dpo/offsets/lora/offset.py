@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,12 +13,16 @@ from torch import Tensor
 from lib_dpo.errors import BadTensorError
 from lib_dpo.families.arch import Architecture, Shape
 from lib_dpo.families.model import Model
+from lib_dpo.families.shapes import checkpoint_shapes
 from lib_dpo.files.checkpoint import Checkpoint, open_checkpoint
-from lib_dpo.maths.delta import Product, Term, Whole
+from lib_dpo.maths.delta import Product, Term, Whole, total
+from lib_dpo.offsets.lora.decompositions import LENGTHS, Form, dense_change, scaled_to_lengths
 from lib_dpo.offsets.lora.file import LoraFile, LoraLayer, read_lora
 from lib_dpo.offsets.lora.keys import is_lora
-from lib_dpo.offsets.lora.scale import PeftSettings, pair_scale
+from lib_dpo.offsets.lora.scale import PeftSettings, form_scale
 from lib_dpo.offsets.offset import Offset, dense_offset
+
+_APART = ("diff_b", *LENGTHS)  # parts beside factors and alpha
 
 
 def read_factors(
@@ -36,17 +41,13 @@ def read_factors(
         BadTensorError: NaN or Inf, by key.
     """
     for part in parts.keys() & {"up", "down", "mid", "alpha"}:
-        if not bool(torch.isfinite(checkpoint.read(parts[part]).float()).all()):
-            raise BadTensorError(
-                f"{checkpoint.path.name}: {parts[part]} holds NaN or Inf, expected finite numbers; the file is damaged, "
-                "get it again"
-            )
+        _finite(checkpoint, parts[part])
     up, down = (_without_float8(checkpoint.read(parts[side])) for side in ("up", "down"))
     up = up.flatten(1)
     if "mid" in parts:
         mid = checkpoint.read(parts["mid"]).float()  # (rank, rank, kh, kw)
         down = torch.einsum("abhw,bi->aihw", mid, down.float().flatten(1))
-    return up, down, pair_scale(checkpoint, settings, parts, down.shape[0]).value
+    return up, down, form_scale(checkpoint, settings, parts, down.shape[0]).value
 
 
 def _without_float8(factor: Tensor) -> Tensor:
@@ -74,39 +75,84 @@ def truncated_factors(lora: LoraFile, layer: LoraLayer, rank: int | None) -> tup
     return (down.T, up.T, scale) if layer.module.transposed else (up, down, scale)
 
 
-def read_difference(lora: LoraFile, layer: LoraLayer) -> Tensor:
-    """The whole difference of a layer that has one in place of factors, in the orientation of its canonical weight."""
-    difference = lora.checkpoint.read(layer.parts["diff"])
-    return difference.T if layer.module.transposed else difference
+def read_decomposed(
+    checkpoint: Checkpoint, parts: Mapping[str, str], form: Form, settings: PeftSettings | None, weight: Tensor | None = None
+) -> Whole:
+    """What a LoHa, LoKr or GLoRA adds, with its scale, without DoRA; as `dense_change`.
+
+    Args:
+        parts, form: of one module, as `read_modules` gives them. settings: of the file.
+
+    Raises:
+        BadTensorError: NaN or Inf, by key.
+    """
+    factors = {part: _finite(checkpoint, key) for part, key in parts.items() if part not in _APART}
+    return dense_change(form, factors, form_scale(checkpoint, settings, parts, form.rank).value, weight)
+
+
+def read_change(lora: LoraFile, layer: LoraLayer, weight: Tensor | None = None) -> Whole:
+    """What a layer adds to its weight, in one piece, and in the orientation of its canonical weight.
+
+    float64, but for a whole difference and a LoKr of a number and a matrix, which come as they are stored.
+
+    Args:
+        layer: of any form; one without a form has no change.
+        weight: the layer's rows of the canonical weight that it is added to. DoRA and GLoRA need it.
+
+    Raises:
+        BadTensorError: NaN or Inf, by key; lengths of another weight.
+    """
+    form = layer.form
+    assert form is not None, "a bias alone changes no weight"
+    own = weight.T if weight is not None and layer.module.transposed else weight
+    if form.name == "LoRA":
+        up, down, scale = read_factors(lora.checkpoint, layer.parts, lora.settings)
+        change = Whole(total([Product(up, down.flatten(1), scale)], form.shape, torch.float64))
+    elif form.name == "a whole difference":
+        change = Whole(lora.checkpoint.read(layer.parts["diff"]))
+    else:
+        change = read_decomposed(lora.checkpoint, layer.parts, form, lora.settings, own)
+    part = next((part for part in LENGTHS if part in layer.parts), None)
+    if part is not None:
+        assert own is not None, "DoRA is asked for with its weight"
+        key = layer.parts[part]
+        dense = total([change], form.shape, torch.float64)
+        change = Whole(
+            scaled_to_lengths(own, dense, part, _finite(lora.checkpoint, key), f"{lora.checkpoint.path.name}: {key}")
+        )
+    return replace(change, values=change.values.T) if layer.module.transposed else change
 
 
 def lora_offset(lora: LoraFile, rank: int | None = None) -> Offset:
-    """A LoRA as an offset: deltas are made when they are read, up @ down * alpha / rank.
+    """A LoRA as an offset: deltas are made when they are read, up @ down * alpha / rank, or what else its parts make up.
 
     Args:
-        rank: keep the strongest components of each layer only, as in `truncated_factors`.
+        rank: keep the strongest components of each pair only, as in `truncated_factors`. Not for one that is bound to a model.
     """
     by_key: dict[str, list[LoraLayer]] = {}
     biases: dict[str, str] = {}
     for layer in lora.layers:
-        if "up" in layer.parts or "diff" in layer.parts:
+        if layer.form is not None:
             by_key.setdefault(layer.module.key, []).append(layer)
         if "diff_b" in layer.parts:
             biases[layer.module.bias] = layer.parts["diff_b"]
     shapes: dict[str, Shape] = {key: _common_shape(lora, layers) for key, layers in by_key.items()}
     shapes |= {key: lora.checkpoint.infos[name].shape for key, name in biases.items()}
+    bound = {key: form.bound for key, layers in by_key.items() for layer in layers if (form := layer.form) and form.bound}
 
-    def terms(key: str) -> list[Term]:
+    def terms(key: str, weight: Tensor | None = None) -> list[Term]:
         if key in biases:
             return [Whole(lora.checkpoint.read(biases[key]))]
         found: list[Term] = []
         for layer in by_key[key]:
-            first_row = (layer.module.part or 0) * (shapes[key][0] // 3)
-            if "diff" in layer.parts:
-                found.append(Whole(read_difference(lora, layer), first_row))
-            if "up" in layer.parts:
+            rows = shapes[key][0] // (1 if layer.module.part is None else 3)
+            first_row = (layer.module.part or 0) * rows
+            if layer.form and layer.form.name == "LoRA" and not layer.form.bound:
                 up, down, scale = truncated_factors(lora, layer, rank)
                 found.append(Product(up, down.flatten(1), scale, first_row))
+            else:
+                own = None if weight is None else weight[first_row : first_row + rows]
+                found.append(replace(read_change(lora, layer, own), first_row=first_row))
         return found
 
     return Offset(
@@ -117,6 +163,8 @@ def lora_offset(lora: LoraFile, rank: int | None = None) -> Offset:
         terms=terms,
         unmatched=lora.unmatched,
         twins=lora.twins,
+        bound=bound,
+        terms_on=terms,
     )
 
 
@@ -147,29 +195,34 @@ def open_lora(path: str | Path, expected: Architecture | None = None) -> tuple[C
         raise
 
 
+def _finite(checkpoint: Checkpoint, key: str) -> Tensor:
+    """The tensor of a key as it is stored. Raises BadTensorError for NaN or Inf in it."""
+    tensor = checkpoint.read(key)
+    if not bool(torch.isfinite(tensor.float()).all()):
+        raise BadTensorError(
+            f"{checkpoint.path.name}: {key} holds NaN or Inf, expected finite numbers; the file is damaged, get it again"
+        )
+    return tensor
+
+
 def _common_shape(lora: LoraFile, layers: list[LoraLayer]) -> Shape:
     """The shape of the weight that these layers change together.
 
     Raises:
         BadTensorError: they have different sizes.
     """
-    shapes = [shape for layer in layers for shape in _delta_shapes(lora, layer)]
+    shapes = [layer.form.shape for layer in layers if layer.form]
     sizes = {(shape[0], math.prod(shape)) for shape in shapes}
     if len(sizes) > 1:
         raise BadTensorError(
             f"{lora.checkpoint.path.name}: {' and '.join(dict.fromkeys(layer.module.name for layer in layers))} change one "
             f"weight but have the sizes {' and '.join(str(list(shape)) for shape in shapes)}; get the file again"
         )
+    module = layers[0].module
     rows, *rest = shapes[0]
-    if layers[0].module.transposed:
+    if module.transposed:
         return (*rest, rows)
-    return (3 * rows if layers[0].module.part is not None else rows, *rest)
-
-
-def _delta_shapes(lora: LoraFile, layer: LoraLayer) -> Iterator[Shape]:
-    """The shapes of a layer's own rows, by each of its parts that says so."""
-    shapes = {part: lora.checkpoint.infos[key].shape for part, key in layer.parts.items()}
-    if "up" in shapes:
-        yield (shapes["up"][0], shapes["down"][1], *shapes.get("mid", shapes["down"])[2:])
-    if "diff" in shapes:
-        yield shapes["diff"]
+    kernel = checkpoint_shapes(lora.architecture.name)[module.key][2:]
+    if len(rest) == 1 and math.prod(kernel) > 1 and rest[0] % math.prod(kernel) == 0:  # a convolution's columns in a row
+        rest = [rest[0] // math.prod(kernel), *kernel]
+    return (3 * rows if module.part is not None else rows, *rest)

@@ -1,7 +1,8 @@
-"""What a LoRA pair is multiplied by: alpha / rank, from alpha in the file or from the settings of PEFT that belong to it.
+"""What a pair, LoHa, LoKr or GLoRA is multiplied by: alpha / rank, from alpha in the file or from the settings of PEFT for it.
 
 PEFT keeps them in adapter_config.json beside its adapter_model file, diffusers in the metadata of its own. How a module's
-own rank and alpha are found follows `get_pattern_key` in peft/utils/other.py and LoraModel in peft/tuners/lora/model.py.
+own rank and alpha are found follows `get_pattern_key` in peft/utils/other.py, LoraModel in peft/tuners/lora/model.py and
+LycorisLayer in peft/tuners/lycoris_utils.py.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from lib_dpo.errors import BadFileError, MismatchError
 from lib_dpo.files.checkpoint import Checkpoint
+from lib_dpo.offsets.lora.decompositions import LOHA, LOKR
 from lib_dpo.offsets.lora.keys import PEFT_PAIR, Group, parse_key
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # entry of diffusers' own files
@@ -23,12 +25,16 @@ ADAPTER_CONFIG: Literal["adapter_config.json"] = "adapter_config.json"
 _ADAPTER_MODEL = "adapter_model."  # the file that PEFT puts its config beside
 _RESIZED = "dpo.resized"  # a file of ours: its factors carry what no alpha says
 _PEFT = "base_model.model."
-_DEFAULT_RANK = _DEFAULT_ALPHA = 8  # LoraConfig's own
+_DEFAULT_RANK = _DEFAULT_ALPHA = 8  # LoraConfig's own, and those of LoHa and LoKr
+# the kinds of adapter by their parts, with the names of their alpha
+_KINDS: Mapping[str, tuple[tuple[str, ...], str]] = {
+    "LORA": (("up",), "lora_alpha"), "LOHA": (LOHA, "alpha"), "LOKR": (LOKR, "alpha"),
+}  # fmt: skip
 Source = Literal["alpha", "adapter_config.json", "metadata", "none"]
 
 # what these say of the adapter cannot be kept: its weights alone do not hold it
 _REFUSED = (
-    "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
+    "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
     "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 # these start from the base's weights as they are; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base too
@@ -37,7 +43,7 @@ _HARMLESS_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 @dataclass(frozen=True)
 class Scale:
-    """The factor of up @ down, and where it is from."""
+    """The factor of what a module's parts make up, and where it is from."""
 
     value: float
     source: Source
@@ -51,11 +57,12 @@ class PeftSettings:
     source: Source
     config: Mapping[str, Any]
 
-    def scale(self, module: str, rank: int) -> Scale:
+    def scale(self, module: str, rank: int | None) -> Scale:
         """The scale of one module.
 
         Args:
-            module: its name in the file. rank: of its pair there.
+            module: its name in the file. rank: of its factors there; None where it has none, as a LoKr of two whole matrices,
+                which PEFT scales all the same.
 
         Raises:
             MismatchError: the settings are of another file: they say another rank.
@@ -66,12 +73,15 @@ class PeftSettings:
             return Scale(1.0, "none")
         component, inner = within
         wanted = self._number(component, inner, "rank_pattern", "r", _DEFAULT_RANK)
+        if rank is None:
+            rank = int(wanted)
         if wanted != rank:
             raise MismatchError(
                 f"{self.file}: {module} has rank {rank}, but its {self._words} says {wanted:g}; it belongs to another LoRA, "
                 "and the right scale is not known: get the two that belong together"
             )
-        alpha = self._number(component, inner, "alpha_pattern", "lora_alpha", _DEFAULT_ALPHA)
+        name = _KINDS.get(_kind(self._setting(component, "peft_type")), _KINDS["LORA"])[1]
+        alpha = self._number(component, inner, "alpha_pattern", name, _DEFAULT_ALPHA)
         return Scale(alpha / (math.sqrt(rank) if self._setting(component, "use_rslora") else rank), self.source)
 
     @property
@@ -127,28 +137,39 @@ def read_settings(checkpoint: Checkpoint, groups: Iterable[Group]) -> PeftSettin
         BadFileError: they cannot be read.
         MismatchError: they say that the adapter is more than a LoRA.
     """
-    lacking = [group for group in groups if "up" in group.parts and "alpha" not in group.parts]
+    groups = list(groups)
+    lacking = [group for group in groups if has_scale(group.parts) and "alpha" not in group.parts]
     if not any(_by_peft_or_diffusers(group) for group in lacking) or _RESIZED in checkpoint.metadata:
         return None
     text = checkpoint.metadata.get(ADAPTER_METADATA)
     if text is not None:
-        return _checked(PeftSettings(checkpoint.path.name, "metadata", _parsed(checkpoint.path, text)))
+        return _checked(PeftSettings(checkpoint.path.name, "metadata", _parsed(checkpoint.path, text)), groups)
     config = checkpoint.path.with_name(ADAPTER_CONFIG)
-    is_peft = any(PEFT_PAIR.search(group.parts["up"]) for group in lacking)
+    is_peft = any(_by_peft_or_diffusers(group) and PEFT_PAIR.search(group.parts.get("up", ".lora_B.")) for group in lacking)
     if not (checkpoint.path.name.startswith(_ADAPTER_MODEL) and is_peft and config.is_file()):
         return None
     try:
         text = config.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise BadFileError(f"{config}: cannot be read ({error}); the scale of {checkpoint.path.name} is in it") from error
-    return _checked(PeftSettings(checkpoint.path.name, ADAPTER_CONFIG, _parsed(config, text)))
+    return _checked(PeftSettings(checkpoint.path.name, ADAPTER_CONFIG, _parsed(config, text)), groups)
 
 
-def pair_scale(checkpoint: Checkpoint, settings: PeftSettings | None, parts: Mapping[str, str], rank: int) -> Scale:
-    """alpha / rank of one module: from its own alpha, else from the settings, else 1. Raises as `PeftSettings.scale`."""
+def has_scale(parts: Mapping[str, str]) -> bool:
+    """Whether a module's parts, those of one spelling, are of a kind that PEFT's settings have an alpha for."""
+    return any(part in parts for own, _ in _KINDS.values() for part in own)
+
+
+def form_scale(checkpoint: Checkpoint, settings: PeftSettings | None, parts: Mapping[str, str], rank: int | None) -> Scale:
+    """alpha / rank of one module: from its own alpha, else from the settings, else 1. Raises as `PeftSettings.scale`.
+
+    Args:
+        rank: None where alpha counts for nothing: LyCORIS and all hosts leave it out of a LoKr of two whole matrices.
+    """
     if "alpha" in parts:
-        return Scale(float(checkpoint.read(parts["alpha"])) / rank, "alpha")
-    parsed = parse_key(parts["up"])
+        return Scale(float(checkpoint.read(parts["alpha"])) / rank, "alpha") if rank else Scale(1.0, "none")
+    key = next((parts[part] for own, _ in _KINDS.values() for part in own if part in parts), "")
+    parsed = parse_key(key)
     if settings is None or parsed is None or not _by_peft_or_diffusers(Group(parsed[0], dict(parts))):
         return Scale(1.0, "none")
     return settings.scale(parsed[0], rank)
@@ -161,8 +182,10 @@ def unused_config(checkpoint: Checkpoint, settings: PeftSettings | None) -> bool
 
 
 def _by_peft_or_diffusers(group: Group) -> bool:
-    """Whether a pair goes by other names than kohya's, who always writes an alpha where there is one."""
-    return ".lora_up." not in group.parts["up"]
+    """Whether a module goes by other names than kohya's and LyCORIS's, who always write an alpha where there is one."""
+    if "up" in group.parts:
+        return ".lora_up." not in group.parts["up"]
+    return not group.module.startswith(("lora_", "lycoris_"))
 
 
 def _parsed(path: Path, text: str) -> Mapping[str, Any]:
@@ -175,16 +198,23 @@ def _parsed(path: Path, text: str) -> Mapping[str, Any]:
     return config
 
 
-def _checked(settings: PeftSettings) -> PeftSettings:
-    """Refuse an adapter that is more than a LoRA, by the name of the setting that says so."""
+def _kind(peft_type: Any) -> str:
+    return str(peft_type).rpartition(".")[2]
+
+
+def _checked(settings: PeftSettings, groups: Sequence[Group]) -> PeftSettings:
+    """Refuse an adapter that is more than its weights, or another than these, by the name of the setting that says so."""
+    kinds = [kind for kind, (own, _) in _KINDS.items() if any(part in group.parts for group in groups for part in own)]
+    has_lengths = any("magnitude" in group.parts or "dora_scale" in group.parts for group in groups)
     for full, value in settings.config.items():
         name = full.rpartition(".")[2]
         more = (name in _REFUSED and bool(value)) or (name == "bias" and value not in (None, "none"))
-        more = more or (name == "peft_type" and str(value).rpartition(".")[2] != "LORA" and value is not None)
+        more = more or (name == "peft_type" and value is not None and _kind(value) not in kinds)
+        more = more or (name == "use_dora" and bool(value) and not has_lengths)
         more = more or (name == "init_lora_weights" and not isinstance(value, bool) and value not in (None, *_HARMLESS_STARTS))
         if more:
             raise MismatchError(
                 f"{settings.file}: {full} in its {settings._words} is {json.dumps(value)[:80]}, so its weights alone are not "
-                "all of it; expected a plain LoRA"
+                "all of it; expected a plain LoRA, LoHa, LoKr or DoRA"
             )
     return settings
