@@ -15,9 +15,11 @@ from lora_files import TO_Q, TO_Q_DOTTED, TO_Q_KEY, configured, kohya, pair, sav
 from safetensors.torch import load_file
 
 from lib_dpo.errors import BadTensorError, DpoError, MismatchError, SettingError
+from lib_dpo.families.arch import ARCHITECTURES
 from lib_dpo.families.keymap import UNET
 from lib_dpo.families.model import open_model
 from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.maths.delta import total
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.patch import open_patch
 from lib_dpo.operations.bake import bake
@@ -185,6 +187,21 @@ def test_a_glora_with_more_ranks_than_columns_is_told_by_all_four(tmp_path: Path
     torch.testing.assert_close(baked(target, path, key), wanted, atol=2e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"lora_unet.{TO_Q_DOTTED}",
+        f"unet.{TO_Q_DOTTED}",
+        f"lycoris_{TO_Q_DOTTED.replace('.', '_')}",
+        f"base_model.model.{TO_Q_DOTTED}",
+    ],
+)
+def test_spellings_of_modules_count_for_every_form(tmp_path: Path, name: str) -> None:
+    parts = loha_parts(*LINEAR) | {"alpha": torch.tensor(2.0)}
+    kohya_style = read(saved(tmp_path / "k.safetensors", named(TO_Q, parts)), TO_Q_KEY)
+    assert torch.equal(read(saved(tmp_path / "l.safetensors", named(name, parts)), TO_Q_KEY), kohya_style)
+
+
 def test_a_loha_of_a_text_encoder_and_a_pair_of_the_unet_are_read_together(tmp_path: Path) -> None:
     tensors = named(TE, loha_parts(32, 32)) | kohya(TO_Q, *pair(), 4.0)
     path = saved(tmp_path / "l.safetensors", tensors)
@@ -192,6 +209,30 @@ def test_a_loha_of_a_text_encoder_and_a_pair_of_the_unet_are_read_together(tmp_p
         assert set(offset.shapes) == {TE_KEY, TO_Q_KEY}
     assert float(read(path, TE_KEY).abs().max()) > 0
     torch.testing.assert_close(read(path, TO_Q_KEY), pair()[0].double() @ pair()[1].double())
+
+
+def test_a_third_of_a_fused_layer_and_a_transposed_one_get_their_own_rows(tmp_path: Path) -> None:
+    """The k of an in_proj, DoRA by the length of its rows; and text_projection, which checkpoints hold the other way round."""
+    k, projection = "lora_te2_text_model_encoder_layers_0_self_attn_k_proj", "lora_te2_text_projection"
+    up, down, lengths = *pair(), randn(32, 1).abs()
+    tensors = kohya(k, up, down) | {f"{k}.dora_scale": lengths}
+    tensors |= named(projection, {"lokr_w1": randn(2, 4), "lokr_w2": randn(16, 4)})
+    path = saved(tmp_path / "l.safetensors", tensors | kohya("lora_unet_label_emb_0_0", *pair()))
+    with open_offset(path, ARCHITECTURES["sdxl"]) as offset:
+        fused, transposed = (
+            next(key for key in offset.shapes if key.endswith(end)) for end in ("in_proj_weight", "text_projection")
+        )
+        assert offset.bound == {fused: "DoRA"}
+        assert offset.terms_on is not None
+        weight = randn(96, 32).double()
+        change = total(offset.terms_on(fused, weight), (96, 32), torch.float64)
+        merged = weight[32:64] + up.double() @ down.double()
+        wanted = lengths.double() * merged / merged.norm(dim=1, keepdim=True) - weight[32:64]
+        torch.testing.assert_close(change[32:64], wanted)
+        assert not bool(change[:32].any() or change[64:].any())
+        assert offset.shapes[transposed] == (16, 32)
+        whole = torch.kron(randn(2, 4).double(), randn(16, 4).double())
+        torch.testing.assert_close(offset.read(transposed, torch.float64), whole.T)
 
 
 # ---- where they can be used ----
