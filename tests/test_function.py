@@ -152,3 +152,9 @@ def test_a_model_of_another_family_is_refused(tmp_path: Path, rank2: Path, capsy
     other = tiny.save(tmp_path / "other.safetensors", tiny.base("sdxl"))
     assert tiny.run("verify", "--lora", rank2, *PAIR, "--function", "--model", other) == 2
     assert "expected one architecture" in capsys.readouterr().err
+
+
+def test_one_prompt_alone_is_measured_as_among_others(rank2: Path):
+    one, other, both = (kept(rank2, prompts=prompts, timesteps=2) for prompts in (PROMPTS[:1], PROMPTS[1:2], PROMPTS[:2]))
+    assert one.interval is None
+    assert min(one.kept, other.kept) <= both.kept <= max(one.kept, other.kept)

@@ -201,7 +201,10 @@ class _Run:
         self._count = len(prompts)
         rows = [(number, seed) for number in range(len(prompts)) for seed in seeds]
         size = max(1, min(_AT_ONCE, _LATENTS_AT_ONCE // side**2))
-        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        if len(rows) == 1 and size > 1:
+            rows *= 2  # torch normalises no single value, which is what the toy's lowest level has of one image
+        count = math.ceil(len(rows) / size)
+        parts = [rows[len(rows) * n // count : len(rows) * (n + 1) // count] for n in range(count)]
         self._batches = [_batch(weights.pipeline, prompts, part, side) for part in parts]
         if progress:
             progress(0, 3 * len(rows) * timesteps, "")
