@@ -55,11 +55,12 @@ def test_the_examples_run(pair: tuple[Path, Path], capsys: pytest.CaptureFixture
     for title, code in EXAMPLES:
         exec(compile(code, f"docs/library.md, {title}", "exec"), {})
         printed[title] = capsys.readouterr().out
-    four, table, pictures, fits, weights = printed.values()
+    four, table, pictures, fits, function, weights = printed.values()
     assert re.search(r"Right base: .*\n\d+% of the change is in the LoRA\n$", four)
     assert re.search(r"\| 4 \| \d+\.\d \| \d+\.\d% \|\n\| 8 \|", table)
     assert pictures == ""
     assert re.match(r"a\.safetensors: .*DPO.*\nb\.safetensors: .*offset", fits)
+    assert re.fullmatch(r"\d+% of the function\n", function)
     assert re.search(r": up to [\d.e-]+\n", weights)
     shots = [Path(f"strength {strength}.png").read_bytes() for strength in (0, 0.5, 1)]
     assert len(set(shots)) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -58,6 +59,12 @@ def test_the_budget_counts_what_a_layer_costs_beside_its_numbers() -> None:
     assert allocate(spectra, budget=120) == {"a": 2, "b": 0}
     assert allocate(spectra, budget=109) == {"a": 0, "b": 0}
     assert allocate(spectra, budget=230) == {"a": 2, "b": 1}
+
+
+def test_weights_divide_a_size_and_leave_an_energy_alone() -> None:
+    spectra = {"a": spectrum([4.0, 3.0], 1), "b": replace(spectrum([2.0, 1.0], 1), weight=3.0)}
+    assert allocate(spectra, budget=2) == {"a": 1, "b": 1}
+    assert allocate(spectra, energy=7.0) == {"a": 2, "b": 0}
 
 
 def test_an_energy_out_of_reach_ends_at_the_caps() -> None:

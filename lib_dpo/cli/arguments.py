@@ -10,6 +10,7 @@ from lib_dpo import __version__
 from lib_dpo.cli.argparse_errors import Parser, among, number, program
 from lib_dpo.cli.files import input_folder, output_file, output_folder
 from lib_dpo.cli.pictures import add_commands as add_picture_commands
+from lib_dpo.cli.pictures import add_function_arguments
 from lib_dpo.settings import BUNDLED_MODEL, FIELDS, FORMS, LORA_PRECISIONS, METHODS, PRECISIONS, PROFILES
 
 _INSPECTED = "a model, a LoRA or an offset file; several, or a pattern such as *.safetensors"
@@ -79,6 +80,7 @@ def _add_extraction(command: Command, runs: Runs) -> None:
     sub = command("verify", runs["verify"], "measure how much of the offset a LoRA or offset file holds")
     sub.add_argument("--lora", required=True, metavar="L", help="the LoRA or offset file")
     _pair_arguments(sub)
+    add_function_arguments(sub)
 
 
 def _add_use(command: Command, runs: Runs) -> None:

@@ -174,13 +174,19 @@ def _offset(args: argparse.Namespace) -> Result:
 
 
 def _verify(args: argparse.Namespace) -> Result:
-    from lib_dpo.cli.text import verify_text
+    from lib_dpo.cli.pictures import measure_function
+    from lib_dpo.cli.text import function_text, verify_text
 
+    if (args.model or args.prompt) and not args.function:
+        raise SettingError("--model and --prompt are for measuring the function; say --function too, or leave them out")
     with _pair(args) as pair:
         lora = input_file(args, args.lora)
         with progress_bar("verifying") as tell:
             report = lib_dpo.verify(lora, *pair, progress=tell)
-    return report.as_json(), verify_text(report)
+        if not args.function:
+            return report.as_json(), verify_text(report)
+        function = measure_function(args, lora, pair)
+    return {**report.as_json(), **function.as_json()}, f"{function_text(function)}\n{verify_text(report)}"
 
 
 def _bake(args: argparse.Namespace) -> Result:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from lib_dpo.errors import OutputError
 from lib_dpo.settings import BUNDLED_MODEL, FIELDS
 
 if TYPE_CHECKING:
+    from lib_dpo.families.model import Model
+    from lib_dpo.pictures.function import FunctionReport
     from lib_dpo.webui.results import Comparison
 
 LOOPBACK = "127.0.0.1"
@@ -56,6 +58,67 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--port", type=number(int), default=7861, metavar="N", help="to listen on")
     sub.add_argument("--host", default=LOOPBACK, help="address to listen on (default: this machine only)")
     _host_arguments(sub)
+
+
+def add_function_arguments(sub: argparse.ArgumentParser) -> None:
+    """What `verify` needs to measure function kept."""
+    sub.add_argument(
+        "--function",
+        action="store_true",
+        help="measure too how much of what tuning changed in the model's predictions the file reproduces (minutes on a GPU)",
+    )
+    sub.add_argument("--model", metavar="C", help="for --function: a whole checkpoint or diffusers folder (default: the base)")
+    own = "for --function: may be given several times (default: a few of our own)"
+    sub.add_argument("--prompt", action="append", metavar="TEXT", help=own)
+    sub.add_argument("--seeds", default="0", help="for --function: such as 1, 2 or 100-103")
+    sub.add_argument("--timesteps", type=number(int), default=10, metavar="N", help="for --function: spread evenly")
+    _host_arguments(sub)
+
+
+def measure_function(args: argparse.Namespace, lora: Path, pair: Sequence[Model]) -> FunctionReport:
+    """What `verify --function` measures."""
+    import lib_dpo
+    from lib_dpo.cli.output import progress_bar
+    from lib_dpo.offsets.offset import open_pair
+    from lib_dpo.pictures.function import PROMPTS, function_kept
+    from lib_dpo.pictures.plan import parse_seeds
+
+    seeds = parse_seeds(args.seeds)
+    opened = open_pair(*pair)
+    with (
+        lib_dpo.open_model(input_file(args, args.model or args.base)) as model,
+        lib_dpo.open_offset(lora, opened.architecture) as offset,
+        progress_bar("predicting") as tell,
+    ):
+        return function_kept(
+            offset,
+            opened,
+            model,
+            args.tokenizer,
+            prompts=args.prompt or (_toy_prompts() if _is_toy(model.path) else PROMPTS),
+            seeds=seeds,
+            timesteps=args.timesteps,
+            device=args.device,
+            on_progress=tell,
+        )
+
+
+def _is_toy(path: Path) -> bool:
+    from lib_dpo.toy.bundled import BASE
+
+    toy = BUNDLED_MODEL / BASE
+    return toy.is_file() and path.samefile(toy)
+
+
+def _toy_prompts() -> list[str]:
+    """In the words that the toy model knows, of prompts that it never saw."""
+    from lib_dpo.toy.pictures import caption
+    from lib_dpo.toy.series import subjects
+
+    return list(dict.fromkeys(caption(scene) for scene, _ in subjects(_TOY_SUBJECTS)))
+
+
+_TOY_SUBJECTS = 24
 
 
 def _host_arguments(sub: argparse.ArgumentParser) -> None:

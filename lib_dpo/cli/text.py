@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from lib_dpo.errors import printable
 from lib_dpo.families.blocks import block_labels
@@ -19,6 +20,9 @@ from lib_dpo.operations.resize import ResizeReport
 from lib_dpo.operations.verdict import Verdict, changed_text_encoders
 from lib_dpo.operations.verify import VerifyReport
 from lib_dpo.operations.write_offset import OffsetReport
+
+if TYPE_CHECKING:
+    from lib_dpo.pictures.function import FunctionReport
 
 
 def diff_text(report: DiffReport) -> str:
@@ -106,6 +110,17 @@ def verify_text(report: VerifyReport) -> str:
     lines += twin_lines(report.twins) + unplaced_lines(report.unmatched)
     lines += _left_out(report.left_out)
     return "\n".join(lines)
+
+
+def function_text(report: FunctionReport) -> str:
+    """Function kept and its interval, and what it was measured with."""
+    interval = f" (95 % interval {_percent(report.interval[0])} to {_percent(report.interval[1])})" if report.interval else ""
+    counts = {"prompt": len(report.prompts), "seed": len(report.seeds), "timestep": report.timesteps}
+    told = ", ".join(f"{count} {name}{'s' if count > 1 else ''}" for name, count in counts.items())
+    return (
+        f"function kept {_percent(report.kept)}{interval} of what tuning changed in the predictions of the UNet\n"
+        f"measured over {told}; tuning changed them by {_percent(report.change)} of their size"
+    )
 
 
 def bake_text(report: BakeReport) -> str:

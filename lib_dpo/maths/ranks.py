@@ -1,7 +1,8 @@
 """How many components each layer gets: pure functions on spectra.
 
 Spectra are sorted, so the gain of one more component never grows, and taking the components in the order of
-energy per byte over all layers at once is the best use of a size budget (greedy on a concave gain).
+energy per byte over all layers at once reaches an energy with the fewest bytes (greedy on a concave gain). A size budget
+takes them in the order of weighted energy per byte: what a layer's energy is worth differs between layers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Spectrum:
     bytes_per_rank: int
     fixed_bytes: int  # what the layer costs in the file beside its factors: names, shapes, alpha
     cap: int  # largest rank allowed
+    weight: float = 1.0  # what the layer's energy is worth beside that of others, where a size has to be divided
 
 
 def break_even_rank(out: int, in_: int) -> int:
@@ -32,7 +34,7 @@ def break_even_rank(out: int, in_: int) -> int:
 
 
 def allocate(spectra: Mapping[str, Spectrum], *, budget: int | None = None, energy: float | None = None) -> dict[str, int]:
-    """Ranks by layer: as much energy as fits into `budget` bytes, or as few bytes as reach `energy`.
+    """Ranks by layer: as much weighted energy as fits into `budget` bytes, or as few bytes as reach `energy`.
 
     Args:
         spectra: by layer name; the order breaks ties.
@@ -44,6 +46,8 @@ def allocate(spectra: Mapping[str, Spectrum], *, budget: int | None = None, ener
     """
     names = list(spectra)
     layer, gain, ratio = _components(spectra)
+    if energy is None:
+        ratio = ratio * np.array([row.weight for row in spectra.values()])[layer]
     order = np.argsort(-ratio, kind="stable")
     ranks = np.zeros(len(names), dtype=np.int64)
     if energy is not None:
@@ -68,7 +72,7 @@ def allocate(spectra: Mapping[str, Spectrum], *, budget: int | None = None, ener
 
 
 def size_curve(spectra: Mapping[str, Spectrum], points: int = 60) -> tuple[list[float], list[float]]:
-    """Bytes and energy along the optimal allocation, for a size-against-fidelity curve."""
+    """Bytes and energy along the allocation that keeps most energy, for a curve of energy against size."""
     layer, gain, ratio = _components(spectra)
     order = np.argsort(-ratio, kind="stable")
     per_rank = np.array([row.bytes_per_rank for row in spectra.values()])

@@ -1,7 +1,12 @@
-"""How many components each layer of a pair gets under each policy: one rank for all, an energy or a size to reach."""
+"""How many components each layer of a pair gets under each policy: one rank for all, an energy or a size to reach.
+
+An energy is reached with the fewest bytes. A size is divided so that the file reproduces more of what tuned changed in the
+model's predictions than one rank for all layers does in as many bytes: docs/ranks.md has what was tried.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -9,6 +14,7 @@ from torch import Tensor
 
 from lib_dpo.errors import SettingError
 from lib_dpo.families.keymap import component_of
+from lib_dpo.families.roles import role_weight
 from lib_dpo.maths.fp8 import ROUNDING
 from lib_dpo.maths.precision import dtype_of
 from lib_dpo.maths.ranks import Spectrum, allocate, break_even_rank
@@ -89,14 +95,29 @@ def _spectra(layers: Sequence[Layer], item: int, decomposer: Decomposer, steps: 
         for layer, offset, values in found:
             if layer.kind == "pair":
                 energy += offset
-                most = break_even_rank(*layer.matrix)
-                spectra[layer.module.name] = Spectrum(values.numpy(), item * sum(layer.matrix), entry_bytes(layer), most)
+                name, most = layer.module.name, break_even_rank(*layer.matrix)
+                weight = size_weight(name, offset)
+                spectra[name] = Spectrum(values.numpy(), item * sum(layer.matrix), entry_bytes(layer), most, weight)
             steps.advance(layer.numel, layer.module.key)
     return spectra, energy
 
 
+def size_weight(name: str, energy: float) -> float:
+    """What a layer's energy is worth where a size is divided: its role's weight, over the root of all the layer's energy.
+
+    The root lies between absolute energy, which leaves layers with a small change without any component, and shares of each
+    layer's own. With it and the roles, a size kept .64, .80 and .93 of the function on the bundled model where one rank for
+    all (2, 4 and 8) kept .51, .71 and .88 in as many bytes, and absolute energy .23, .47 and .77.
+
+    Args:
+        name: of the LoRA module.
+        energy: of the layer's whole change, ||.||^2.
+    """
+    return role_weight(name) / math.sqrt(energy) if energy else 0.0
+
+
 def _ranks_for_size(layers: Sequence[Layer], spectra: Mapping[str, Spectrum], item: int, size: float) -> dict[str, int]:
-    """As much energy as fits into `size` MB, with everything else that the file holds."""
+    """As much weighted energy as fits into `size` MB, with everything else that the file holds."""
     whole = [layer for layer in layers if layer.kind != "pair"]
     required = [layer for layer in layers if layer.required]  # written with one component at least
     overhead = METADATA_BYTES + sum(item * (layer.numel + layer.shape[0]) + entry_bytes(layer) for layer in whole)

@@ -27,6 +27,7 @@ from lib_dpo.offsets.lora.file import FileModules, read_modules
 from lib_dpo.offsets.lora.metadata import ENTRY_BYTES
 from lib_dpo.offsets.lora.offset import read_decomposed, read_factors
 from lib_dpo.offsets.lora.scale import PeftSettings
+from lib_dpo.operations.rank_plan import size_weight
 from lib_dpo.operations.resize_metadata import NewPair, energy_claimed, resized_metadata
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.settings import RankPolicy, size_meant
@@ -202,7 +203,9 @@ def _ranks(
         if "mid" in core.parts:  # its kernel goes into the new down factor
             numel *= math.prod(lora.infos[core.parts["mid"]].shape[2:])
         per_rank = _dtype(lora, core, precision).itemsize * numel // core.rank
-        spectra[name] = Spectrum(core.values.square().numpy(), per_rank, 3 * (ENTRY_BYTES + len(name)), len(core.values))
+        energies = core.values.square().numpy()
+        weight = size_weight(name, float(energies.sum()))
+        spectra[name] = Spectrum(energies, per_rank, 3 * (ENTRY_BYTES + len(name)), len(core.values), weight)
     whole = _whole_attention(cores)
     rest = {
         name: replace(row, energies=row.energies[1:], fixed_bytes=0, cap=row.cap - 1) if name in whole else row

@@ -133,7 +133,7 @@ def _size_curve(axes: Axes, report: DiffReport, looks: Looks) -> None:
     spectra = report.spectra
     assert spectra is not None, "called only with spectra"
     best = 100 * np.array(spectra.energy_at_size)
-    axes.plot(spectra.size_mb, best, color=looks.accent, linewidth=2, label="ranks chosen per layer, by size or energy")
+    axes.plot(spectra.size_mb, best, color=looks.accent, linewidth=2, label="ranks chosen per layer, by energy")
     sizes, kept = np.array(spectra.size_mb_at_rank), 100 * np.array(spectra.energy_at_rank)
     grows = np.diff(sizes, prepend=0.0) > 0  # beyond the rank that the layers can have, all are one point
     shown = grows & (sizes <= max(spectra.size_mb, default=math.inf))

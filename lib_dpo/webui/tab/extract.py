@@ -103,7 +103,7 @@ def _size_controls(tab: Tab) -> list[Any]:
             info="Of 3x3 convolutions; 0: the same as Rank",
         )  # fmt: skip
     size = gr.Number(
-        value=80, label="Size in MB", info="Each layer gets the rank that it needs, so the same file keeps more",
+        value=80, label="Size in MB", info="Divided among the layers by what they count for in the model's predictions",
         visible=False, elem_id="dpo_extract_size",
     )  # fmt: skip
     energy = gr.Slider(
