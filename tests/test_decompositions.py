@@ -262,7 +262,7 @@ def test_what_depends_on_the_model_is_refused_where_there_is_none(tmp_path: Path
         shapes = {"a1": (32, 4), "a2": (4, 32), "b1": (32, 4), "b2": (4, 32)}
         tensors = {f"{TO_Q}.{part}.weight": randn(*shape) for part, shape in shapes.items()}
     path = saved(tmp_path / "l.safetensors", tensors)
-    with pytest.raises(MismatchError, match=rf"{form}.*`dpo bake`"):
+    with pytest.raises(MismatchError, match=rf"{form}.*bake it into a checkpoint file"):
         open_patch(path)
     with open_offset(path) as offset, pytest.raises(MismatchError, match=form):
         offset.read(TO_Q_KEY)
