@@ -112,3 +112,13 @@ def test_the_readme_can_be_read_in_five_minutes():
     plain = _CODE.sub("", _text(ROOT / "README.md"))
     plain = re.sub(r"^\|.*$", "", plain, flags=re.MULTILINE)  # tables are looked at, not read
     assert len(re.sub(r"\]\([^)]*\)", "]", plain).split()) <= _WORDS_IN_FIVE_MINUTES
+
+
+def test_the_picture_of_what_files_keep_can_be_drawn_from_the_table(tmp_path: Path) -> None:
+    from tools.kept_picture import draw, table
+
+    rows = table((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert [row.energy[1] for row in rows if row.name.startswith("offset")] == [100]
+    assert len(rows) == 6
+    draw(rows, tmp_path / "kept.png")
+    assert (tmp_path / "kept.png").stat().st_size > 10_000

@@ -15,6 +15,7 @@ from lib_dpo.errors import BadFileError, SettingError
 from lib_dpo.families.arch import ARCHITECTURES
 from lib_dpo.families.keymap import UNET, unet_to_diffusers
 from lib_dpo.families.model import open_model
+from lib_dpo.families.shapes import small, unet_diffusers_config
 from lib_dpo.families.synthetic import small_pair
 from lib_dpo.files.checkpoint import open_checkpoint
 from lib_dpo.maths import precision
@@ -25,6 +26,7 @@ from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.offset import open_pair
 from lib_dpo.operations.bake import bake
 from lib_dpo.operations.extract import ExtractReport, extract
+from lib_dpo.operations.inspect import inspect
 from lib_dpo.operations.resize import resize
 from lib_dpo.operations.verify import verify
 from lib_dpo.operations.write_offset import write_offset
@@ -308,6 +310,26 @@ def test_baking_it_gives_nearly_always_the_weights_of_an_offset_file(sd1: Files,
     assert near >= 0.975 * total
     assert far < 0.001 * total
     assert changed > 0.9 * total
+
+
+def test_inspect_says_who_reads_it(sd1: Files, tmp_path: Path) -> None:
+    run(sd1, tmp_path / "l.safetensors", form="exact")
+    found = inspect(tmp_path / "l.safetensors")
+    assert (found.kind, found.architecture, found.dtypes["I8"] > 200) == ("lora", "sd1", True)
+    assert any("diffusers refuses the file" in note for note in found.notes)
+
+
+@pytest.mark.newest
+def test_diffusers_refuses_it_rather_than_misreading_it(sd1: Files, tmp_path: Path) -> None:
+    import diffusers
+    from diffusers.loaders import StableDiffusionLoraLoaderMixin
+
+    run(sd1, tmp_path / "l.safetensors", form="exact")
+    unet = diffusers.UNet2DConditionModel(
+        **{key: value for key, value in unet_diffusers_config("sd1", small("sd1")).items() if key[0] != "_"}
+    )
+    with pytest.raises(ValueError, match="not been correctly renamed"):
+        StableDiffusionLoraLoaderMixin.lora_state_dict(load_file(tmp_path / "l.safetensors"), unet_config=unet.config)
 
 
 def test_a_truncated_exact_lora_is_refused(sd1: Files, tmp_path: Path) -> None:

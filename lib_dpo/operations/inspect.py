@@ -167,6 +167,8 @@ def _lora_notes(lora: LoraFile) -> Iterator[str]:
     forms = Counter(layer.form.name for layer in lora.layers if layer.form and layer.form.name in ("LoHa", "LoKr", "GLoRA"))
     if forms:
         yield ", ".join(f"{count} {'layer is' if count == 1 else 'layers are'} {form}" for form, count in sorted(forms.items()))
+    if forms["LoKr"]:
+        yield "programs that read LoKr: AUTOMATIC1111, the Forge family, ComfyUI; diffusers refuses the file"
     bound = sorted({layer.form.bound for layer in lora.layers if layer.form and layer.form.bound})
     if bound:
         yield f"what {' and '.join(bound)} adds depends on the weights of the model: only a bake into a checkpoint can use it"

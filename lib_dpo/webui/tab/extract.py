@@ -299,6 +299,8 @@ def _extracted_html(session: Session, found: Extracted) -> str:
         ("File", session.library.place(report.path)), ("Size", markup.size(report.file_bytes)), ("Layers", report.layers),
         ("Numbers", report.precision) if report.form == "exact" else ("Ranks", ranks or "no pairs"),
     ]  # fmt: skip
+    if report.form == "exact":
+        sentences.append("WebUIs and ComfyUI read it in prompts as any LoRA; diffusers does not.")
     if report.wider_text:
         sentences.append(report.wider_text + ".")
     mood: Mood = "good"
