@@ -65,7 +65,7 @@ def plan_layers(pair: Pair, profile: str, components: Sequence[str]) -> list[Lay
                 if profile != "portable" and component == "unet" and module.bias in present:
                     layers.append(Layer(module, own, "norm"))
             elif profile == "exact" and module.part is None and module.bias in present:
-                layers.append(Layer(module, own, "exact"))
+                layers.append(Layer(module, own, "exact", required=key in groups))
             elif profile == "full" and key not in groups and module.bias in present and _changed(pair, module.bias):
                 layers.append(Layer(module, own, "dense"))
             else:

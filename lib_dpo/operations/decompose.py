@@ -6,6 +6,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -152,5 +153,8 @@ def _best_rounded(
 ) -> tuple[Tensor, Tensor, float]:
     up, down, scale = factors.rounded(dtype, alpha, least=least)
     if dtype.itemsize == 1 and bool((down.float() != 0).any(1).all()):
-        up = refitted_up(delta, down, scale).to(dtype)
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # not in its stubs; rows that rounding made alike
+            fitted = refitted_up(delta, down, scale)
+            if float(fitted.norm()) < 2 * float(up.float().norm()):  # not where they are nearly so
+                up = fitted.to(dtype)
     return up, down, scale

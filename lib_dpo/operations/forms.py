@@ -241,9 +241,11 @@ class Exact(Form):
     def _whole(self, layer: Layer, batch: Sequence[Layer]) -> Prepared:
         delta, row = self._decomposer.load(layer, self._memory(batch))
         rows = {layer.module.key: row}
-        tensors = self._quantised(layer, delta, row) if row.offset or layer.required else {}
-        if layer.kind == "exact":
-            bias, of_bias = measure(self._pair, layer.module.bias)
+        bias, of_bias = measure(self._pair, layer.module.bias) if layer.kind == "exact" else (delta, None)
+        # a bias needs its matrix, if one of zeros: AUTOMATIC1111 refuses a file with a module of a bias alone
+        is_written = row.offset or layer.required or (of_bias and of_bias.offset)
+        tensors = self._quantised(layer, delta, row) if is_written else {}
+        if of_bias:
             rows[layer.module.bias] = of_bias
             if of_bias.offset:
                 rounded = bias.to(self.whole_dtype)
@@ -261,7 +263,7 @@ class Exact(Form):
             first = torch.tensor(scale, dtype=torch.float32).reshape(1, 1)
             return {"lokr_w1": first, "lokr_w2": values.reshape(layer.shape)}
         for dtype in (torch.float16, torch.float32):
-            whole = delta.to(dtype)
+            whole = delta.to(dtype, copy=True)  # float32 too: the memory of the delta is used again
             row.residual = energy(delta - whole.float())
             if row.residual <= most:
                 break

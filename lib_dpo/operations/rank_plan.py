@@ -120,7 +120,7 @@ def _ranks_for_size(layers: Sequence[Layer], spectra: Mapping[str, Spectrum], it
     """As much weighted energy as fits into `size` MB, with everything else that the file holds."""
     whole = [layer for layer in layers if layer.kind != "pair"]
     required = [layer for layer in layers if layer.required]  # written with one component at least
-    overhead = METADATA_BYTES + sum(item * (layer.numel + layer.shape[0]) + entry_bytes(layer) for layer in whole)
+    overhead = METADATA_BYTES + sum(max(item, 2) * (layer.numel + layer.shape[0]) + entry_bytes(layer) for layer in whole)
     overhead += sum(spectra[layer.module.name].bytes_per_rank + entry_bytes(layer) for layer in required)
     ranks = allocate(spectra, budget=int(size * 1e6) - overhead)
     if not any(ranks.values()):

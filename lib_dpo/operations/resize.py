@@ -17,7 +17,7 @@ from lib_dpo.errors import BadTensorError, MismatchError, SettingError
 from lib_dpo.files.checkpoint import Checkpoint
 from lib_dpo.files.header import dtype_name
 from lib_dpo.files.writer import SafetensorsWriter
-from lib_dpo.maths.fp8 import Extent, factor_scale
+from lib_dpo.maths.fp8 import ROUNDING, Extent, factor_scale
 from lib_dpo.maths.lowrank import carrying, recompress
 from lib_dpo.maths.precision import dtype_of, full_precision
 from lib_dpo.maths.ranks import Spectrum, allocate
@@ -214,7 +214,7 @@ def _ranks(
     if policy.energy is not None:
         total = sum(float(row.energies.sum()) for row in spectra.values())
         taken = sum(float(spectra[name].energies[0]) for name in whole)
-        ranks = allocate(rest, energy=policy.energy * total - taken)
+        ranks = allocate(rest, energy=policy.energy * total * (1 + ROUNDING * (precision == "fp8")) - taken)
     else:
         size = policy.size_mb or 0.0
         longest = [NewPair(rank, 1.234567e-05, convolution) for rank in (1, 2) for convolution in (False, True)]

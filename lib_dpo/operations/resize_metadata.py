@@ -20,6 +20,7 @@ _STALE = (
     ADAPTER_METADATA,
     _ENERGY,  # and its parts
     "dpo.rank_policy",
+    "dpo.precision",
 )
 # Arguments of the training that say ranks, or how factors are kept: `mid` goes into `down`, the scale into alpha and factors.
 _STALE_ARGUMENTS = (
