@@ -250,6 +250,31 @@ def test_a_layer_with_outliers_is_written_in_more_bytes(tmp_path: Path, size: fl
     assert report.tally.total.energy_kept == pytest.approx(kept_by_hand(files, lora), abs=2e-6)
 
 
+def test_layers_that_need_float32_keep_their_own_numbers(tmp_path: Path) -> None:
+    """Changes too small for fp16 beside outliers: what is written must not be the memory that the next layer is read into."""
+    files = small_pair(tmp_path / "pair", "sd1", offset_rms=0)
+    base, tuned = load_file(files[0]), load_file(files[1])
+    names = [key for key in base if key.endswith(("to_q.weight", "to_out.0.weight")) and key.startswith(UNET)]
+    generator = torch.Generator().manual_seed(5)
+    for key in names:
+        base[key] = torch.zeros_like(base[key], dtype=torch.float32)
+        delta = torch.randn(base[key].shape, generator=generator) * 1e-8
+        delta.view(-1)[3] = 1e-3
+        tuned[unet_to_diffusers(ARCHITECTURES["sd1"], key) or ""] = delta
+    save_file(base, files[0])
+    save_file(tuned, files[1])
+    report = run(files, tmp_path / "l.safetensors", form="exact")
+    lora = load_file(tmp_path / "l.safetensors")
+    assert 20 < report.wider <= len(names)
+    exact = 0
+    for name, delta in deltas(files).items():
+        found = lora.get(name.replace(".weight", ".diff"))
+        if found is not None and found.dtype == torch.float32:
+            exact += 1
+            torch.testing.assert_close(found.double(), delta, rtol=0, atol=0)
+    assert exact > 20
+
+
 def test_values_in_int8_are_the_nearest_of_the_best_scale() -> None:
     delta = torch.randn(320, 288, generator=torch.Generator().manual_seed(1)) * 1e-4
     values, scale = quantised(delta)
