@@ -273,6 +273,8 @@ def test_without_a_model_it_says_so(start, files: Path, monkeypatch, tmp_path: P
         host.live.bake(opened(files, "sd1_lora"), 1.0)
     with pytest.raises(NoModelError):
         host.live.fingerprint()
+    with pytest.raises(NoModelError):
+        host.live.unet()
 
 
 # ---- the host goes on living ----
@@ -489,6 +491,13 @@ def test_a_bake_that_changes_nothing_counts_nothing(start, files: Path):
     check_equal(host.weights(), before)
     host.live.unbake()
     check_equal(host.weights(), before)
+
+
+def test_the_module_that_predicts_holds_the_unets_weights(start, files: Path):
+    host = start()
+    unets = [tensor for key, tensor in host.weights().items() if key.startswith(UNET)]
+    held = list(host.live.unet().parameters())
+    assert sum(each.numel() for each in held) == sum(each.numel() for each in unets)
 
 
 def test_what_the_hosts_own_loader_matches(start, files: Path):

@@ -15,6 +15,7 @@ from lib_dpo.offsets.patch import Patch
 from lib_dpo.progress import Progress
 
 if TYPE_CHECKING:
+    import torch
     from PIL.Image import Image
 
 
@@ -156,6 +157,13 @@ class LiveModel(Protocol):
 
     def fingerprint(self) -> Mapping[str, str]:
         """SHA-256 of the live weights, {"unet": hex, "te": hex}, without what a prompt's LoRAs merged into them."""
+
+    def unet(self) -> torch.nn.Module:
+        """The module that the host asks for predictions, the noisy images first among its arguments: to be listened to.
+
+        Raises:
+            NoModelError: nothing loaded.
+        """
 
     def matched_keys(self, lora: Path) -> tuple[int, int]:
         """How many tensors of a LoRA file this host's own loader matches to the loaded model, and how many it has."""

@@ -114,6 +114,10 @@ class StandaloneLive:
             for name, is_unet in parts.items()
         }
 
+    def unet(self) -> torch.nn.Module:
+        module: torch.nn.Module = self.pipeline.unet
+        return module
+
     def matched_keys(self, lora: Path) -> tuple[int, int]:
         checkpoint, file = open_lora(lora, self._architecture)
         with checkpoint:

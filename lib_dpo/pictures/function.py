@@ -120,14 +120,25 @@ def function_kept(
     if not change.sum():
         raise nothing_changed(pair, "UNets", "there is no function to keep")
     whole = sum(float(each.double().square().sum()) for each in base)
+    return report_of(
+        missed, change, whole, model=model.path.name, prompts=tuple(prompts), seeds=tuple(seeds), timesteps=timesteps
+    )
+
+
+def report_of(missed: Sums, change: Sums, whole: float, **measured: Any) -> FunctionReport:
+    """The figures.
+
+    Args:
+        missed: ||e(base + file) - e(tuned)||^2 by prompt.
+        change: ||e(base) - e(tuned)||^2 by prompt; not all 0.
+        whole: ||e(base)||^2 over all prompts.
+        measured: with what: the report's other fields.
+    """
     return FunctionReport(
         kept=1 - float(missed.sum() / change.sum()),
         interval=_interval(missed, change),
         change=float(np.sqrt(change.sum() / whole)),
-        model=model.path.name,
-        prompts=tuple(prompts),
-        seeds=tuple(seeds),
-        timesteps=timesteps,
+        **measured,
     )
 
 

@@ -167,12 +167,13 @@ class _Handlers:
 
     def compare(self, req: CompareRequest) -> dict[str, Any]:
         what = ("offset", "prompts", "negative", "seeds", "strengths", "blocks", "rank")
-        options = _fields(req, *what, "steps", "cfg_scale", "sampler", "width", "height")
+        options = _fields(req, *what, "steps", "cfg_scale", "sampler", "width", "height", "function")
 
         def work(job: Any) -> dict[str, Any]:
             found = self._session.compare(job, **options)
             grid = {"grid": base64.b64encode(found.grid.png()).decode(), "infotext": found.grid.infotext}
-            return {**found.report.as_json(), **grid}
+            kept = {**found.function.as_json(), "function_of": found.whole} if found.function else {}
+            return {**found.report.as_json(), **grid, **kept}
 
         return self._do("compare", work, req.wait)
 

@@ -128,6 +128,7 @@ class CompareRequest(Body):
     sampler: str = Field("", description="empty: the host's first")
     width: int = Field(0, description=_SIDE)
     height: int = Field(0, description=_SIDE)
+    function: bool = Field(False, description="measure how much of the whole offset's effect on the predictions is kept")
     wait: bool = _WAIT
 
 

@@ -106,6 +106,17 @@ class Library:
             return None
         return next((e for e in self.offsets() if self.kind(e.path) == kind and _pair_hashes(e.path) == hashes), None)
 
+    def whole(self, name: str) -> FileEntry | None:
+        """What holds all of the offset that the named file holds a part of: an offset file or an exact LoRA of its pair.
+
+        None where the named one is such a file itself, or none is known. Raises NotFoundError for an unknown name.
+        """
+        path = self.offset(name)
+        hashes = _pair_hashes(path)
+        if hashes is None or self._is_whole(path):
+            return None
+        return next((e for e in self.offsets() if self._is_whole(e.path) and _pair_hashes(e.path) == hashes), None)
+
     def new_lora(self, name: str) -> Path:
         """Where a new LoRA of that name goes. Raises OutputError for a name that is none."""
         return output_path(self._host.lora_dir, name)
@@ -126,6 +137,10 @@ class Library:
         if key not in self._kinds:
             self._kinds[key] = _kind(path)
         return self._kinds[key]
+
+    def _is_whole(self, path: Path) -> bool:
+        kind = self.kind(path)
+        return kind == "offset" or (kind == "lora" and _form(path) == "exact")
 
     def _is_bake(self, path: Path) -> bool:
         """Whether we baked an offset into a file, says its header; remembered until it changes."""
@@ -241,6 +256,12 @@ def _pair_hashes(path: Path) -> tuple[str, str] | None:
     with open_checkpoint(path) as checkpoint:
         hashes = tuple(checkpoint.metadata.get(f"dpo.{which}_sha256", "") for which in ("base", "tuned"))
     return (hashes[0], hashes[1]) if all(hashes) else None
+
+
+def _form(path: Path) -> str:
+    """What our metadata calls the form of a LoRA; empty in files of others."""
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.metadata.get("dpo.form", "")
 
 
 def _size(path: Path) -> int:

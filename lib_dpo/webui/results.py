@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts wit
     from lib_dpo.operations.extract import ExtractReport
     from lib_dpo.pictures.drawing import Grid
     from lib_dpo.pictures.effects import EffectReport
+    from lib_dpo.pictures.function import FunctionReport
     from lib_dpo.pictures.plan import Images, Plan
 
 
@@ -91,3 +92,5 @@ class Comparison:
     grid: Grid
     report: EffectReport
     offset: Offset
+    function: FunctionReport | None = None  # where it was asked for
+    whole: str = ""  # the file that holds the whole offset, which `function` was measured against

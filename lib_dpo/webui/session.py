@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib_dpo.errors import DpoError, HostError, MismatchError, NoModelError, SettingError
+from lib_dpo.errors import DpoError, HostError, MismatchError, NoModelError, NotFoundError, SettingError
 from lib_dpo.families.arch import ARCHITECTURES, Architecture
 from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.families.model import Model, open_model
@@ -208,15 +208,17 @@ class Session:
     def compare(
         self, job: Job, *, offset: str, prompts: Sequence[str], negative: str = "", seeds: str = "1",
         strengths: str = "0.5, 1, 1.5", blocks: str = "", rank: int | None = None, steps: int = 20, cfg_scale: float = 7.0,
-        sampler: str = "", width: int = 0, height: int = 0,
+        sampler: str = "", width: int = 0, height: int = 0, function: bool = False,
     ) -> Comparison:  # fmt: skip
         """Make prompts x seeds x strengths with the host's own pipeline, the untouched model first.
 
         Args:
             width, height: in pixels; 0 for what the model was made for.
+            function: measure afterwards how much of the whole offset's effect on the model's predictions the file keeps.
 
         Raises:
             SettingError: lists that cannot be read, or too many pictures. HostError: something is baked into the model.
+            NotFoundError: no file holds the whole offset, or the one to be measured does itself.
         """
         from lib_dpo.pictures.drawing import draw_grid
         from lib_dpo.pictures.effects import effects
@@ -233,6 +235,7 @@ class Session:
             raise SettingError(f"sampler {sampler!r} is unknown; expected one of {one_of(sampler, self.host.samplers())}")
         plan = Plan(prompts, parse_seeds(seeds), strength_variants(parse_strengths(strengths)), width, height)
         patch, model = self._to_add(offset, blocks, rank), self.loaded()
+        whole = self._whole(offset) if function else None
         baked = self.host.live.baked()
         if baked:
             raise HostError(
@@ -255,7 +258,12 @@ class Session:
             settings=settings,
             note=f"{report.text} {report.caveat}",
         )
-        return Comparison(plan, images, grid, report, patch.offset)
+        if whole is None:
+            return Comparison(plan, images, grid, report, patch.offset)
+        from lib_dpo.pictures.heard import function_in_host
+
+        kept = function_in_host(self.host, patch, whole, Request("", width=width, height=height), plan.rows, job)
+        return Comparison(plan, images, grid, report, patch.offset, kept, whole.name)
 
     # ---- the live model ----
 
@@ -280,6 +288,17 @@ class Session:
         patch = self.patch(offset, blocks=blocks, rank=rank)
         check_changes(patch.offset, patch.blocks)
         return patch
+
+    def _whole(self, offset: str) -> Patch:
+        """What holds all of the offset that a file was made from. Raises NotFoundError."""
+        entry = self.library.whole(offset)
+        if entry is None:
+            raise NotFoundError(
+                f"how much of the function {offset} keeps is measured against the whole offset: an offset file or an exact "
+                "LoRA of the same base and reference. None is in the lists, or this file is one itself; write one on the page "
+                "Extract, or leave the measure out"
+            )
+        return self.patch(entry.name)
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
         """Of the pictures to make; what the loaded model was made for in the place of 0."""

@@ -150,6 +150,11 @@ class A1111Live:
             "te": checksums.digest({key: tensor for key, tensor in clean.items() if key.startswith(_TEXT_ENCODERS)}),
         }
 
+    def unet(self) -> nn.Module:
+        _refuse_other_unet()
+        module: nn.Module = _needed_model().model.diffusion_model
+        return module
+
     def matched_keys(self, lora: Path) -> tuple[int, int]:
         _needed_model()  # its loader would load one
         modules = builtin_lora.matched_modules(_networks(), lora)

@@ -215,6 +215,10 @@ class ForgeLive:
         original = loaded_engine().forge_objects_original
         return fingerprint_of(Patchers(original.unet, original.clip), Steps(0, None))
 
+    def unet(self) -> torch.nn.Module:
+        module: torch.nn.Module = loaded_engine().forge_objects_original.unet.model.diffusion_model
+        return module
+
     def matched_keys(self, lora: Path) -> tuple[int, int]:
         original, host = loaded_engine().forge_objects_original, lora_module()
         names = dict(host.model_lora_keys_unet(original.unet.model, {}))
