@@ -109,6 +109,53 @@ document.addEventListener("pointermove", (event) => {
     wipe.style.setProperty("--dpo-at", `${at}%`);
 });
 
+// A cell of a comparison, large: over the untouched picture of its row, which is the first; both are zoomed alike.
+document.addEventListener("click", (event) => {
+    const cell = event.target.closest && event.target.closest(".dpo-cell");
+    if (cell) dpoEnlarge(cell);
+});
+
+function dpoEnlarge(cell) {
+    const after = cell.querySelector("img");
+    const before = cell.closest("tr").querySelector("img");
+    const large = document.createElement("dialog");
+    const wipe = document.createElement("div");
+    const range = Object.assign(document.createElement("input"), {type: "range", min: 0, max: 100, value: before === after ? 0 : 50});
+    large.className = "dpo-large";
+    large.setAttribute("aria-label", after.alt);
+    wipe.className = "dpo-wipe";
+    wipe.style.setProperty("--dpo-at", `${range.value}%`);
+    range.setAttribute("aria-label", "Line between before, left, and after, right");
+    wipe.append(before.cloneNode(), after.cloneNode(), range);
+    const head = document.createElement("header");
+    const words = Object.assign(document.createElement("p"), {textContent: after.alt});
+    let times = 1;
+    const fit = () => {
+        const room = Math.min(0.9 * innerWidth / after.naturalWidth, 0.8 * innerHeight / after.naturalHeight);
+        wipe.style.width = `${times * Math.max(room, 0.1) * after.naturalWidth}px`;
+        wipe.style.maxWidth = "none";
+    };
+    const button = (text, press) => {
+        const made = Object.assign(document.createElement("button"), {type: "button", textContent: text});
+        made.addEventListener("click", press);
+        return made;
+    };
+    const zoom = button("Zoom ×2", () => {
+        times = times === 4 ? 1 : 2 * times;
+        zoom.textContent = times === 4 ? "Whole picture" : `Zoom ×${2 * times}`;
+        fit();
+    });
+    head.append(words, zoom, button("Close", () => large.close()));
+    large.append(head, wipe);
+    large.addEventListener("close", () => {
+        large.remove();
+        cell.focus();
+    });
+    dpoElement("dpo_tab").append(large);
+    fit();
+    large.showModal();
+}
+
 // ---- take over what txt2img has ----
 
 function dpoField(id, selector, parse) {

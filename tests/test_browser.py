@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lib_dpo.webui.tab import compare
+from lib_dpo.webui.tab import comparison
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
 ROOT = Path(__file__).parent.parent
@@ -68,14 +68,14 @@ def line(page: Any) -> float:
 
 
 def test_the_line_opens_where_the_pair_differs_most(page: Any, pair: tuple[Image.Image, Image.Image]):
-    show(page, compare.wipe_html(*pair, "strength 1"))
+    show(page, comparison.wipe_html(*pair, "strength 1"))
     assert 40 / 256 < line(page) < 80 / 256
-    show(page, compare.wipe_html(pair[0], pair[0], "strength 1"))
+    show(page, comparison.wipe_html(pair[0], pair[0], "strength 1"))
     assert line(page) == pytest.approx(0.5, abs=0.01)
 
 
 def test_the_line_follows_mouse_and_arrow_keys(page: Any, pair: tuple[Image.Image, Image.Image]):
-    show(page, compare.wipe_html(*pair, "strength 1"))
+    show(page, comparison.wipe_html(*pair, "strength 1"))
     box = page.locator(".dpo-wipe").bounding_box()
     for share in (0.75, 0.1, 0.99):
         page.mouse.move(box["x"] + share * box["width"], box["y"] + 0.5 * box["height"])  # no button is pressed

@@ -22,6 +22,7 @@ from lib_dpo.pictures.function import FunctionReport, function_kept
 from lib_dpo.pictures.heard import function_in_host
 from lib_dpo.settings import ExtractSettings, RankPolicy
 from lib_dpo.toy.bundled import BASE, CLIP, FOLDER, REFERENCE
+from lib_dpo.webui.comparing import Asked, compare
 from lib_dpo.webui.session import Session
 
 pytestmark = pytest.mark.newest
@@ -124,9 +125,9 @@ def test_a_comparison_finds_the_whole_offset_by_itself(host: Standalone, models:
     session = Session(host)
     asked: dict[str, Any] = {"prompts": PROMPTS, "strengths": "1", "width": 64, "height": 64, "sampler": "DDIM"}
     asked["function"] = True
-    found = session.jobs.run("compare", lambda job: session.compare(job, offset="rank2", **asked))
+    found = session.jobs.run("compare", lambda job: compare(session, job, Asked(offset="rank2", **asked)))
     assert found.function is not None
     assert 0.2 < found.function.kept < 0.9
     assert found.whole == "offset"
     with pytest.raises(NotFoundError, match="or this file is one itself"):
-        session.jobs.run("compare", lambda job: session.compare(job, offset="offset", **asked))
+        session.jobs.run("compare", lambda job: compare(session, job, Asked(offset="offset", **asked)))

@@ -26,6 +26,7 @@ from lib_dpo.errors import (
 from lib_dpo.families.keymap import UNET
 from lib_dpo.hosts.base import FileEntry
 from lib_dpo.settings import ExtractSettings, RankPolicy
+from lib_dpo.webui.comparing import Asked, compare
 from lib_dpo.webui.session import Session
 
 
@@ -325,9 +326,9 @@ def test_compare_checks_its_numbers_first(session: Session):
     ):  # fmt: skip
         arguments = {"offset": "dpo", "prompts": ["a"], "width": 64, "height": 64} | options
         with pytest.raises(SettingError, match=message):
-            session.jobs.run("compare", lambda job, a=arguments: session.compare(job, **a))
+            session.jobs.run("compare", lambda job, a=arguments: compare(session, job, Asked(**a)))
     odd = {"offset": "dpo", "prompts": ["a \ud800 b"], "negative": "\udfff", "width": 64, "height": 64, "strengths": "1"}
-    found = session.jobs.run("compare", lambda job: session.compare(job, **odd))
+    found = session.jobs.run("compare", lambda job: compare(session, job, Asked(**odd)))
     assert found.grid.png()
 
 
@@ -342,7 +343,8 @@ def test_pictures_are_of_the_size_that_the_model_was_made_for(session: Session, 
         if sidecar is not None:
             yaml.write_text(sidecar)
         extract(session)
-        found = session.jobs.run("compare", lambda job: session.compare(job, offset="dpo", prompts=["a"], strengths="1"))
+        asked = Asked(offset="dpo", prompts=["a"], strengths="1")
+        found = session.jobs.run("compare", lambda job: compare(session, job, asked))
     finally:
         yaml.unlink(missing_ok=True)
     assert {image.size for image in found.images.values()} == {(side, side)}

@@ -22,6 +22,7 @@ from lib_dpo.hosts.base import Request
 from lib_dpo.hosts.pipeline import made_for, open_pipeline
 from lib_dpo.hosts.standalone import SAMPLERS, Standalone, StandaloneLive
 from lib_dpo.offsets.patch import open_patch
+from lib_dpo.webui import comparing
 from lib_dpo.webui.session import Session
 
 pytestmark = [
@@ -187,8 +188,8 @@ def test_a_bake_draws_what_the_saved_checkpoint_draws(host: Standalone, models: 
 
 def test_compare_makes_a_grid(host: Standalone):
     session = Session(host)
-    found = session.jobs.run("compare", lambda job: session.compare(
-        job, offset="dpo", prompts=["a b"], seeds="1", strengths="1", steps=1, width=64, height=64))  # fmt: skip
+    found = session.jobs.run("compare", lambda job: comparing.compare(session, job, comparing.Asked(
+        offset="dpo", prompts=["a b"], seeds="1", strengths="1", steps=1, width=64, height=64)))  # fmt: skip
     assert len(found.images) == 2
     assert found.report.effects[0].difference > 0
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from lib_dpo.errors import Cancelled
 from lib_dpo.hosts.base import Check, FileEntry
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import bake, build, compare, extract, inspect, lists, markup, parts
+from lib_dpo.webui.tab import bake, build, compare, comparison, extract, inspect, lists, markup, parts
 
 EVIL = "<img src=x onerror=alert(1)>\"'&"
 SETTINGS = (extract.BY_RANK, 4, 0, 80, 50, "auto", "portable", "fp16")
@@ -119,7 +119,7 @@ def test_every_button_hands_over_what_its_action_takes(session: Session, monkeyp
 
     monkeypatch.setattr(parts, "start", record)
     build(session)
-    assert len(started) == 9
+    assert len(started) == 10
     for elem_id, (function, inputs, outputs) in started.items():
         signatures.signature(function).bind(None, *inputs)
         assert outputs[0].elem_id.endswith("_result"), elem_id
@@ -488,7 +488,7 @@ def test_what_of_a_lora_counts_once_or_has_no_place_is_said_wherever_it_is_used(
         "3 keys say again what others say, and count once",
         "The text encoder&#x27;s part is missing or incomplete: 2 keys",
     )
-    html = run(with_lora, compare.compare, "odd", "1", "a cat", "", "1", 4, 7, "", 64, 64, "", outputs=6)[0]
+    html = run(with_lora, compare.compare, "odd", "1", "a cat", "", "1", 4, 7, "", 64, 64, "", outputs=9)[0]
     for said in (
         html,
         bake.foresee(with_lora, "odd", ""),
@@ -528,11 +528,12 @@ def test_save_as_checkpoint(with_lora: Session, host: FakeHost):
 
 
 def compared(session: Session) -> list[Any]:
-    return run(session, compare.compare, "mine", "0.5, 1", "a cat\n\na dog", "", "1, 2", 4, 7, "", 64, 64, "", outputs=6)
+    return run(session, compare.compare, "mine", "0.5, 1", "a cat\n\na dog", "", "1, 2", 4, 7, "", 64, 64, "", outputs=9)
 
 
 def test_compare_shows_grid_verdict_and_a_pair(with_lora: Session):
-    html, grid, pair, wipe, where, made, _ = compared(with_lora)
+    html, cells, grid, _, pair, wipe, where, made, *_ = compared(with_lora)
+    assert cells.count("<img ") == 3 * 4
     assert "strength 0.5" in html
     assert grid["value"].width > 3 * 64
     assert grid["value"].info["parameters"].startswith("a cat")
@@ -547,7 +548,7 @@ def test_compare_shows_grid_verdict_and_a_pair(with_lora: Session):
 
 
 def test_pictures_that_are_gone_are_said(with_lora: Session):
-    for made, label in ((None, "1. x"), (compared(with_lora)[5], "nothing")):
+    for made, label in ((None, "1. x"), (compared(with_lora)[7], "nothing")):
         html, where = compare.look(with_lora, made, label)
         assert "compare again" in html
         assert where["visible"] is False
@@ -555,7 +556,7 @@ def test_pictures_that_are_gone_are_said(with_lora: Session):
 
 def test_where_no_picture_can_be_shown_nothing_is_drawn(with_lora: Session, host: FakeHost):
     """Gradio itself would say "Error", after all of the work."""
-    made = compared(with_lora)[5]
+    made = compared(with_lora)[7]
     host.no_pictures, drawn = "No picture could be shown: disk full", list(host.told)
     assert host.no_pictures in compared(with_lora)[0]
     html, plot, _ = run(with_lora, extract.analyse, parts.LOADED, "dpo-sd1", True, outputs=2)
@@ -625,7 +626,7 @@ def test_names_and_metadata_never_become_elements(with_lora: Session, host: Fake
         *run(with_lora, bake.bake, name, 1.0, "")[:2],
         run(with_lora, inspect.what_is, name)[0],
         run(with_lora, extract.analyse, name, name, False)[0],
-        compare.wipe_html(*(2 * [compare_image()]), name),
+        comparison.wipe_html(*(2 * [compare_image()]), name),
     ]
     for html in shown:
         assert tags(html) <= allowed - {"script"}

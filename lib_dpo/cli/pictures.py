@@ -141,6 +141,7 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     from lib_dpo.files.atomic import check_output, write_bytes_atomic
     from lib_dpo.hosts.standalone import Standalone
+    from lib_dpo.webui.comparing import Asked, compare
     from lib_dpo.webui.session import Session
 
     _check_picture(args)
@@ -152,21 +153,21 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     check_not_swapped("--model", model, "--offset", offset)
     host.live.load(model)
     session = Session(host)
+    asked = Asked(
+        offset=str(offset.absolute()),
+        prompts=args.prompt,
+        negative=args.negative,
+        seeds=args.seeds,
+        strengths=args.strengths,
+        blocks=args.blocks,
+        steps=args.steps,
+        cfg_scale=args.cfg,
+        sampler=args.sampler,
+        width=args.width,
+        height=args.height,
+    )
     with tqdm(desc="drawing", unit="picture", disable=None, leave=False) as bar:
-        found = session.compare(
-            _Bar(bar),
-            offset=str(offset.absolute()),
-            prompts=args.prompt,
-            negative=args.negative,
-            seeds=args.seeds,
-            strengths=args.strengths,
-            blocks=args.blocks,
-            steps=args.steps,
-            cfg_scale=args.cfg,
-            sampler=args.sampler,
-            width=args.width,
-            height=args.height,
-        )
+        found = compare(session, _Bar(bar), asked)
     write_bytes_atomic(args.output, found.grid.png())
     files = _write_each(args.each, found, overwrite=args.overwrite) if args.each else []
     return {**found.report.as_json(), "output": str(args.output), "pictures": files}, _text(args.output, found)

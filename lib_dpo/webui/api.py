@@ -32,6 +32,7 @@ from lib_dpo.webui.api_requests import (
     check_body,
     check_names,
 )  # fmt: skip
+from lib_dpo.webui.comparing import Asked, compare
 from lib_dpo.webui.jobs import Record, Work
 from lib_dpo.webui.session import Session
 
@@ -167,13 +168,13 @@ class _Handlers:
 
     def compare(self, req: CompareRequest) -> dict[str, Any]:
         what = ("offset", "prompts", "negative", "seeds", "strengths", "blocks", "rank")
-        options = _fields(req, *what, "steps", "cfg_scale", "sampler", "width", "height", "function")
+        options = _fields(req, *what, "steps", "cfg_scale", "sampler", "width", "height", "beside", "function", "undo")
 
         def work(job: Any) -> dict[str, Any]:
-            found = self._session.compare(job, **options)
+            found = compare(self._session, job, Asked(**options))
             grid = {"grid": base64.b64encode(found.grid.png()).decode(), "infotext": found.grid.infotext}
             kept = {**found.function.as_json(), "function_of": found.whole} if found.function else {}
-            return {**found.report.as_json(), **grid, **kept}
+            return {**found.report.as_json(), "remarks": list(found.remarks), **grid, **kept}
 
         return self._do("compare", work, req.wait)
 

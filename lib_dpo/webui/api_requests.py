@@ -128,6 +128,8 @@ class CompareRequest(Body):
     sampler: str = Field("", description="empty: the host's first")
     width: int = Field(0, description=_SIDE)
     height: int = Field(0, description=_SIDE)
+    beside: str = Field("", description="another offset at the same strengths; empty: none")
+    undo: bool = Field(False, description="take out first what is baked into the model")
     function: bool = Field(False, description="measure how much of the whole offset's effect on the predictions is kept")
     wait: bool = _WAIT
 

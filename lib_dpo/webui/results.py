@@ -91,6 +91,7 @@ class Comparison:
     images: Images
     grid: Grid
     report: EffectReport
-    offset: Offset
+    offsets: tuple[Offset, ...]  # what was compared, and what it was compared beside
+    remarks: tuple[str, ...] = ()  # what is known of the reasons for what is seen
     function: FunctionReport | None = None  # where it was asked for
     whole: str = ""  # the file that holds the whole offset, which `function` was measured against

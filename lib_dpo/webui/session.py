@@ -8,35 +8,32 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib_dpo.errors import DpoError, HostError, MismatchError, NoModelError, NotFoundError, SettingError
+from lib_dpo.errors import DpoError, MismatchError, NoModelError, SettingError
 from lib_dpo.families.arch import ARCHITECTURES, Architecture
 from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.families.model import Model, open_model
 from lib_dpo.files.atomic import check_output
 from lib_dpo.files.checkpoint import sha256_in_background
-from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel, Request
+from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel
 from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.offsets.patch import Patch, check_changes, open_patch
 from lib_dpo.offsets.recipe import Ingredient, baked_in
-from lib_dpo.settings import ExtractSettings, check, one_of, strength_to_bake
+from lib_dpo.settings import ExtractSettings, strength_to_bake
 from lib_dpo.webui.jobs import Jobs
 from lib_dpo.webui.library import Library
-from lib_dpo.webui.results import Analysis, Comparison, Extracted, Status
+from lib_dpo.webui.results import Analysis, Extracted, Status
 
 if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts without it
-    from PIL.Image import Image
-
     from lib_dpo.operations.bake import BakeReport
     from lib_dpo.operations.compat import CompatReport
     from lib_dpo.operations.inspect import Inspection
     from lib_dpo.operations.write_offset import OffsetReport
-    from lib_dpo.pictures.plan import Cell
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +59,7 @@ class Session:
         self._patches: OrderedDict[tuple[Any, ...], Patch] = OrderedDict()
         self._files: dict[tuple[str, int], _File] = {}
         self._lock = threading.Lock()
+        self.pace: float | None = None  # seconds per pixel and step of the pictures that were compared last
 
     @property
     def in_webui(self) -> bool:
@@ -185,7 +183,7 @@ class Session:
 
         strength = strength_to_bake(strength)
         self.host.live.ready()
-        output, patch = self.library.new_checkpoint(name), self._to_add(offset, blocks, rank)
+        output, patch = self.library.new_checkpoint(name), self.to_add(offset, blocks, rank)
         with open_model(self.loaded().path) as target:
             check_output(output, overwrite=overwrite, inputs=(*target.checkpoint.files, *patch.checkpoint.files))
             hashes = [sha256_in_background(target.checkpoint), sha256_in_background(patch.checkpoint)]
@@ -203,67 +201,23 @@ class Session:
         self.host.refresh()
         return report
 
-    # ---- pictures ----
+    # ---- what pictures need ----
 
-    def compare(
-        self, job: Job, *, offset: str, prompts: Sequence[str], negative: str = "", seeds: str = "1",
-        strengths: str = "0.5, 1, 1.5", blocks: str = "", rank: int | None = None, steps: int = 20, cfg_scale: float = 7.0,
-        sampler: str = "", width: int = 0, height: int = 0, function: bool = False,
-    ) -> Comparison:  # fmt: skip
-        """Make prompts x seeds x strengths with the host's own pipeline, the untouched model first.
+    def to_add(self, offset: str, blocks: str, rank: int | None) -> Patch:
+        """As `patch`, of which the blocks leave something."""
+        patch = self.patch(offset, blocks=blocks, rank=rank)
+        check_changes(patch.offset, patch.blocks)
+        return patch
 
-        Args:
-            width, height: in pixels; 0 for what the model was made for.
-            function: measure afterwards how much of the whole offset's effect on the model's predictions the file keeps.
+    def picture_size(self, width: int, height: int) -> tuple[int, int]:
+        """Of the pictures to make; what the loaded model was made for in the place of 0."""
+        from lib_dpo.hosts.pipeline import made_for
 
-        Raises:
-            SettingError: lists that cannot be read, or too many pictures. HostError: something is baked into the model.
-            NotFoundError: no file holds the whole offset, or the one to be measured does itself.
-        """
-        from lib_dpo.pictures.drawing import draw_grid
-        from lib_dpo.pictures.effects import effects
-        from lib_dpo.pictures.plan import Plan, parse_seeds, parse_strengths, run, strength_variants
-
-        self.host.live.ready()
-        width, height = self._size(width, height)
-        for field, value in (("steps", steps), ("cfg", cfg_scale), ("side", width), ("side", height)):
-            check(field, value)
-        if width % 8 or height % 8:
-            raise SettingError(f"pictures of {width}x{height} cannot be made; both numbers must be multiples of 8")
-        prompts, negative = [_sendable(prompt) for prompt in prompts], _sendable(negative)
-        if sampler and sampler not in self.host.samplers():
-            raise SettingError(f"sampler {sampler!r} is unknown; expected one of {one_of(sampler, self.host.samplers())}")
-        plan = Plan(prompts, parse_seeds(seeds), strength_variants(parse_strengths(strengths)), width, height)
-        patch, model = self._to_add(offset, blocks, rank), self.loaded()
-        whole = self._whole(offset) if function else None
-        baked = self.host.live.baked()
-        if baked:
-            raise HostError(
-                f"{baked.offset} is baked into {model.name}, so there is no untouched picture to compare with; undo it first"
-            )
-
-        def make(cell: Cell) -> Image:
-            request = Request(cell.prompt, negative, cell.seed, steps, cfg_scale, sampler, width, height)
-            return self.host.generate(request, patch, cell.variant.value or 0.0).image
-
-        images = run(plan, make, job)
-        report = effects(plan, images)
-        settings = {"Steps": steps, "Sampler": sampler or self.host.samplers()[0], "CFG scale": cfg_scale}
-        settings |= {"Negative prompt": negative} | ({"Blocks": blocks} if blocks else {}) | ({"Rank": rank} if rank else {})
-        grid = draw_grid(
-            plan,
-            images,
-            model=model.path.stem,
-            offset=patch.name,
-            settings=settings,
-            note=f"{report.text} {report.caveat}",
-        )
-        if whole is None:
-            return Comparison(plan, images, grid, report, patch.offset)
-        from lib_dpo.pictures.heard import function_in_host
-
-        kept = function_in_host(self.host, patch, whole, Request("", width=width, height=height), plan.rows, job)
-        return Comparison(plan, images, grid, report, patch.offset, kept, whole.name)
+        if width and height:
+            return width, height
+        with open_model(self.loaded().path) as model:
+            own = made_for(model)
+        return width or own, height or own
 
     # ---- the live model ----
 
@@ -275,40 +229,13 @@ class Session:
         """
         strength = strength_to_bake(strength)
         self.host.live.ready()
-        return self.host.live.bake(self._to_add(offset, blocks, rank), strength, job.progress)
+        return self.host.live.bake(self.to_add(offset, blocks, rank), strength, job.progress)
 
     def unbake(self, job: Job) -> bool:
         """Put the loaded model back as it was, bit for bit; False where nothing was baked."""
         return self.host.live.unbake(job.progress)
 
     # ---- helpers ----
-
-    def _to_add(self, offset: str, blocks: str, rank: int | None) -> Patch:
-        """As `patch`, of which the blocks leave something."""
-        patch = self.patch(offset, blocks=blocks, rank=rank)
-        check_changes(patch.offset, patch.blocks)
-        return patch
-
-    def _whole(self, offset: str) -> Patch:
-        """What holds all of the offset that a file was made from. Raises NotFoundError."""
-        entry = self.library.whole(offset)
-        if entry is None:
-            raise NotFoundError(
-                f"how much of the function {offset} keeps is measured against the whole offset: an offset file or an exact "
-                "LoRA of the same base and reference. None is in the lists, or this file is one itself; write one on the page "
-                "Extract, or leave the measure out"
-            )
-        return self.patch(entry.name)
-
-    def _size(self, width: int, height: int) -> tuple[int, int]:
-        """Of the pictures to make; what the loaded model was made for in the place of 0."""
-        from lib_dpo.hosts.pipeline import made_for
-
-        if width and height:
-            return width, height
-        with open_model(self.loaded().path) as model:
-            own = made_for(model)
-        return width or own, height or own
 
     @contextmanager
     def _pair(self, base: str, reference: str) -> Iterator[Pair]:
@@ -371,8 +298,3 @@ class Session:
     def _fits_loaded(self, architecture: str) -> bool:
         model = self.host.live.loaded()
         return model is not None and self._file(model.path).architecture is ARCHITECTURES[architecture]
-
-
-def _sendable(text: str) -> str:
-    """Text without lone surrogates, which neither PNG nor JSON can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import io
+import random
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from lib_dpo.errors import NotFoundError, SettingError
-from lib_dpo.offsets.lora.unplaced import twin_lines, unplaced_lines
+from lib_dpo.errors import DpoError, NotFoundError, SettingError
 from lib_dpo.settings import FIELDS
+from lib_dpo.webui import comparing
+from lib_dpo.webui.comparing import Asked, forecast
 from lib_dpo.webui.results import Comparison
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import markup, parts
-from lib_dpo.webui.tab.markup import Mood
-from lib_dpo.webui.tab.parts import Tab
+from lib_dpo.webui.tab.comparison import cells_html, report_html, wipe_html
+from lib_dpo.webui.tab.parts import Show, Tab
 from lib_dpo.webui.tab.standing import about
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from lib_dpo.offsets.offset import Offset
-    from lib_dpo.pictures.effects import EffectReport
     from lib_dpo.pictures.plan import Cell
 
-_MOODS: dict[str, Mood] = {"none": "doubt", "subtle": "good", "strong": "good", "broken": "bad"}
-_WORDS = {"none": "No visible effect", "subtle": "A subtle effect", "strong": "A strong effect", "broken": "Too much"}
-_JPEG_QUALITY = 92
+ALONE = "Nothing"  # the choice of no second offset
 _LONGEST = 40  # letters of a prompt in a list
 _HINT = (
     "One picture per prompt, seed and strength, and the untouched model beside them. What you see is what a LoRA or bake of "
@@ -35,7 +31,7 @@ _HINT = (
 
 
 def page(tab: Tab) -> None:
-    """Controls at the left, pictures at the right."""
+    """What to compare at the left, the rest of its settings folded; pictures at the right."""
     import gradio as gr
 
     with parts.page("Compare", "dpo_compare"), gr.Row(elem_classes=["dpo-page"]):
@@ -44,23 +40,32 @@ def page(tab: Tab) -> None:
                 tab, parts.offsets, likely=parts.named_dpo, label="Offset to compare", elem_id="dpo_compare_offset",
                 info="A LoRA or an offset file",
             )  # fmt: skip
+            prompts = gr.Textbox(
+                label="Prompts", lines=3, info="One per line; name several things in each", elem_id="dpo_compare_prompts"
+            )
+            with gr.Row(elem_classes=["dpo-buttons"]):
+                take = gr.Button("Take from txt2img", elem_id="dpo_compare_take", visible=tab.session.in_webui)
+                ready = gr.Button("Ready-made prompts", elem_id="dpo_compare_ready")
             strengths = gr.Textbox(
                 value="0.5, 1, 1.5", label="Strengths", lines=1, max_lines=1, elem_id="dpo_compare_strengths",
                 info="Numbers, or a range such as 0-2 (+0.5)",
             )  # fmt: skip
-            prompts = gr.Textbox(
-                label="Prompts", lines=3, info="One per line; name several things in each", elem_id="dpo_compare_prompts"
-            )
-            negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="dpo_compare_negative")
-            take = gr.Button("Take from txt2img", elem_id="dpo_compare_take", visible=tab.session.in_webui)
-            seeds, *rest = _picture_controls(tab.session)
-            blocks = rest.pop()
+            forecast_line = parts.unsaved(gr.HTML("", elem_id="dpo_compare_forecast"))
             with gr.Row(elem_classes=["dpo-buttons"]):
                 go = gr.Button("Compare", variant="primary", elem_id="dpo_compare_go")
+                undo = gr.Button("Undo and compare", variant="primary", elem_id="dpo_compare_undo", visible=False)
                 parts.interrupt_button(tab, "dpo_compare_interrupt")
+            with gr.Accordion("Seeds, size, and what else to compare", open=False, elem_id="dpo_compare_more"):
+                beside, function = _more(tab)
+                seeds, *rest = _picture_controls(tab.session)
+                negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="dpo_compare_negative")
+                blocks = gr.Textbox(
+                    value="", lines=1, max_lines=1, label="Block weights to compare with", elem_id="dpo_compare_blocks",
+                    info=f"As on the page Bake: {FIELDS['blocks'].help}",
+                )  # fmt: skip
         with gr.Column(elem_classes=["dpo-answers"]):
             place = parts.results(tab, "dpo_compare_result", _HINT, keep=True)
-            grid = parts.picture(label="All pictures", visible=False, elem_id="dpo_compare_grid")
+            cells = parts.unsaved(gr.HTML("", elem_id="dpo_compare_cells"))
             pair = parts.unsaved(
                 gr.Dropdown(
                     choices=[], allow_custom_value=True, label="Before and after", visible=False, elem_id="dpo_compare_pair",
@@ -69,23 +74,50 @@ def page(tab: Tab) -> None:
             )  # fmt: skip
             wipe = parts.unsaved(gr.HTML("", elem_id="dpo_compare_wipe"))
             where = parts.picture(label="Where they differ", visible=False, elem_id="dpo_compare_where")
+            folded = gr.Accordion("All of it as one picture, to save", open=False, visible=False, elem_id="dpo_compare_one")
+            with folded:
+                grid = parts.picture(label="All pictures", elem_id="dpo_compare_grid")
             made = gr.State(None)
     for unsaved in (prompts, negative, seeds, blocks, rest[2]):
         parts.unsaved(unsaved)
     session = tab.session
-    parts.start(
-        tab, go, partial(compare, session), [offset, strengths, prompts, negative, seeds, *rest, blocks],
-        [place, grid, pair, wipe, where, made],
-        about=lambda offset, *_: about(session, session.library.offset(offset), model=True, baked=True),
-    )  # fmt: skip
-    parts.on(pair.input, partial(look, session), [made, pair], [wipe, where], show_progress="hidden")
+    inputs = [offset, strengths, prompts, negative, seeds, *rest, blocks, beside, function]
+    outputs = [place, cells, grid, folded, pair, wipe, where, made, undo]
+    for button, function_of in ((go, compare), (undo, undo_and_compare)):
+        parts.start(
+            tab, button, partial(function_of, session), inputs, outputs,
+            about=lambda offset, *_: about(session, session.library.offset(offset), model=True, baked=True),
+            streams=True,
+        )  # fmt: skip
+    counted = [strengths, prompts, seeds, rest[0], rest[3], rest[4], beside, function]
     taken = [prompts, negative, seeds, *rest]
     own = f"values.slice(0, {len(taken)})"
-    parts.on(take.click, None, taken, taken, js=f"(...values) => window.dpoFromTxt2img ? dpoFromTxt2img({own}) : {own}")
+    js = f"(...values) => window.dpoFromTxt2img ? dpoFromTxt2img({own}) : {own}"
+    made_ready = parts.on(ready.click, ready_made, [], [prompts], **parts.UNASKED)
+    taken_over = parts.on(take.click, None, taken, taken, js=js)
+    for event in (*(each.input for each in counted), made_ready.then, taken_over.then):
+        parts.on(event, partial(told, session), counted, [forecast_line], **parts.UNASKED)
+    parts.on(pair.input, partial(look, session), [made, pair], [wipe, where], show_progress="hidden")
+
+
+def _more(tab: Tab) -> tuple[Any, Any]:
+    """A second offset, and the measure of the function."""
+    import gradio as gr
+
+    beside = parts.file_dropdown(
+        tab, lambda session: [ALONE, *parts.offsets(session)], likely=parts.first, label="Beside it", value=ALONE,
+        elem_id="dpo_compare_beside", info="Another offset at the same strengths, such as the exact one beside a LoRA",
+    )  # fmt: skip
+    function = gr.Checkbox(
+        value=False, label="Measure the function kept", elem_id="dpo_compare_function",
+        info="How much of what the whole offset changes in this model's predictions the LoRA reproduces. Needs an offset file "
+        "or an exact LoRA of the same pair; 30 more steps for each prompt and seed",
+    )  # fmt: skip
+    return beside, function
 
 
 def _picture_controls(session: Session) -> list[Any]:
-    """Seeds, steps, CFG, sampler, width, height, block weights."""
+    """Seeds, steps, CFG, sampler, width, height."""
     import gradio as gr
 
     samplers = session.host.samplers()
@@ -108,11 +140,7 @@ def _picture_controls(session: Session) -> list[Any]:
             )
             for label in ("Width", "Height")
         )  # fmt: skip
-    blocks = gr.Textbox(
-        value="", lines=1, max_lines=1, label="Block weights to compare with", elem_id="dpo_compare_blocks",
-        info=f"As on the page Bake: {FIELDS['blocks'].help}",
-    )  # fmt: skip
-    return [seeds, steps, cfg, sampler, width, height, blocks]
+    return [seeds, steps, cfg, sampler, width, height]
 
 
 # ---- what happens ----
@@ -120,21 +148,25 @@ def _picture_controls(session: Session) -> list[Any]:
 
 def compare(
     session: Session, task: str | None, offset: str, strengths: str, prompts: str, negative: str, seeds: str,
-    steps: float, cfg: float, sampler: str, width: float, height: float, blocks: str,
+    steps: float, cfg: float, sampler: str, width: float, height: float, blocks: str, beside: str = ALONE,
+    function: bool = False, *, undo: bool = False, show: Show = parts.unseen,
 ) -> list[Any]:  # fmt: skip
-    """Make the pictures; verdict, grid, the pair that the verdict suggests, and where it differs."""
+    """Make the pictures, each shown as it comes; verdict, cells, grid, the pair that the verdict suggests, where it differs."""
     numbers = {"steps": steps, "CFG scale": cfg, "width": width, "height": height}
     for name, value in numbers.items():
         if value is None:
             raise SettingError(f"{name}: a number is missing")
     session.host.check_pictures()
+    if session.host.live.baked() and not undo:
+        show(parts.update(), *[parts.update()] * 7, parts.update(visible=True))  # the error says why
+    asked = Asked(
+        offset=offset or "", strengths=strengths or "", prompts=(prompts or "").splitlines(), negative=negative or "",
+        seeds=str(seeds or ""), steps=int(steps), cfg_scale=float(cfg), sampler=sampler or "", width=int(width),
+        height=int(height), blocks=blocks or "", beside=_name(beside), function=bool(function), undo=undo,
+    )  # fmt: skip
     found = session.jobs.run(
         "Compare",
-        lambda job: session.compare(
-            job, offset=offset or "", strengths=strengths or "", prompts=(prompts or "").splitlines(),
-            negative=negative or "", seeds=str(seeds or ""), steps=int(steps), cfg_scale=float(cfg), sampler=sampler or "",
-            width=int(width), height=int(height), blocks=blocks or "",
-        ),
+        lambda job: comparing.compare(session, job, asked, lambda *made: show(parts.update(), cells_html(*made, done=False))),
         task_id=task,
     )  # fmt: skip
     labels = _labels(found)
@@ -145,13 +177,47 @@ def compare(
     grid.info["parameters"] = found.grid.infotext  # the WebUI writes it into the file that the page shows
     wipe, where = look(session, found, start)
     return [
-        _report_html(found.report, found.offset),
-        parts.update(value=grid, visible=True),
+        report_html(found),
+        cells_html(found.plan, found.images),
+        parts.update(value=grid),
+        parts.update(visible=True),
         parts.update(choices=list(labels), value=start, visible=True),
         wipe,
         where,
         found,
+        parts.update(visible=False),
     ]
+
+
+def undo_and_compare(session: Session, task: str | None, *values: Any, show: Show = parts.unseen) -> list[Any]:
+    """The same on the model without what is baked into it."""
+    return compare(session, task, *values, undo=True, show=show)
+
+
+def told(
+    session: Session, strengths: str, prompts: str, seeds: str, steps: float, width: float, height: float, beside: str,
+    function: bool,
+) -> str:  # fmt: skip
+    """How many pictures that is, and how long; nothing while the lists are being written."""
+    try:
+        asked = Asked(
+            "offset", (prompts or "").splitlines(), seeds=str(seeds or ""), strengths=strengths or "", steps=int(steps or 0),
+            width=int(width or 0), height=int(height or 0), beside=_name(beside), function=bool(function),
+        )  # fmt: skip
+        return markup.note(f"{forecast(session, asked)}.")
+    except DpoError as error:
+        return markup.note(error) if (prompts or "").strip() else ""
+
+
+def ready_made() -> str:
+    """A few prompts of different kinds, other ones each time."""
+    from lib_dpo.pictures.function import PROMPTS
+
+    return "\n".join(random.sample(PROMPTS, 3))
+
+
+def _name(beside: str | None) -> str:
+    return "" if not beside or beside == ALONE else beside
 
 
 def look(session: Session, found: Comparison | None, label: str | None) -> list[Any]:
@@ -181,51 +247,6 @@ def _pair(found: Comparison, cell: Cell) -> tuple[Image, Image]:
     from lib_dpo.pictures.plan import UNTOUCHED, Cell
 
     return found.images[Cell(cell.prompt, cell.seed, UNTOUCHED)], found.images[cell]
-
-
-# ---- in words and pictures ----
-
-
-def _report_html(report: EffectReport, offset: Offset) -> str:
-    rows = [
-        (
-            f"{effect.variant.label}{' ← start here' if effect.variant == report.suggested else ''}",
-            effect.text,
-            f"{effect.difference:.1f}",
-            f"{effect.least:.1f} to {effect.most:.1f}",
-            f"{100 * effect.structure:.0f} %",
-        )
-        for effect in report.effects
-    ]
-    head = ("", "Effect", "Mean difference", "Least to most", "Same structure")
-    caption = "Differences in grey levels of 255, against the untouched model"
-    table = markup.table(head, rows, caption)
-    gaps = markup.sentences(twin_lines(offset.twins) + unplaced_lines(offset.unmatched))
-    body = table + markup.note(report.caveat)
-    return markup.card(_WORDS[report.level], report.text, *gaps, mood=_MOODS[report.level], body=body)
-
-
-def wipe_html(before: Image, after: Image, label: str) -> str:
-    """Two pictures over each other, and a range that moves the line between them: by mouse, finger and arrow keys.
-
-    It opens where they differ most: in the middle there may be nothing to see.
-    """
-    from lib_dpo.pictures.drawing import where_most
-
-    at = round(100 * where_most(before, after))
-    return (
-        f'<div class="dpo-wipe" style="--dpo-at:{at}%"><img src="{_data(before)}" alt="Before: the untouched model">'
-        f'<img src="{_data(after)}" alt="After: {markup.text(label)}">'
-        f'<span class="dpo-tag dpo-left">untouched</span><span class="dpo-tag dpo-right">{markup.text(label)}</span>'
-        f'<input type="range" min="0" max="100" value="{at}" aria-label="Line between before, left, and after, right"></div>'
-        + markup.note("Where they differ:")
-    )
-
-
-def _data(image: Image) -> str:
-    data = io.BytesIO()
-    image.convert("RGB").save(data, format="JPEG", quality=_JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"
 
 
 def _short(prompt: str) -> str:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from lib_dpo.errors import Cancelled, DpoError
@@ -25,6 +28,8 @@ LOADED = "The loaded checkpoint"  # the first choice where a checkpoint is asked
 # For what the page asks by itself. Gradio 3.41 never lets go of a queued event whose page was closed meanwhile, and Reload UI
 # waits for it.
 UNASKED: Mapping[str, Any] = {"show_progress": "hidden", "queue": False}
+
+Show = Callable[..., None]  # puts values into the first outputs of an event that is at work
 
 DARK = "dark"  # what the page says of itself; see `Tab.theme`
 
@@ -182,6 +187,7 @@ def start(
     *,
     about: Callable[..., About],
     writes: bool = False,
+    streams: bool = False,
 ) -> None:
     """Long work at a click.
 
@@ -191,26 +197,30 @@ def start(
         outputs: the first, one of `results`, shows results and errors; the page's progress bar appears above it.
         about: called with the inputs after the work; what the result is true of.
         writes: whether the lists of files are old afterwards.
+        streams: whether the function takes `show`, which puts values into the first outputs while it works.
     """
     place = outputs[0].elem_id
     own = f"values.slice(0, {len(inputs) + 1})"
     themed = 1 + inputs.index(tab.theme) if tab.theme in inputs else -1
     (answers,) = (each.given for each in tab.places if each.component is outputs[0])
 
-    def work(task: str, *values: Any) -> list[Any]:
+    def work(task: str, *values: Any, **options: Any) -> list[Any]:
         kept: list[Given | None] = []
 
         def noted(*arguments: Any) -> list[Any]:
-            found = _listed(function(*arguments))
+            found = _listed(function(*arguments, **options))
             kept.append(given(found[0], lambda: about(*values)))
             return found
 
         shown = guarded(tab.session, noted, len(outputs))(task, *values)
         return [*shown, kept[0] if kept else None]  # none with an error
 
+    def stream(task: str, *values: Any) -> Iterator[list[Any]]:
+        return streamed(partial(work, task, *values), len(outputs) + 2)
+
     event = on(
         button.click,
-        work,
+        stream if streams else work,
         [tab.task, *inputs],
         [*outputs, tab.status, answers],
         # older gradio hands over the outputs' values too
@@ -219,6 +229,31 @@ def start(
     if writes:
         tab.writers.append(event)
     on(event.then, None, [], [], js=f"() => {{ window.dpoEnd && dpoEnd('{place}'); }}")
+
+
+def unseen(*values: Any) -> None:
+    """`show` where nobody looks."""
+
+
+def streamed(work: Callable[..., list[Any]], outputs: int) -> Iterator[list[Any]]:
+    """What work in a thread of its own shows on its way, and then its result: it goes on where the page is closed meanwhile.
+
+    Args:
+        work: takes `show`, to be called with the values of the first outputs.
+    """
+    seen: queue.Queue[tuple[Any, ...] | None] = queue.Queue()
+    done: list[list[Any]] = []
+
+    def run() -> None:
+        try:
+            done.append(work(show=lambda *values: seen.put(values)))
+        finally:
+            seen.put(None)
+
+    threading.Thread(target=run, name="dpo page", daemon=True).start()
+    while (values := seen.get()) is not None:
+        yield [*values, *(update() for _ in range(outputs - len(values)))]
+    yield done[0]
 
 
 def guarded(session: Session, function: Callable[..., Any], outputs: int) -> Callable[..., list[Any]]:
