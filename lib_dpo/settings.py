@@ -81,6 +81,15 @@ _PACKAGE = Path(__file__).resolve().parent
 # models/, javascript/ and style.css lie beside the package in an extension's folder, and in it where pip installed it
 ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent
 BUNDLED_MODEL = ASSETS / "models" / "bundled"  # the small model that ships with the project
+BUNDLED_BASE = "toy-shapes.safetensors"
+BUNDLED_PROMPTS = (
+    "two red circles on the left",
+    "one blue cross at the top",
+    "three green squares",
+    "one yellow triangle on the right",
+    "two purple triangles at the bottom",
+    "three blue circles",
+)  # in the only words that it knows
 
 
 def check(name: str, value: Any) -> None:

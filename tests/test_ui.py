@@ -23,7 +23,7 @@ import torch
 from fake_host import FakeHost
 from safetensors.torch import load_file
 
-from lib_dpo.errors import Cancelled
+from lib_dpo.errors import Cancelled, HostError
 from lib_dpo.hosts.base import Check, FileEntry
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import bake, build, compare, comparison, extract, inspect, lists, markup, parts
@@ -545,6 +545,79 @@ def test_compare_shows_grid_verdict_and_a_pair(with_lora: Session):
     other, _ = compare.look(with_lora, made, pair["choices"][-1])
     assert "strength 1" in other
     assert tags(html) <= {"section", "h4", "span", "p", "div", "table", "caption", "thead", "tbody", "tr", "th", "td"}
+
+
+def test_every_picture_is_shown_as_it_comes(with_lora: Session):
+    shown: list[str] = []
+    values = ("mine", "0.5, 1", "a cat", "", "1, 2", 4, 7, "", 64, 64, "")
+    compare.compare(with_lora, None, *values, show=lambda *found: shown.append(found[1]))
+    assert [html.count("<img ") for html in shown] == list(range(7))
+    assert "Picture 1 of 6" in shown[0]
+    assert all(html.count("dpo-empty") == 6 - n for n, html in enumerate(shown))
+    shown.clear()
+    with pytest.raises(HostError):
+        compare.compare(with_lora, None, "mine", "1", "a cat\nfail", *values[3:], show=lambda *found: shown.append(found[1]))
+    assert shown[-1] == ""  # no half of a table stays
+
+
+def test_what_streams_gives_its_last_word_and_every_one_before(session: Session):
+    def work(show: Any) -> list[Any]:
+        show("half")
+        return ["whole", "rest"]
+
+    assert list(parts.streamed(work, 2)) == [["half", parts.update()], ["whole", "rest"]]
+    events = {row["id"]: row for row in build(session).get_config_file()["dependencies"]}
+    assert sum(bool(row["types"]["generator"]) for row in events.values()) == 2  # compare, and undo and compare
+
+
+def test_two_offsets_side_by_side(with_lora: Session):
+    run(with_lora, extract.write_offset, parts.LOADED, "dpo-sd1", "dense", False)
+    values = ("mine", "0, 1", "a cat", "", "1", 4, 7, "", 64, 64, "")
+    html, cells, *_ = run(with_lora, compare.compare, *values, "dense.safetensors", outputs=9)
+    assert "mine × 1" in html
+    assert "dense × 1" in html
+    assert cells.count("<img ") == 3
+    assert "compared with itself" in run(with_lora, compare.compare, *values, "mine", outputs=9)[0]
+
+
+def test_the_function_kept_is_said_with_what_it_was_measured_against(with_lora: Session):
+    values = ("mine", "1", "a cat\na dog", "", "1", 4, 7, "", 64, 64, "", compare.ALONE, True)
+    assert "write one on the page Extract" in run(with_lora, compare.compare, *values, outputs=9)[0]
+    run(with_lora, extract.write_offset, parts.LOADED, "dpo-sd1", "dense", False)
+    html = run(with_lora, compare.compare, *values, outputs=9)[0]
+    assert "of the function" in html
+    assert "Of what dense changes in this model" in html
+
+
+def test_undo_and_compare_is_offered_where_something_is_baked(with_lora: Session, host: FakeHost):
+    run(with_lora, bake.bake, "mine", 1.0, "")
+    shown: list[tuple[Any, ...]] = []
+    values = ("mine", "1", "a cat", "", "1", 4, 7, "", 64, 64, "")
+    with pytest.raises(HostError, match="undo it first"):
+        compare.compare(with_lora, None, *values, show=lambda *found: shown.append(found))
+    assert shown[0][8]["visible"] is True
+    html, *_, button, _ = run(with_lora, compare.undo_and_compare, *values, outputs=9)
+    assert "dpo-card" in html
+    assert button["visible"] is False
+    assert host.live.baked() is None
+
+
+def test_how_many_pictures_and_how_long_is_said_before(with_lora: Session):
+    asked = ("0.5, 1", "a cat\na dog", "1, 2", 4, 64, 64, compare.ALONE, False)
+    assert "12 pictures" in compare.told(with_lora, *asked)
+    assert "The first ones tell" in compare.told(with_lora, *asked)
+    compared(with_lora)
+    assert "about 0 s" in compare.told(with_lora, *asked)
+    assert "neither a number nor a range" in compare.told(with_lora, "many", *asked[1:])
+    assert compare.told(with_lora, "1", "", *asked[2:]) == ""
+    assert len(compare.ready_made(with_lora).splitlines()) == 3
+
+
+def test_the_effect_is_drawn_over_the_strength(with_lora: Session):
+    html = run(with_lora, compare.compare, "mine", "0.5, 1, 2", "a cat", "", "1", 4, 7, "", 64, 64, "", outputs=9)[0]
+    assert html.count("<circle") == 3
+    assert '<svg class="dpo-effects"' in html
+    assert "<svg" not in compared(with_lora)[0]  # two points are no curve
 
 
 def test_pictures_that_are_gone_are_said(with_lora: Session):

@@ -214,6 +214,9 @@ _SHOWN = 0.995  # share of the pixels that a scale must hold
 _AROUND = 8  # columns that count for one another: within a sixteenth of the width to each side
 
 
+_LEAST_MAP = 256  # pixels: below, a legend is too small to read
+
+
 def difference_map(before: Image, after: Image, *, scale: float | None = None) -> Image:
     """The absolute difference of two pictures, amplified and in colours, above a bar that says what they stand for.
 
@@ -228,7 +231,8 @@ def difference_map(before: Image, after: Image, *, scale: float | None = None) -
     if scale is None:
         scale = difference_scale(levels)
     picture = PilImage.fromarray(_coloured(levels / scale))
-    size = max(10, round(7 + 0.02 * math.sqrt(levels.size)))
+    picture = picture.resize((picture.width * (times := -(-_LEAST_MAP // picture.width)), picture.height * times), resample=0)
+    size = max(12, round(7 + 0.02 * math.sqrt(picture.width * picture.height)))
     width, bar = max(picture.width, 12 * size), max(4, size // 2)
     mean = f"mean {levels.mean(dtype=np.float64):.2g} of 255"
     texts = [_block(text, size, width, 1, colour=_SOFT) for text in ("0", f"{scale:g}{'' if scale >= 255 else ' or more'}")]

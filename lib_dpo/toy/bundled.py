@@ -16,12 +16,12 @@ from lib_dpo.families.model import open_model
 from lib_dpo.hosts.pipeline import open_pipeline
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.offset import Offset
-from lib_dpo.settings import BUNDLED_MODEL
+from lib_dpo.settings import BUNDLED_BASE, BUNDLED_MODEL
 from lib_dpo.toy.generate import GUIDANCE, STEPS, decode, sample
 from lib_dpo.toy.pictures import Pictures, Scene, caption
 
 FOLDER = BUNDLED_MODEL
-BASE = "toy-shapes.safetensors"
+BASE = BUNDLED_BASE
 REFERENCE = "toy-shapes-dpo/unet/diffusion_pytorch_model.safetensors"
 MEASURED = "study.json"  # what the study found on these files
 CLIP = "clip"  # folder of the tokenizer and of the text encoder's configuration

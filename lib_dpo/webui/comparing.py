@@ -70,7 +70,7 @@ def compare(session: Session, job: Job, asked: Asked, tell: Told | None = None) 
     """Make the pictures with the host's own pipeline, the untouched model first.
 
     Args:
-        tell: called after each picture.
+        tell: called before the first picture and after each.
 
     Raises:
         SettingError: lists that cannot be read, or too many pictures. HostError: something is baked into the model.
@@ -95,6 +95,8 @@ def compare(session: Session, job: Job, asked: Asked, tell: Told | None = None) 
     _clean(session, job, asked)
     images: dict[Cell, Image] = {}
     pace = _Pace(plan, asked)
+    if tell:
+        tell(plan, images)
 
     def make(cell: Cell) -> Image:
         request = Request(

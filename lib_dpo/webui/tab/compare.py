@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lib_dpo.errors import DpoError, NotFoundError, SettingError
-from lib_dpo.settings import FIELDS
+from lib_dpo.settings import BUNDLED_BASE, BUNDLED_PROMPTS, FIELDS
 from lib_dpo.webui import comparing
 from lib_dpo.webui.comparing import Asked, forecast
 from lib_dpo.webui.results import Comparison
@@ -93,7 +93,7 @@ def page(tab: Tab) -> None:
     taken = [prompts, negative, seeds, *rest]
     own = f"values.slice(0, {len(taken)})"
     js = f"(...values) => window.dpoFromTxt2img ? dpoFromTxt2img({own}) : {own}"
-    made_ready = parts.on(ready.click, ready_made, [], [prompts], **parts.UNASKED)
+    made_ready = parts.on(ready.click, partial(ready_made, session), [], [prompts], **parts.UNASKED)
     taken_over = parts.on(take.click, None, taken, taken, js=js)
     for event in (*(each.input for each in counted), made_ready.then, taken_over.then):
         parts.on(event, partial(told, session), counted, [forecast_line], **parts.UNASKED)
@@ -164,11 +164,17 @@ def compare(
         seeds=str(seeds or ""), steps=int(steps), cfg_scale=float(cfg), sampler=sampler or "", width=int(width),
         height=int(height), blocks=blocks or "", beside=_name(beside), function=bool(function), undo=undo,
     )  # fmt: skip
-    found = session.jobs.run(
-        "Compare",
-        lambda job: comparing.compare(session, job, asked, lambda *made: show(parts.update(), cells_html(*made, done=False))),
-        task_id=task,
-    )  # fmt: skip
+    try:
+        found = session.jobs.run(
+            "Compare",
+            lambda job: comparing.compare(
+                session, job, asked, lambda *made: show(parts.update(), cells_html(*made, done=False))
+            ),
+            task_id=task,
+        )  # fmt: skip
+    except BaseException:
+        show(parts.update(), "")  # no half of a table stays
+        raise
     labels = _labels(found)
     start = next(
         (label for label, cell in labels.items() if cell.variant == found.report.suggested), next(iter(labels))
@@ -209,11 +215,13 @@ def told(
         return markup.note(error) if (prompts or "").strip() else ""
 
 
-def ready_made() -> str:
-    """A few prompts of different kinds, other ones each time."""
+def ready_made(session: Session) -> str:
+    """A few prompts of different kinds, other ones each time; for the toy model some that it knows."""
     from lib_dpo.pictures.function import PROMPTS
 
-    return "\n".join(random.sample(PROMPTS, 3))
+    loaded = session.host.live.loaded()
+    known = BUNDLED_PROMPTS if loaded and loaded.path.name == BUNDLED_BASE else PROMPTS
+    return "\n".join(random.sample(known, 3))
 
 
 def _name(beside: str | None) -> str:

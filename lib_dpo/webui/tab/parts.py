@@ -216,7 +216,7 @@ def start(
         return [*shown, kept[0] if kept else None]  # none with an error
 
     def stream(task: str, *values: Any) -> Iterator[list[Any]]:
-        return streamed(partial(work, task, *values), len(outputs) + 2)
+        yield from streamed(partial(work, task, *values), len(outputs) + 2)
 
     event = on(
         button.click,
@@ -225,6 +225,7 @@ def start(
         [*outputs, tab.status, answers],
         # older gradio hands over the outputs' values too
         js=f"(...values) => window.dpoStart ? dpoStart('{place}', {own}, {themed}) : {own}",
+        **({"show_progress": "hidden"} if streams else {}),  # what is shown meanwhile says how far it is
     )
     if writes:
         tab.writers.append(event)
