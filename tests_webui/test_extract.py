@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import EXACT, LORA, Report
+from conftest import EXACT, LORA, RANK, Report
 from files import REFERENCE
 from pictures import PROMPT, Offset, distance, known
 from safetensors.torch import load_file, save_file
@@ -58,6 +58,19 @@ def test_an_exact_lora_draws_what_the_offset_file_draws(server: Server, exact: d
         report.measure(f"exact LoRA and offset file at {strength}: largest difference of a pixel", largest, "of 255")
         assert largest <= 8
         assert distance(known(server), one) > 0.1
+
+
+def test_how_much_of_the_function_a_lora_keeps(server: Server, lora: dict, exact: dict, report: Report) -> None:
+    """Measured with the host's own pipeline: nearly all by the exact LoRA, part of it by one of low rank."""
+    server.do("extract", reference=REFERENCE, name="dpo-int8", form="exact", overwrite=True)
+    asked = {"prompts": [PROMPT, "a blue house"], "strengths": "1", "steps": 2, "width": 64, "height": 64, "function": True}
+    found = server.do("compare", offset=LORA, **asked)
+    report.measure(f"function kept by rank {RANK}", round(found["function_kept"], 4), f"of that of {found['function_of']}")
+    assert 0 < found["function_kept"] < 0.98
+    low, high = found["function_interval"]
+    assert low <= found["function_kept"] <= high
+    refused = server.ask("POST", "compare", {"offset": "dpo-int8", **asked})
+    assert "or this file is one itself" in refused.json()["detail"]
 
 
 def _as_differences(path: Path, *, biases: bool) -> dict[str, torch.Tensor]:

@@ -106,6 +106,8 @@ def _compare(tab: Tab) -> None:
     tab.dpo("Compare")
     tab.choose("dpo_compare_offset", LORA)
     tab.fill("dpo_compare_prompts", PROMPT)
+    if not tab.field("dpo_compare_steps").is_visible():
+        tab.page.locator("#dpo_compare_more .label-wrap").first.click()
     for name, value in (("strengths", "1"), ("seeds", "1"), ("steps", "1"), ("width", "64"), ("height", "64")):
         tab.fill(f"dpo_compare_{name}", value)
     tab.click("dpo_compare_go")
@@ -113,8 +115,27 @@ def _compare(tab: Tab) -> None:
 
 def _pictures_are_shown(tab: Tab) -> None:
     tab.until(lambda: tab.page.locator("#dpo_compare_result .dpo-card").count(), "the verdict")
-    for elem_id in ("dpo_compare_grid", "dpo_compare_where"):
+    for elem_id in ("dpo_compare_cells", "dpo_compare_where"):
         tab.page.wait_for_function(f"() => (document.querySelector('#{elem_id} img') || {{}}).naturalWidth > 0")
+
+
+def test_a_cell_opens_large_over_the_untouched_picture(tab: Tab, lora: dict) -> None:
+    _compare(tab)
+    _pictures_are_shown(tab)
+    tab.page.locator("#dpo_compare_cells .dpo-cell").nth(1).click()
+    large = tab.page.locator("dialog.dpo-large")
+    assert large.locator(".dpo-wipe img").count() == 2
+    tab.page.keyboard.press("Escape")
+    tab.until(lambda: large.count() == 0, "the large picture is closed")
+
+
+def test_undo_and_compare_is_offered_where_something_is_baked(tab: Tab, server: Server, lora: dict) -> None:
+    server.do("bake", offset=LORA, strength=1)
+    _compare(tab)
+    tab.wait_for_text("dpo_compare_result", "undo it first")
+    tab.click("dpo_compare_undo")
+    _pictures_are_shown(tab)
+    assert server.get("status")["baked"] is None
 
 
 def test_compare_where_pictures_cannot_be_written(tab: Tab, server: Server, lora: dict) -> None:

@@ -115,6 +115,7 @@ def _compare(page: Any) -> None:
     _choose(page, "dpo_compare_offset", "toy-shapes-dpo-offset")
     _fill(page, "dpo_compare_prompts", PROMPTS)
     _fill(page, "dpo_compare_strengths", "1, 1.5, 2")
+    page.locator("#dpo_compare_more .label-wrap").first.click()
     _fill(page, "dpo_compare_seeds", "1")
     _choose(page, "dpo_compare_sampler", "DDIM")
     _fill(page, "dpo_compare_cfg", "3")
