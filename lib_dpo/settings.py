@@ -51,7 +51,8 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
         ),
         "form": Field(
             "Form",
-            "low-rank: a LoRA of the rank, energy or size asked for; exact: the whole change, a byte for each weight (LoKr)",
+            "low-rank: a LoRA of the rank, energy or size asked for; exact: the UNet's whole change and that of text encoders' "
+            "matrices, a byte a weight (LoKr)",
             str,
             choices=FORMS,
         ),
@@ -236,3 +237,7 @@ class ExtractSettings:
             raise SettingError("an exact LoRA holds the whole change; leave out rank, energy, size_mb and conv_rank")
         if self.form == "exact" and self.precision != "fp16":
             raise SettingError(f"an exact LoRA has its own precision, int8; leave out {self.precision}")
+        if self.form == "exact" and (self.method, self.profile, self.seed) != ("auto", "portable", 0):
+            raise SettingError(
+                "an exact LoRA needs no decomposition and holds what any profile does; leave out method, profile and seed"
+            )

@@ -34,3 +34,10 @@ def test_only_the_component_that_would_be_misread_changes():
     unet = {TO_Q: 64.0, FF: 16.0, CONV: 16.0}  # with the text encoder 64 would be the commonest, in the UNet it is 16
     text = {TEXT: 64.0, TEXT.replace("fc1", "fc2"): 64.0, TEXT_2: 3.0}
     assert readable_alphas(unet | text) == dict.fromkeys(unet, 16.0) | text
+
+
+def test_the_one_alpha_stays_above_what_the_strongest_layer_needs():
+    wanted = {TO_Q: 64.0, TO_K: 2.0, CONV: 64.0}
+    assert readable_alphas(wanted, {TO_Q: 5.0, TO_K: 0.1}) == dict.fromkeys(wanted, 8.0)  # a power of two
+    assert readable_alphas(wanted, {TO_Q: 1.0}) == dict.fromkeys(wanted, 2.0)
+    assert readable_alphas({TO_Q: 4.0, CONV: 4.0}, {TO_Q: 1.0}) == {TO_Q: 4.0, CONV: 4.0}

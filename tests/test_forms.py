@@ -24,6 +24,7 @@ from lib_dpo.maths.int8 import quantised
 from lib_dpo.maths.lowrank import factorise
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.offset import open_pair
+from lib_dpo.operations import forms
 from lib_dpo.operations.bake import bake
 from lib_dpo.operations.extract import ExtractReport, extract
 from lib_dpo.operations.inspect import inspect
@@ -224,8 +225,10 @@ def test_an_exact_lora_holds_the_change_a_byte_for_each_weight(sd1: Files, tmp_p
         for name, delta in weights.items()
     )
     assert 1 - missed / sum(float(delta.square().sum()) for delta in weights.values()) > 0.9998
-    numel = sum(delta.numel() for delta in weights.values())
+    numel = sum(delta.numel() for name, delta in weights.items() if "conv_in" not in name)
     assert sum(lora[key].nbytes for key in lora if key.endswith("lokr_w2")) == numel
+    first = weights.pop("lora_unet_conv_in.weight")  # its own test is below
+    assert lora["lora_unet_conv_in.diff"].shape == first.shape
     for name, delta in weights.items():
         module = name.rpartition(".")[0]
         assert lora[f"{module}.lokr_w2"].shape == delta.shape
@@ -239,11 +242,13 @@ def test_an_exact_lora_holds_the_change_a_byte_for_each_weight(sd1: Files, tmp_p
 def test_a_layer_with_outliers_is_written_in_more_bytes(tmp_path: Path, size: float) -> None:
     files = small_pair(tmp_path / "pair", "sd1")
     tensors = load_file(files[1])
-    tensors["conv_in.weight"].view(-1)[7] += size
+    tensors["mid_block.resnets.0.conv1.weight"].view(-1)[7] += size
     save_file(tensors, files[1])
     report = run(files, tmp_path / "l.safetensors", form="exact")
     lora = load_file(tmp_path / "l.safetensors")
-    delta, found = deltas(files)["lora_unet_conv_in.weight"], lora["lora_unet_conv_in.diff"]
+    delta, found = (
+        each[f"lora_unet_mid_block_resnets_0_conv1.{part}"] for each, part in ((deltas(files), "weight"), (lora, "diff"))
+    )
     assert found.dtype == torch.float16
     torch.testing.assert_close(found.double(), delta, rtol=2**-10, atol=1e-7)
     assert report.wider == 1
@@ -275,6 +280,83 @@ def test_layers_that_need_float32_keep_their_own_numbers(tmp_path: Path) -> None
     assert exact > 20
 
 
+def test_the_first_convolution_is_a_difference_that_hosts_widen_for_inpainting(sd1: Files, tmp_path: Path) -> None:
+    """AUTOMATIC1111 pads a `diff` to nine channels and cannot reshape a LoKr; so does our own reader."""
+    report = run(sd1, tmp_path / "l.safetensors", form="exact")
+    found = load_file(tmp_path / "l.safetensors")["lora_unet_conv_in.diff"]
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double(), deltas(sd1)["lora_unet_conv_in.weight"], rtol=2**-10, atol=1e-7)
+    assert report.wider == 0  # it is no layer that int8 did not do for
+    tensors = load_file(sd1[0])
+    key = f"{UNET}input_blocks.0.0.weight"
+    tensors[key] = torch.cat((tensors[key], torch.ones_like(tensors[key]), torch.ones_like(tensors[key][:, :1])), dim=1)
+    save_file(tensors, tmp_path / "inpainting.safetensors")
+    with open_model(tmp_path / "inpainting.safetensors") as target, open_offset(tmp_path / "l.safetensors") as offset:
+        bake(target, offset, tmp_path / "baked.safetensors")
+    baked = load_file(tmp_path / "baked.safetensors")[key].double()
+    torch.testing.assert_close(baked[:, :4], tensors[key][:, :4].double() + found.double(), rtol=1e-3, atol=1e-6)
+    assert torch.equal(baked[:, 4:], tensors[key][:, 4:].double())
+
+
+def test_out_of_memory_on_a_device_goes_on_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    class Elsewhere:
+        """A delta on a device that has no room."""
+
+        device = torch.device("cuda")
+
+        def cpu(self) -> Tensor:
+            return torch.zeros(2, 2)
+
+    def nearest(layer: Any, delta: Any, row: Any) -> dict[str, Tensor]:
+        tried.append(delta.device.type)
+        if delta.device.type == "cuda":
+            raise RuntimeError("CUDA out of memory")
+        return {}
+
+    monkeypatch.setattr(forms, "_nearest", nearest)
+    monkeypatch.setattr(forms, "release", lambda device: None)
+    exact = object.__new__(forms.Exact)
+    assert exact._quantised(None, Elsewhere(), None) == {}  # type: ignore[arg-type]  # neither is looked at
+    assert tried == ["cuda", "cpu"]
+    monkeypatch.setattr(forms, "is_out_of_memory", lambda error: False)
+    with pytest.raises(RuntimeError):
+        exact._quantised(None, Elsewhere(), None)  # type: ignore[arg-type]  # as above
+
+
+@pytest.mark.parametrize("policy", [{"size_mb": 0.6}, {"energy": 0.4}])
+def test_no_number_and_no_product_leaves_its_format_where_layers_differ_a_thousandfold(
+    tmp_path: Path, policy: dict[str, Any]
+) -> None:
+    """One alpha serves layers of different ranks: the strong ones have the most components and the smallest scale then."""
+    files = small_pair(tmp_path / "pair", "sd1")
+    base, tuned = load_file(files[0]), load_file(files[1])
+    for key in base:
+        name = unet_to_diffusers(ARCHITECTURES["sd1"], key)
+        if name and name.endswith("attn1.to_q.weight"):
+            start = base[key].reshape(tuned[name].shape).to(tuned[name])
+            tuned[name] = start + 1000 * (tuned[name] - start)
+    save_file(tuned, files[1])
+    run(files, tmp_path / "l.safetensors", precision="fp8", **policy)
+    lora = load_file(tmp_path / "l.safetensors")
+    ups = [key for key in lora if key.endswith(".lora_up.weight")]
+    assert len({lora[key].shape[1] for key in ups}) > 2
+    for key in ups:
+        up, down = lora[key].float().flatten(1), lora[key.replace("lora_up", "lora_down")].float().flatten(1)
+        assert float(torch.maximum(up.abs().max(), down.abs().max())) < E4M3_LARGEST
+        assert float((up @ down).norm()) <= 2**15.1  # of which no entry is more
+
+
+def test_a_layer_beyond_fp8_is_refused_and_nothing_is_written(
+    sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "factor_scale", lambda extents: 1e-30)
+    with pytest.raises(SettingError, match="does not fit into fp8; choose the precision fp32"):
+        run(sd1, tmp_path / "l.safetensors", rank=2, precision="fp8")
+    assert not list(tmp_path.iterdir())
+
+
 def test_values_in_int8_are_the_nearest_of_the_best_scale() -> None:
     delta = torch.randn(320, 288, generator=torch.Generator().manual_seed(1)) * 1e-4
     values, scale = quantised(delta)
@@ -295,6 +377,8 @@ def test_values_in_int8_are_the_nearest_of_the_best_scale() -> None:
         ({"rank": 8}, "leave out rank"),
         ({"energy": 0.5}, "leave out rank"),
         ({"precision": "fp8"}, "int8; leave out fp8"),
+        ({"profile": "full"}, "leave out method, profile and seed"),
+        ({"method": "exact"}, "leave out method, profile and seed"),
         ({"form": "exat"}, "form 'exat' is unknown.*did you mean exact"),
     ],
 )

@@ -137,6 +137,9 @@ def test_the_command_gives_both_figures(tmp_path: Path, rank2: Path, capsys: pyt
     ("options", "message"),
     [
         (("--model", FOLDER / BASE), "say --function too"),
+        (("--seeds", "3"), "--seeds: for measuring the function; say --function too"),
+        (("--timesteps", 4, "--prompt", "a"), "--prompt and --timesteps: for"),
+        (("--function", "--seeds", "one"), "is neither a number nor a range"),
         (("--function", "--model", FOLDER / REFERENCE), "expected a whole checkpoint"),
         (("--function", "--timesteps", 0), "timesteps"),
     ],

@@ -162,8 +162,10 @@ def test_full_precision_restores_what_it_changes() -> None:
     try:
         with full_precision():
             assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32  # of convolutions
             assert not torch.is_grad_enabled()
         assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32  # torch's own choice
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -177,6 +179,11 @@ from lib_dpo.maths.precision import full_precision
 with full_precision():
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
 assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+cudnn = torch.backends.cudnn
+cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = "tf32", "ieee"
+with full_precision():
+    assert cudnn.conv.fp32_precision == "ieee"
+assert cudnn.conv.fp32_precision == "tf32"
 """
     subprocess.run([sys.executable, "-c", script], check=True)
 

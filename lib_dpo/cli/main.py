@@ -174,11 +174,10 @@ def _offset(args: argparse.Namespace) -> Result:
 
 
 def _verify(args: argparse.Namespace) -> Result:
-    from lib_dpo.cli.pictures import measure_function
+    from lib_dpo.cli.pictures import check_function, measure_function
     from lib_dpo.cli.text import function_text, verify_text
 
-    if (args.model or args.prompt) and not args.function:
-        raise SettingError("--model and --prompt are for measuring the function; say --function too, or leave them out")
+    check_function(args)
     with _pair(args) as pair:
         lora = input_file(args, args.lora)
         with progress_bar("verifying") as tell:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_dpo.cli.argparse_errors import number
 from lib_dpo.cli.files import check_not_swapped, input_file, input_folder, output_file, output_folder
-from lib_dpo.errors import OutputError
+from lib_dpo.errors import OutputError, SettingError
 from lib_dpo.settings import BUNDLED_MODEL, FIELDS
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 TOKENIZER = BUNDLED_MODEL / "clip"
+_SEEDS = "0"  # where none are given
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -70,9 +71,27 @@ def add_function_arguments(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", metavar="C", help="for --function: a whole checkpoint or diffusers folder (default: the base)")
     own = "for --function: may be given several times (default: a few of our own)"
     sub.add_argument("--prompt", action="append", metavar="TEXT", help=own)
-    sub.add_argument("--seeds", default="0", help="for --function: such as 1, 2 or 100-103")
-    sub.add_argument("--timesteps", type=number(int), default=10, metavar="N", help="for --function: spread evenly")
+    sub.add_argument("--seeds", help="for --function: such as 1, 2 or 100-103 (default: 0)")
+    sub.add_argument("--timesteps", type=number(int), metavar="N", help="for --function: spread evenly (default: 10)")
     _host_arguments(sub)
+
+
+def check_function(args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured before minutes of work. Raises SettingError."""
+    from lib_dpo.pictures.function import check_asked
+    from lib_dpo.pictures.plan import parse_seeds
+
+    given = [name for name in ("model", "prompt", "seeds", "timesteps") if getattr(args, name) is not None]
+    if given and not args.function:
+        options = " and ".join(f"--{name}" for name in given)
+        raise SettingError(f"{options}: for measuring the function; say --function too, or leave them out")
+    check_asked(args.prompt or ("",), parse_seeds(args.seeds or _SEEDS), _timesteps(args))
+
+
+def _timesteps(args: argparse.Namespace) -> int:
+    from lib_dpo.pictures.function import TIMESTEPS
+
+    return TIMESTEPS if args.timesteps is None else int(args.timesteps)
 
 
 def measure_function(args: argparse.Namespace, lora: Path, pair: Sequence[Model]) -> FunctionReport:
@@ -83,7 +102,7 @@ def measure_function(args: argparse.Namespace, lora: Path, pair: Sequence[Model]
     from lib_dpo.pictures.function import PROMPTS, function_kept
     from lib_dpo.pictures.plan import parse_seeds
 
-    seeds = parse_seeds(args.seeds)
+    seeds = parse_seeds(args.seeds or _SEEDS)
     opened = open_pair(*pair)
     with (
         lib_dpo.open_model(input_file(args, args.model or args.base)) as model,
@@ -97,7 +116,7 @@ def measure_function(args: argparse.Namespace, lora: Path, pair: Sequence[Model]
             args.tokenizer,
             prompts=args.prompt or (_toy_prompts() if _is_toy(model.path) else PROMPTS),
             seeds=seeds,
-            timesteps=args.timesteps,
+            timesteps=_timesteps(args),
             device=args.device,
             on_progress=tell,
         )

@@ -18,6 +18,7 @@ from lib_dpo.families.arch import Architecture, TextEncoder
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
+FIRST_CONVOLUTION = UNET + "input_blocks.0.0.weight"  # takes nine channels in an inpainting model
 
 _RESNET = {
     "in_layers.0": "norm1",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 ROUNDING = 0.0015  # of the energy held, that rounding both factors takes at most; 0.0014 was measured, for all spectra
 _TYPICAL = 2.0**-4  # of the numbers in the weakest layer's factors: four times the smallest normal one
-_LARGEST_PRODUCT = 2.0**15  # half of what fp16 holds
+LARGEST_PRODUCT = 2.0**15  # half of what fp16 holds
 _COUNTS = 1e-7  # share of all energy below which a layer has no say
 
 
@@ -42,7 +42,7 @@ def factor_scale(layers: Iterable[Extent]) -> float:
     # a flat spectrum's singular values are norm / sqrt(short side); both factors hold the root of one over all their rows
     weakest = min(x.norm / math.sqrt(min(x.rows, x.columns) * x.rows * x.columns) for x in heard)
     strongest = max(layer.norm for layer in heard)
-    return float(2.0 ** round(math.log2(max(weakest / _TYPICAL**2, strongest / _LARGEST_PRODUCT))))
+    return float(2.0 ** round(math.log2(max(weakest / _TYPICAL**2, strongest / LARGEST_PRODUCT))))
 
 
 def refitted_up(A: Tensor, down: Tensor, scale: float) -> Tensor:

@@ -42,24 +42,45 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No autocast, no TF32 and no autograd inside: hosts switch the first two on."""
+    """No autocast, no TF32, in products and convolutions, and no autograd inside: hosts switch the first two on."""
+    with _products(), _convolutions(), _plain():
+        yield
+
+
+@contextmanager
+def _products() -> Iterator[None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError as error:  # torch 2.9 and later: the host has set fp32_precision, and the two ways do not mix
         logger.debug("%s", error)
-        with _setting(torch.backends.cuda.matmul, "fp32_precision", "ieee"), _plain():
+        with _setting(torch.backends.cuda.matmul, "fp32_precision", "ieee"):
             yield
         return
     torch.set_float32_matmul_precision("highest")
     try:
-        with _plain():
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(before)
 
 
 @contextmanager
-def _setting(owner: object, name: str, value: str) -> Iterator[None]:
+def _convolutions() -> Iterator[None]:
+    """TF32 is torch's own choice for cuDNN's convolutions, whatever the host sets."""
+    cudnn = torch.backends.cudnn
+    try:
+        cudnn.allow_tf32  # noqa: B018  # raises as above
+    except RuntimeError as error:
+        logger.debug("%s", error)
+        convolutions = getattr(cudnn, "conv")  # noqa: B009  # in no stubs
+        with _setting(convolutions, "fp32_precision", "ieee"):
+            yield
+        return
+    with _setting(cudnn, "allow_tf32", False):
+        yield
+
+
+@contextmanager
+def _setting(owner: object, name: str, value: str | bool) -> Iterator[None]:
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:

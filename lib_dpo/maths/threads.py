@@ -18,12 +18,12 @@ Result = TypeVar("Result")
 
 _CPU = torch.device("cpu")
 _AT_ONCE = 8  # layers at most: each needs 120 MB for the largest delta of SDXL, and half as much to work in
-_AHEAD = 4  # results per thread that may wait for a slow one before them: factors, a few MB each
+AHEAD = 4  # results per thread that may wait for a slow one before them: factors, a few MB each
 
 
 @contextmanager
 def side_by_side(
-    work: Callable[[Item], Result], items: Iterable[Item], device: torch.device = _CPU, *, ahead: int = _AHEAD
+    work: Callable[[Item], Result], items: Iterable[Item], device: torch.device = _CPU, *, ahead: int = AHEAD
 ) -> Iterator[Iterator[Result]]:
     """`work` of each item, in the order of the items. On the CPU several items at once, on one thread each.
 

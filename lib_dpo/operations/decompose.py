@@ -117,6 +117,8 @@ class Decomposer:
 
         Overwrites `delta`. Out of memory: done on the CPU.
         """
+        if dtype.itemsize == 1 and delta.device.type == "mps":  # has no float8
+            delta, factors = delta.cpu(), Factors(*(part.cpu() for part in factors))
         least = int(layer.required or dtype.itemsize == 1)  # alphas of fp8 files are written before, and want a pair
         try:
             up, down, scale = _best_rounded(delta, factors, dtype, alpha, least)
@@ -153,7 +155,8 @@ def _best_rounded(
 ) -> tuple[Tensor, Tensor, float]:
     up, down, scale = factors.rounded(dtype, alpha, least=least)
     if dtype.itemsize == 1 and bool((down.float() != 0).any(1).all()):
-        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # not in its stubs; rows that rounding made alike
+        # rows that rounding made alike
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # not in its stubs
             fitted = refitted_up(delta, down, scale)
             if float(fitted.norm()) < 2 * float(up.float().norm()):  # not where they are nearly so
                 up = fitted.to(dtype)

@@ -180,7 +180,7 @@ class _Run:
         ) as self.writer:
             for key, tensor in self.form.first():
                 self._add(key, tensor)
-            with side_by_side(self.form.prepare, self.form.batches(), device) as prepared:
+            with side_by_side(self.form.prepare, self.form.batches(), device, ahead=self.form.ahead) as prepared:
                 for batch in prepared:
                     self._write_batch(batch)
             for key in left_out(self.pair, self.layers, self.components):
@@ -191,7 +191,9 @@ class _Run:
                 raise nothing_changed(self.pair, "UNet", "nothing to extract")
             if not self.written:
                 raise NothingToDoError(
-                    f"{self.pair.file_names[1]} changes nothing that the profile {self.profile} carries; choose "
+                    f"{self.pair.file_names[1]} changes nothing that an exact LoRA carries; write an offset file"
+                    if self._is_exact
+                    else f"{self.pair.file_names[1]} changes nothing that the profile {self.profile} carries; choose "
                     "the profile webui or full, or write an offset file"
                 )
             verdict = self._verdict(encoders)
@@ -219,12 +221,16 @@ class _Run:
         )
 
     @property
+    def _is_exact(self) -> bool:
+        return self.settings.form == "exact"
+
+    @property
     def _precision(self) -> str:
-        return "int8" if self.settings.form == "exact" else self.settings.precision
+        return "int8" if self._is_exact else self.settings.precision
 
     @property
     def _policy(self) -> str:
-        return "exact" if self.settings.form == "exact" else str(self.settings.policy)
+        return "exact" if self._is_exact else str(self.settings.policy)
 
     def _write_batch(self, batch: Sequence[Prepared]) -> None:
         for prepared in batch:
@@ -250,7 +256,7 @@ class _Run:
             delta, row = measure(self.pair, key)
             rounded = delta.to(self.form.whole_dtype)
             row.residual = energy(delta - rounded.float())
-            check_fits(layer, row.residual, self.settings.precision)
+            check_fits(layer, row.residual, "fp16" if self._is_exact else self.settings.precision, self.form.advice)
             rows.append(row)
             tensors.append(rounded)
             self.tally.add(key, row)

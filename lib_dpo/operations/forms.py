@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from lib_dpo.errors import SettingError
-from lib_dpo.maths.devices import batch_size
-from lib_dpo.maths.fp8 import Extent, factor_scale
+from lib_dpo.families.keymap import FIRST_CONVOLUTION
+from lib_dpo.maths.devices import batch_size, is_out_of_memory, release
+from lib_dpo.maths.fp8 import LARGEST_PRODUCT, Extent, factor_scale
 from lib_dpo.maths.int8 import quantised
 from lib_dpo.maths.lowrank import Factors, energy
 from lib_dpo.maths.precision import dtype_of
-from lib_dpo.maths.threads import Scratch, side_by_side
+from lib_dpo.maths.threads import AHEAD, Scratch, side_by_side
 from lib_dpo.offsets.layers import Layer
 from lib_dpo.offsets.lora.alphas import encoder_of, readable_alphas
 from lib_dpo.offsets.offset import Pair
@@ -47,6 +48,8 @@ class Form(ABC):
     """How the matrices of a plan are written. Norms and dense layers are written whole, in `whole_dtype`."""
 
     whole_dtype: torch.dtype
+    ahead = AHEAD  # prepared batches per thread that may wait to be written
+    advice = "choose the precision fp32"  # where a number does not fit
 
     def __init__(self, layers: Sequence[Layer], decomposer: Decomposer) -> None:
         self._layers, self._decomposer = layers, decomposer
@@ -114,7 +117,8 @@ class LowRank(Form):
         ranks = {layer.module.name: self._rank(layer) for layer in pairs}
         extents = self._extents(steps) if self._is_fp8 else {}
         self._changed = {name for name, extent in extents.items() if extent.norm}
-        alphas = readable_alphas({name: rank * scale for name, rank, scale in _scaled(ranks, extents) if rank})
+        least = {name: extents[name].norm * rank / LARGEST_PRODUCT for name, rank in ranks.items()} if extents else {}
+        alphas = readable_alphas({name: rank * scale for name, rank, scale in _scaled(ranks, extents) if rank}, least)
         self._alphas = {name: alphas.get(name, 1.0) for name in ranks}
 
     def first(self) -> Iterator[tuple[str, Tensor]]:
@@ -193,7 +197,7 @@ class LowRank(Form):
             return Prepared(layer, rows)
         alpha = self._alphas[layer.module.name]
         up, down, row.residual = self._decomposer.round_(layer, delta, factors, self._dtype, alpha)
-        check_fits(layer, row.residual, self._settings.precision)
+        check_fits(layer, row.residual, self._settings.precision, self.advice)
         rank = up.shape[1]
         if not rank:
             return Prepared(layer, rows)
@@ -212,11 +216,14 @@ class Exact(Form):
     Where int8 misses too much, because a few values are far larger than the others, it is a `diff` in fp16 or float32. The
     others count by their mean size (a normal distribution has pi/2 times the square of that as variance): where an outlier
     holds most of the energy, energy alone would let all the others go.
+    So is the first convolution, always: hosts widen a `diff` for the nine channels of an inpainting model, and no LoKr.
     Stock loaders multiply the two factors in float32. Biases go beside as `diff_b`, which the Forge family and ComfyUI add and
     AUTOMATIC1111 passes over: about 0.03 % of the change.
     """
 
     whole_dtype = torch.float16
+    ahead = 1  # they are whole layers
+    advice = "write an offset file"
 
     def __init__(self, pair: Pair, layers: Sequence[Layer], decomposer: Decomposer) -> None:
         super().__init__(layers, decomposer)
@@ -230,7 +237,7 @@ class Exact(Form):
         return [self._whole(layer, batch) for layer in batch]
 
     def count(self, prepared: Prepared) -> None:
-        self.wider += "diff" in prepared.tensors
+        self.wider += "diff" in prepared.tensors and not _is_first(prepared.layer)
 
     def dims(self, *, wide_convolutions: bool) -> tuple[str, str]:
         return "Dynamic", "Dynamic"
@@ -250,31 +257,48 @@ class Exact(Form):
             if of_bias.offset:
                 rounded = bias.to(self.whole_dtype)
                 of_bias.residual = energy(bias - rounded.float())
-                check_fits(layer, of_bias.residual, "fp16")
+                check_fits(layer, of_bias.residual, "fp16", self.advice)
                 tensors["diff_b"] = rounded
         return Prepared(layer, rows, tensors)
 
     def _quantised(self, layer: Layer, delta: Tensor, row: Row) -> dict[str, Tensor]:
-        """The tensors of a matrix; what they miss goes into its figures."""
-        most = _MOST_MISSED * min(row.offset, delta.numel() * math.pi / 2 * float(delta.abs().mean()) ** 2)
+        """The tensors of a matrix; what they miss goes into its figures. On the CPU where the device's memory does not do."""
+        try:
+            return _nearest(layer, delta, row)
+        except RuntimeError as error:
+            if delta.device.type == "cpu" or not is_out_of_memory(error):
+                raise
+        release(delta.device)
+        return _nearest(layer, delta.cpu(), row)
+
+
+def _nearest(layer: Layer, delta: Tensor, row: Row) -> dict[str, Tensor]:
+    """int8 values and their scale, or the whole change in as few bytes as hold it; takes the memory of delta once more."""
+    most = _MOST_MISSED * min(row.offset, delta.numel() * math.pi / 2 * float(delta.abs().mean()) ** 2)
+    if not _is_first(layer):
         values, scale = quantised(delta)
-        row.residual = energy(delta - values * scale)
+        row.residual = energy((values * scale).sub_(delta))
         if row.residual <= most:
             first = torch.tensor(scale, dtype=torch.float32).reshape(1, 1)
             return {"lokr_w1": first, "lokr_w2": values.reshape(layer.shape)}
-        for dtype in (torch.float16, torch.float32):
-            whole = delta.to(dtype, copy=True)  # float32 too: the memory of the delta is used again
-            row.residual = energy(delta - whole.float())
-            if row.residual <= most:
-                break
-        check_fits(layer, row.residual, "float32")
-        return {"diff": whole.reshape(layer.shape)}
+        del values
+    for dtype in (torch.float16, torch.float32):
+        whole = delta.to(dtype, copy=True)  # float32 too: the memory of the delta is used again
+        row.residual = energy(whole.to(torch.float32, copy=True).sub_(delta))
+        if row.residual <= most:
+            break
+    check_fits(layer, row.residual, "float32", Exact.advice)
+    return {"diff": whole.reshape(layer.shape)}
 
 
-def check_fits(layer: Layer, residual: float, precision: str) -> None:
+def _is_first(layer: Layer) -> bool:
+    return layer.module.key == FIRST_CONVOLUTION
+
+
+def check_fits(layer: Layer, residual: float, precision: str, advice: str) -> None:
     """Refuse numbers that a precision does not hold. Raises SettingError."""
     if not residual < float("inf"):  # NaN too
-        raise SettingError(f"{layer.module.name} does not fit into {precision}; choose the precision fp32")
+        raise SettingError(f"{layer.module.name} does not fit into {precision}; {advice}")
 
 
 def _scaled(ranks: Mapping[str, int], extents: Mapping[str, Extent]) -> Iterator[tuple[str, int, float]]:

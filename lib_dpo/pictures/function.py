@@ -98,8 +98,7 @@ def function_kept(
         BadTensorError: a tensor of the file that does not fit. SettingError: no prompt, no seed or no timestep.
         NothingToDoError: tuned predicts what base does. MissingExtraError: diffusers is not installed.
     """
-    if not prompts or not seeds or not 1 <= timesteps <= _TIMES:
-        raise SettingError(f"function needs a prompt, a seed and 1 to {_TIMES} timesteps; give at least one of each")
+    check_asked(prompts, seeds, timesteps)
     _check_fits(offset, pair, model)
     place = resolve_device(device)
     with memory_in_words(f"opening {model.path.name}", "close other programs, or choose the device cpu"):
@@ -119,10 +118,16 @@ def function_kept(
     missed, change = run.squares(file, tuned), run.squares(base, tuned)
     if not change.sum():
         raise nothing_changed(pair, "UNets", "there is no function to keep")
-    whole = sum(float(each.double().square().sum()) for each in base)
+    whole = sum(float(each.cpu().double().square().sum()) for each in base)
     return report_of(
         missed, change, whole, model=model.path.name, prompts=tuple(prompts), seeds=tuple(seeds), timesteps=timesteps
     )
+
+
+def check_asked(prompts: Sequence[str], seeds: Sequence[int], timesteps: int) -> None:
+    """Refuse what nothing can be measured with. Raises SettingError."""
+    if not prompts or not seeds or not 1 <= timesteps <= _TIMES:
+        raise SettingError(f"function needs a prompt, a seed and 1 to {_TIMES} timesteps; give at least one of each")
 
 
 def report_of(missed: Sums, change: Sums, whole: float, **measured: Any) -> FunctionReport:
@@ -240,7 +245,7 @@ class _Run:
         """||ours - theirs||^2 by prompt, summed over seeds and timesteps."""
         sums = np.zeros(self._count)
         for (batch, *_), one, other in zip(self._seen, ours, theirs, strict=True):
-            np.add.at(sums, list(batch.prompts), (one - other).double().square().flatten(1).sum(1).cpu().numpy())
+            np.add.at(sums, list(batch.prompts), (one - other).cpu().double().square().flatten(1).sum(1).numpy())
         return sums
 
     @property

@@ -9,6 +9,7 @@ times too much or too little there.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ _TEXT_ENCODER = re.compile(r"(lora|lycoris)_te\d?(?=_)|text_encoder(_2)?(?=\.)")
 _FARTHEST = 256  # times smaller than the commonest, below which an alpha does not become that of others
 
 
-def readable_alphas(wanted: Mapping[str, float]) -> dict[str, float]:
+def readable_alphas(wanted: Mapping[str, float], least: Mapping[str, float] | None = None) -> dict[str, float]:
     """Alphas by module: those wanted where every program reads them, else one for all of that UNet or text encoder.
 
     The factors have to carry what the alpha does not: see `Factors.rounded`. The one alpha is the smallest above 0 that is no
@@ -26,11 +27,16 @@ def readable_alphas(wanted: Mapping[str, float]) -> dict[str, float]:
 
     Args:
         wanted: alphas by the module's name as it is in the file; kohya's, since PEFT's files have none.
+        least: by module, below which its factors would hold larger numbers than they can; the one alpha stays above all.
     """
+    least = least or {}
     components: dict[str, dict[str, float]] = {}
     for name, alpha in wanted.items():
         components.setdefault(encoder_of(name), {})[name] = alpha
-    found = {name: alpha for place, alphas in components.items() for name, alpha in _readable(alphas, place).items()}
+    found: dict[str, float] = {}
+    for place, alphas in components.items():
+        floor = max((least.get(name, 0.0) for name in alphas), default=0.0)
+        found |= _readable(alphas, place, 2.0 ** math.ceil(math.log2(floor)) if floor else 0.0)
     return {name: found[name] for name in wanted}
 
 
@@ -40,7 +46,7 @@ def encoder_of(module: str) -> str:
     return encoder[0] if encoder else ""
 
 
-def _readable(alphas: Mapping[str, float], encoder: str) -> dict[str, float]:
+def _readable(alphas: Mapping[str, float], encoder: str, floor: float) -> dict[str, float]:
     read_as_the_commonest = {alpha for name, alpha in alphas.items() if encoder or "attn" in name}
     counts = Counter(alphas.values()).most_common(2)
     commonest = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None
@@ -48,4 +54,5 @@ def _readable(alphas: Mapping[str, float], encoder: str) -> dict[str, float]:
         return dict(alphas)
     positive = [alpha for alpha in alphas.values() if alpha > 0]
     middle = Counter(positive).most_common(1)[0][0] if positive else 1.0
-    return dict.fromkeys(alphas, min((alpha for alpha in positive if alpha * _FARTHEST >= middle), default=1.0))
+    smallest = min((alpha for alpha in positive if alpha * _FARTHEST >= middle), default=1.0)
+    return dict.fromkeys(alphas, max(smallest, floor))

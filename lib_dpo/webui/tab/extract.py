@@ -112,8 +112,10 @@ def _size_controls(tab: Tab) -> list[Any]:
         visible=False, elem_id="dpo_extract_energy",
     )  # fmt: skip
     exact = gr.HTML(
-        markup.note("All of the change, a byte for each weight: 0.86 GB for SD 1.5, 2.6 GB for SDXL. A LoRA (LoKr) for prompts "
-                    "in WebUIs and ComfyUI; diffusers cannot read it."),
+        markup.note("All of the UNet's change, a byte for each weight: 0.86 GB for SD 1.5, 2.6 GB for SDXL. Where text "
+                    "encoders changed, their matrices too, which makes it larger; their norms and embeddings are left out and said. A "
+                    "LoRA (LoKr) for prompts in WebUIs and ComfyUI; diffusers cannot read it. Profile, method and precision do "
+                    "not matter for it."),
         visible=False, elem_id="dpo_extract_exact",
     )  # fmt: skip
     shown = {rank: BY_RANK, conv_rank: BY_RANK, size: BY_SIZE, energy: BY_ENERGY, exact: EXACT}
@@ -158,9 +160,9 @@ def extract(
 ) -> str:  # fmt: skip
     """Write the LoRA; its result card."""
     policy = _policy(by, rank, conv_rank, size, energy)
-    form = "exact" if by == EXACT else "low-rank"
-    precision = ExtractSettings.precision if by == EXACT else precision  # it has its own
-    settings = ExtractSettings(policy, method=method, profile=profile, precision=precision, form=form)
+    settings = ExtractSettings(form="exact")
+    if by != EXACT:
+        settings = ExtractSettings(policy, method=method, profile=profile, precision=precision)
     found = session.jobs.run(
         "Extract DPO LoRA",
         lambda job: session.extract(
