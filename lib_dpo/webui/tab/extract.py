@@ -113,9 +113,9 @@ def _size_controls(tab: Tab) -> list[Any]:
     )  # fmt: skip
     exact = gr.HTML(
         markup.note("All of the UNet's change, a byte for each weight: 0.86 GB for SD 1.5, 2.6 GB for SDXL. Where text "
-                    "encoders changed, their matrices too, which makes it larger; their norms and embeddings are left out and said. A "
-                    "LoRA (LoKr) for prompts in WebUIs and ComfyUI; diffusers cannot read it. Profile, method and precision do "
-                    "not matter for it."),
+                    "encoders changed, their matrices too, which makes it larger; their norms and embeddings are left out. "
+                    "A LoRA (LoKr) for prompts in WebUIs and ComfyUI; diffusers cannot read it. Profile, method and "
+                    "precision do not matter for it."),
         visible=False, elem_id="dpo_extract_exact",
     )  # fmt: skip
     shown = {rank: BY_RANK, conv_rank: BY_RANK, size: BY_SIZE, energy: BY_ENERGY, exact: EXACT}
