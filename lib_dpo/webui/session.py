@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.offsets.patch import Patch, check_changes, open_patch
 from lib_dpo.offsets.recipe import Ingredient, baked_in
 from lib_dpo.settings import ExtractSettings, check, one_of, strength_to_bake
+from lib_dpo.webui.blind import Blind
 from lib_dpo.webui.jobs import Jobs
 from lib_dpo.webui.library import Library
 from lib_dpo.webui.results import Analysis, Comparison, Extracted, Status
@@ -59,6 +60,7 @@ class Session:
         self.host = host
         self.library = Library(host)
         self.jobs = Jobs(host)
+        self.blind = Blind(host, self.jobs, self._to_add, self.request)
         self._patches: OrderedDict[tuple[Any, ...], Patch] = OrderedDict()
         self._files: dict[tuple[str, int], _File] = {}
         self._lock = threading.Lock()
@@ -223,14 +225,8 @@ class Session:
         from lib_dpo.pictures.plan import Plan, parse_seeds, parse_strengths, run, strength_variants
 
         self.host.live.ready()
-        width, height = self._size(width, height)
-        for field, value in (("steps", steps), ("cfg", cfg_scale), ("side", width), ("side", height)):
-            check(field, value)
-        if width % 8 or height % 8:
-            raise SettingError(f"pictures of {width}x{height} cannot be made; both numbers must be multiples of 8")
-        prompts, negative = [_sendable(prompt) for prompt in prompts], _sendable(negative)
-        if sampler and sampler not in self.host.samplers():
-            raise SettingError(f"sampler {sampler!r} is unknown; expected one of {one_of(sampler, self.host.samplers())}")
+        settings = self.request(negative, steps=steps, cfg_scale=cfg_scale, sampler=sampler, width=width, height=height)
+        prompts, width, height = [_sendable(prompt) for prompt in prompts], settings.width, settings.height
         plan = Plan(prompts, parse_seeds(seeds), strength_variants(parse_strengths(strengths)), width, height)
         patch, model = self._to_add(offset, blocks, rank), self.loaded()
         baked = self.host.live.baked()
@@ -240,22 +236,37 @@ class Session:
             )
 
         def make(cell: Cell) -> Image:
-            request = Request(cell.prompt, negative, cell.seed, steps, cfg_scale, sampler, width, height)
+            request = replace(settings, prompt=cell.prompt, seed=cell.seed)
             return self.host.generate(request, patch, cell.variant.value or 0.0).image
 
         images = run(plan, make, job)
         report = effects(plan, images)
-        settings = {"Steps": steps, "Sampler": sampler or self.host.samplers()[0], "CFG scale": cfg_scale}
-        settings |= {"Negative prompt": negative} | ({"Blocks": blocks} if blocks else {}) | ({"Rank": rank} if rank else {})
+        words = {"Steps": steps, "Sampler": sampler or self.host.samplers()[0], "CFG scale": cfg_scale}
+        words |= (
+            {"Negative prompt": settings.negative} | ({"Blocks": blocks} if blocks else {}) | ({"Rank": rank} if rank else {})
+        )
         grid = draw_grid(
             plan,
             images,
             model=model.path.stem,
             offset=patch.name,
-            settings=settings,
+            settings=words,
             note=f"{report.text} {report.caveat}",
         )
         return Comparison(plan, images, grid, report, patch.offset)
+
+    def request(
+        self, negative: str = "", *, steps: int = 20, cfg_scale: float = 7.0, sampler: str = "", width: int = 0, height: int = 0
+    ) -> Request:
+        """Checked settings of the pictures to make, without prompt and seed. Raises SettingError, NoModelError."""
+        width, height = self._size(width, height)
+        for field, value in (("steps", steps), ("cfg", cfg_scale), ("side", width), ("side", height)):
+            check(field, value)
+        if width % 8 or height % 8:
+            raise SettingError(f"pictures of {width}x{height} cannot be made; both numbers must be multiples of 8")
+        if sampler and sampler not in self.host.samplers():
+            raise SettingError(f"sampler {sampler!r} is unknown; expected one of {one_of(sampler, self.host.samplers())}")
+        return Request("", _sendable(negative), 0, steps, cfg_scale, sampler, width, height)
 
     # ---- the live model ----
 

@@ -47,6 +47,11 @@ class Curve:
     gain: float  # f(best), log-odds
     votes: int
     prompts: int
+    tried: tuple[float, ...]  # strengths that were voted on, and 0
+
+    def preferred(self, strength: float) -> float:
+        """How often a picture of this strength is preferred to the untouched one, 0 to 1."""
+        return float(_logistic(np.interp(strength, self.strengths, self.liking)))
 
     @property
     def text(self) -> str:
@@ -68,6 +73,7 @@ class Curve:
             "prompts": self.prompts,
             "strengths": list(self.strengths),
             "liking": list(self.liking),
+            "tried": list(self.tried),
             "text": self.text,
         }
 
@@ -99,7 +105,9 @@ def best_strength(votes: Sequence[Vote], *, seed: int = 0) -> Curve | None:
         peaks = grid[(_fit(x, drawn @ asked, drawn @ liked) @ basis.T).argmax(1)]
         low, high = (round(float(value), _DIGITS) for value in np.quantile(peaks, (0.025, 0.975)))
         interval = min(low, best), max(high, best)
-    return Curve(tuple(grid.tolist()), tuple(curve.tolist()), best, interval, float(curve.max()), len(votes), len(prompts))
+    return Curve(
+        tuple(grid.tolist()), tuple(curve.tolist()), best, interval, float(curve.max()), len(votes), len(prompts), tuple(tried)
+    )
 
 
 def next_pair(votes: Sequence[Vote], strengths: Sequence[float], pending: Sequence[Pair] = ()) -> Pair:
@@ -187,6 +195,6 @@ def _information(x: Matrix, asked: Matrix, beta: Matrix) -> Matrix:
     return found
 
 
-def _logistic(values: Matrix) -> Matrix:
+def _logistic(values: Any) -> Matrix:
     found: Matrix = 1 / (1 + np.exp(-np.clip(values, -50, 50)))
     return found
