@@ -385,3 +385,59 @@ def test_the_prompts_are_ten_of_each_kind_and_all_different():
     assert [prompt in PROMPTS[name] for prompt, name in zip(shipped(), PROMPTS, strict=False)] == [True] * 6
     assert all(len(prompt.split()) <= 13 for name in PROMPTS for prompt in PROMPTS[name] if name != "long sentences")
     assert all(len(prompt.split()) >= 17 for prompt in PROMPTS["long sentences"])
+
+
+# ---- the bundled model, with its judge as the voter ----
+
+JUDGED = json.loads((Path(__file__).parent / "judged.json").read_text(encoding="utf-8"))
+PLATEAU = (1.0, 2.75)  # what a study of 500 pictures a strength could not tell from the best
+
+
+def judge_votes(count: int, order: Any) -> list[Vote]:
+    """The judge prefers the picture that shows more of its prompt; asked for the pairs that tell most."""
+    from lib_dpo.toy.pictures import caption
+    from lib_dpo.toy.series import subjects
+
+    strengths = [strength for strength in JUDGED["strengths"] if strength <= 3.5]
+    right = dict(zip(JUDGED["strengths"], JUDGED["right"], strict=True))
+    pictures, given = subjects(len(JUDGED["right"][0])), []
+    for n in order[:count]:
+        scene, seed = pictures[n]
+        a, b = next_pair(given, strengths)
+        more = int(right[a][n]) - int(right[b][n])
+        answer: Any = "a" if more > 0 else "b" if more < 0 else "none"
+        given.append(replace(VOTE, a=a, b=b, prompt=caption(scene), seed=seed, answer=answer))
+    return given
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_with_the_judge_as_the_voter_the_plateau_of_the_study_is_found(seed: int):
+    found = best_strength(judge_votes(400, np.random.default_rng(seed).permutation(400)))
+    assert found is not None
+    assert found.interval is not None
+    assert PLATEAU[0] <= found.best <= PLATEAU[1]
+    assert found.interval[0] > 0.5, "surely more than none of it"
+    assert found.interval[1] < PLATEAU[1], "surely less than too much"
+    assert found.preferred(3.5) < 0.5 < found.preferred(found.best)
+
+
+@pytest.mark.slow
+@pytest.mark.newest
+def test_the_judge_still_sees_what_was_recorded(tmp_path: Path):
+    """A few pictures drawn anew; rounding on another machine may turn one of them."""
+    pytest.importorskip("diffusers")
+    import lib_dpo
+    from lib_dpo.offsets.lora.offset import open_offset
+    from lib_dpo.toy import bundled
+    from lib_dpo.toy.judge import adherence
+    from lib_dpo.toy.series import subjects
+
+    lib_dpo.write_offset(bundled.FOLDER / bundled.BASE, bundled.FOLDER / bundled.REFERENCE, tmp_path / "offset.safetensors")
+    networks, pictures = bundled.load(), subjects(400)[:12]
+    with open_offset(tmp_path / "offset.safetensors") as offset:
+        for strength in (0.0, 2.0):
+            networks.set_unet(offset, strength)
+            drawn = bundled.generate(networks, [scene for scene, _ in pictures], [seed for _, seed in pictures])
+            seen = np.rint(4 * adherence(drawn, [scene for scene, _ in pictures])[:, 0]).astype(int)
+            recorded = JUDGED["right"][JUDGED["strengths"].index(strength)][: len(pictures)]
+            assert sum(int(digit) == value for digit, value in zip(recorded, seen, strict=True)) >= len(pictures) - 1

@@ -101,6 +101,7 @@ class Blind:
         self._ready: deque[Asked] = deque()
         self._aside: set[tuple[str, int]] = set()  # could not be drawn
         self._drawing: Record | None = None
+        self.last: Vote | None = None  # in this test, since the WebUI runs
         self._lock = threading.RLock()
 
     @property
@@ -149,7 +150,7 @@ class Blind:
         test = _Test(model, offset, patch.name, blocks.strip(), wanted, own, parse_seeds(seeds), request)
         with self._lock:
             if self._test is None or not self._same(self._test, test):
-                self._test, self._ready, self._aside = test, deque(), set()
+                self._test, self._ready, self._aside, self.last = test, deque(), set(), None
             if self.problem:
                 self._drawing = None
         if not self._ready:
@@ -198,6 +199,7 @@ class Blind:
             )  # fmt: skip
             ballots.add(ballots.file_for(self.folder, vote.model, vote.offset), vote)
             self._ready.popleft()
+            self.last = vote
             self._fill()
         return vote
 

@@ -29,7 +29,7 @@ _TITLES: dict[str, tuple[str, Mood]] = {
     "better": ("DPO is preferred", "good"),
     "worse": ("DPO is not preferred", "bad"),
     "no difference": ("No difference that matters", "doubt"),
-    "open": ("Not decided yet", "plain"),
+    "open": ("So far", "plain"),
 }
 _BUTTONS = (("left", "← Left"), ("none", "↓ No difference"), ("skip", "↑ Skip"), ("right", "Right →"))
 
@@ -67,7 +67,7 @@ def page(tab: Tab) -> None:
             buttons = {choice: gr.Button(label, elem_id=f"dpo_blind_{choice}") for choice, label in _BUTTONS}
         figures = parts.unsaved(gr.HTML("", elem_id="dpo_blind_figures"))
         with gr.Row(elem_classes=["dpo-buttons"]):
-            export = gr.Button("Votes as a file", elem_id="dpo_blind_export")
+            export = gr.Button("Votes as a file", elem_id="dpo_blind_export", elem_classes=["dpo-interrupt"])
         file = parts.unsaved(gr.HTML("", elem_id="dpo_blind_file"))
         looks = gr.Button("Look for the next pair", elem_id="dpo_blind_look", elem_classes=["dpo-hidden"])  # by dpo.js
         pair = gr.State("")
@@ -148,8 +148,8 @@ def start(
 def vote(session: Session, choice: str, pair: str) -> list[Any]:
     """Write the vote down; the next pair, the figures with what was just voted on, and the next pair's id."""
     try:
-        told = session.blind.vote(pair or "", choice)
-        return _shown(session, told)
+        session.blind.vote(pair or "", choice)
+        return _shown(session)
     except Exception as error:  # noqa: BLE001  # the edge
         return [parts.update(), parts.error_html(session, error), parts.update()]
 
@@ -178,13 +178,13 @@ def votes_file(session: Session) -> str:
     )
 
 
-def _shown(session: Session, last: Vote | None = None) -> list[Any]:
+def _shown(session: Session) -> list[Any]:
     asked = session.blind.current()
     if asked:
         view = pair_html(asked)
     else:
         view = markup.alert(session.library.names_only(session.blind.problem)) if session.blind.problem else _waiting()
-    return [view, figures_html(session.blind.figures(), last), asked.id if asked else ""]
+    return [view, figures_html(session.blind.figures(), session.blind.last), asked.id if asked else ""]
 
 
 # ---- in words and pictures ----
