@@ -70,6 +70,7 @@ function dpoWatch() {
         const tick = dpoElement("dpo_tick");
         if (tick && top.offsetParent && !document.hidden) tick.click();
     }, dpoTickEvery);
+    setInterval(dpoBlindLook, dpoBlindEvery);
     document.addEventListener("visibilitychange", () => {
         if (top.offsetParent) dpoLook();
     });
@@ -156,6 +157,83 @@ function dpoEnlarge(cell) {
     large.showModal();
 }
 
+// ---- blind test ----
+
+const dpoBlindEvery = 500; // ms between two looks for a pair that is being drawn
+const dpoBlindKeys = {ArrowLeft: "left", ArrowRight: "right", ArrowDown: "none", ArrowUp: "skip"};
+const dpoMostZoom = 8;
+
+function dpoBlind() {
+    const pair = dpoElement("dpo_blind_view");
+    return pair && pair.offsetParent ? pair : null;
+}
+
+// Both pictures alike: how much, and around which place of them.
+function dpoZoom(pair, zoom, event) {
+    const box = pair.querySelector(".dpo-blind");
+    if (!box) return;
+    const figure = event && event.target.closest && event.target.closest("figure[data-dpo-vote]");
+    if (figure) {
+        const {left, top, width, height} = figure.getBoundingClientRect();
+        box.style.setProperty("--dpo-x", `${100 * (event.clientX - left) / width}%`);
+        box.style.setProperty("--dpo-y", `${100 * (event.clientY - top) / height}%`);
+    }
+    if (zoom === null) return;
+    const held = Math.min(dpoMostZoom, Math.max(1, zoom));
+    box.style.setProperty("--dpo-zoom", held);
+    const range = pair.querySelector(".dpo-zoom input");
+    if (range) range.value = held;
+}
+
+function dpoZoomed(pair) {
+    const range = pair.querySelector(".dpo-zoom input");
+    return range ? Number(range.value) : 1;
+}
+
+document.addEventListener("keydown", (event) => {
+    const pair = dpoBlind();
+    const typing = event.target.closest && event.target.closest("input:not([type=range]), textarea, select, [role=listbox]");
+    if (!pair || typing || event.ctrlKey || event.metaKey || event.altKey || !pair.querySelector(".dpo-blind")) return;
+    const choice = dpoBlindKeys[event.key];
+    const zoom = {"+": dpoZoomed(pair) * 1.5, "=": dpoZoomed(pair) * 1.5, "-": dpoZoomed(pair) / 1.5, "0": 1}[event.key];
+    if (!choice && !zoom) return;
+    event.preventDefault(); // the page would scroll
+    if (zoom) dpoZoom(pair, zoom);
+    else if (!event.repeat) dpoPress(`dpo_blind_${choice}`);
+});
+
+document.addEventListener("click", (event) => {
+    const figure = event.target.closest && event.target.closest("figure[data-dpo-vote]");
+    if (figure) dpoPress(`dpo_blind_${figure.dataset.dpoVote}`);
+});
+
+document.addEventListener("input", (event) => {
+    const pair = event.target.closest && event.target.closest(".dpo-zoom") && dpoBlind();
+    if (pair) dpoZoom(pair, Number(event.target.value));
+});
+
+document.addEventListener("wheel", (event) => {
+    const pair = event.target.closest && event.target.closest("figure[data-dpo-vote]") && dpoBlind();
+    if (!pair) return;
+    event.preventDefault();
+    dpoZoom(pair, dpoZoomed(pair) * (event.deltaY < 0 ? 1.25 : 0.8), event);
+}, {passive: false});
+
+document.addEventListener("pointermove", (event) => {
+    const pair = event.target.closest && event.target.closest("figure[data-dpo-vote]") && dpoBlind();
+    if (pair) dpoZoom(pair, null, event);
+});
+
+// A test that runs is shown when its page comes into sight, and a pair as soon as it is drawn.
+let dpoBlindSeen = false;
+
+function dpoBlindLook() {
+    const pair = dpoBlind();
+    const waits = pair && (!dpoBlindSeen || pair.querySelector(".dpo-waiting"));
+    dpoBlindSeen = pair !== null;
+    if (waits && !document.hidden) dpoPress("dpo_blind_look");
+}
+
 // ---- take over what txt2img has ----
 
 function dpoField(id, selector, parse) {
@@ -193,8 +271,10 @@ function dpoName() {
 
 // Without txt2img, in the app, there is nothing to take over.
 function dpoHideTake() {
-    const take = dpoElement("dpo_compare_take");
-    if (take && !dpoElement("txt2img_prompt")) take.style.display = "none";
+    for (const id of ["dpo_compare_take", "dpo_blind_take"]) {
+        const take = dpoElement(id);
+        if (take && !dpoElement("txt2img_prompt")) take.style.display = "none";
+    }
 }
 
 (function dpoBegin(tries) {

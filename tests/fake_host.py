@@ -174,6 +174,10 @@ class FakeHost:
     def reference_dir(self) -> Path:
         return self.folder / "DPO"
 
+    @property
+    def output_dir(self) -> Path:
+        return self.folder / "outputs"
+
     def checkpoints(self) -> list[FileEntry]:
         return [FileEntry(path.name, path) for path in sorted(self.checkpoint_dir.glob("*.safetensors"))]
 

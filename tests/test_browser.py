@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lib_dpo.webui.tab import comparison
+from lib_dpo.webui.blind import Asked
+from lib_dpo.webui.tab import blind, comparison
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
 ROOT = Path(__file__).parent.parent
@@ -86,3 +88,80 @@ def test_the_line_follows_mouse_and_arrow_keys(page: Any, pair: tuple[Image.Imag
     for _ in range(3):
         page.keyboard.press("ArrowRight")
     assert line(page) == pytest.approx(0.03, abs=0.01)
+
+
+# ---- blind test ----
+
+
+@pytest.fixture
+def voting(page: Any) -> Any:
+    """A pair, the buttons that gradio makes, and a list of those that were pressed."""
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(data, format="JPEG")
+    asked = Asked("id", 1.0, 0.0, "a cat", 1, "left", (data.getvalue(),) * 2, (b"",) * 2)
+    buttons = "".join(f'<button id="dpo_blind_{name}">{name}</button>' for name in ("left", "right", "none", "skip", "look"))
+    show(
+        page,
+        f'<div id="dpo_blind_view">{blind.pair_html(asked)}</div><div class="dpo-votes">{buttons}</div><textarea></textarea>',
+    )
+    page.evaluate("""() => { window.pressed = [];
+        for (const each of document.querySelectorAll(".dpo-votes button"))
+            each.addEventListener("click", () => pressed.push(each.textContent)); }""")
+    return page
+
+
+def pressed(page: Any) -> list[str]:
+    return [name for name in page.evaluate("pressed") if name != "look"]
+
+
+def test_keys_and_clicks_vote(voting: Any):
+    for key in ("ArrowLeft", "ArrowRight", "ArrowDown", "ArrowUp"):
+        voting.keyboard.press(key)
+    assert pressed(voting) == ["left", "right", "none", "skip"]
+    voting.locator("figure").nth(1).click()
+    voting.locator("figure").nth(0).click()
+    assert pressed(voting)[4:] == ["right", "left"]
+
+
+def test_keys_do_not_vote_while_one_types_or_nothing_is_shown(voting: Any):
+    voting.locator("textarea").focus()
+    voting.keyboard.press("ArrowLeft")
+    voting.locator("textarea").blur()
+    voting.keyboard.press("Control+ArrowLeft")
+    voting.evaluate("document.querySelector('#dpo_blind_view').style.display = 'none'")
+    voting.keyboard.press("ArrowLeft")
+    assert pressed(voting) == []
+
+
+def test_a_key_that_is_held_votes_once(voting: Any):
+    for _ in range(3):
+        voting.keyboard.down("ArrowLeft")
+    assert pressed(voting) == ["left"]
+
+
+def scales(page: Any) -> list[str]:
+    return list(page.evaluate("[...document.querySelectorAll('figure img')].map((each) => getComputedStyle(each).transform)"))
+
+
+def test_both_pictures_are_zoomed_alike(voting: Any):
+    box = voting.locator("figure").first.bounding_box()
+    voting.mouse.move(box["x"] + 0.25 * box["width"], box["y"] + 0.5 * box["height"])
+    voting.mouse.wheel(0, -100)
+    voting.wait_for_function("getComputedStyle(document.querySelector('figure img')).transform.includes('1.25')")
+    left, right = scales(voting)
+    assert left == right
+    origins = voting.evaluate(
+        "[...document.querySelectorAll('figure img')].map((each) => getComputedStyle(each).transformOrigin)"
+    )
+    assert origins[0] == origins[1]
+    assert float(origins[0].split("px")[0]) == pytest.approx(0.25 * box["width"], abs=2)
+    voting.keyboard.press("0")
+    assert "1.25" not in scales(voting)[0]
+    voting.keyboard.press("+")
+    assert scales(voting)[0] == scales(voting)[1] == "matrix(1.5, 0, 0, 1.5, 0, 0)"
+    assert pressed(voting) == []
+
+
+def test_the_page_looks_for_a_pair_that_is_being_drawn(voting: Any):
+    voting.evaluate("document.querySelector('#dpo_blind_view').innerHTML = '<p class=\"dpo-waiting\">drawn</p>'")
+    voting.wait_for_function("pressed.filter((name) => name === 'look').length >= 2", timeout=10_000)

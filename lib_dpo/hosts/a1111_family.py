@@ -44,6 +44,12 @@ class WebUI:
         chosen = str(getattr(shared.opts, REFERENCE_DIR, "") or "").strip()
         return Path(chosen) if chosen else Path(paths.models_path) / "DPO"
 
+    @property
+    def output_dir(self) -> Path:
+        from modules import paths_internal
+
+        return Path(getattr(paths_internal, "default_output_dir", None) or Path(paths_internal.data_path) / "outputs")
+
     def checkpoints(self) -> list[FileEntry]:
         entries = [FileEntry(info.name, Path(info.filename)) for info in list(sd_models.checkpoints_list.values())]
         return sorted(entries, key=lambda entry: entry.name.casefold())

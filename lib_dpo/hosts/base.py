@@ -200,6 +200,10 @@ class Host(Protocol):
     def reference_dir(self) -> Path:
         """Where DPO references and offset files are looked for beside the other two (a setting; models/DPO)."""
 
+    @property
+    def output_dir(self) -> Path:
+        """Where the host keeps the pictures that it makes; it need not exist yet."""
+
     def checkpoints(self) -> list[FileEntry]: ...
     def loras(self) -> list[FileEntry]: ...
     def refresh(self) -> None:

@@ -203,6 +203,10 @@ class Standalone:
     def reference_dir(self) -> Path:
         return self._models / "DPO"
 
+    @property
+    def output_dir(self) -> Path:
+        return self._models / "outputs"
+
     def checkpoints(self) -> list[FileEntry]:
         return [FileEntry(path.relative_to(self.checkpoint_dir).as_posix(), path) for path in _files(self.checkpoint_dir)]
 

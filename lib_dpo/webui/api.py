@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
 from inspect import isclass
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -21,6 +22,7 @@ from lib_dpo.settings import ExtractSettings, RankPolicy
 from lib_dpo.webui.api_requests import (
     AnalyseRequest,
     BakeRequest,
+    BlindRequest,
     Body,
     CompareRequest,
     CompatRequest,
@@ -28,6 +30,7 @@ from lib_dpo.webui.api_requests import (
     OffsetRequest,
     Refusal,
     SaveRequest,
+    VoteRequest,
     WaitRequest,
     check_body,
     check_names,
@@ -66,6 +69,11 @@ _ROUTES = (  # method, path, which of the handlers below, what it does
     ("POST", "/unbake", "unbake", "put the loaded model back, bit for bit"),
     ("POST", "/save", "save", "write the loaded checkpoint plus strength x offset as a new checkpoint"),
     ("POST", "/compare", "compare", "one labelled grid, the untouched model first, and how strong the effect is"),
+    ("POST", "/blind/start", "blind_start", "begin a blind test or go on with it, and draw the first pair"),
+    ("GET", "/blind/pair", "blind_pair", "the pair to vote on: two PNGs, sides not told; ready is false while it is drawn"),
+    ("POST", "/blind/vote", "blind_vote", "write a vote down; which side was which, and the figures"),
+    ("GET", "/blind/figures", "blind_figures", "what the votes say: win rate, interval, e-value, best strength"),
+    ("GET", "/blind/votes", "blind_votes", "the votes as JSON lines"),
     ("GET", "/inspect", "inspect", "what a file of the lists is"),
     ("POST", "/compat", "compat", "whether the offset of a pair fits a checkpoint, and whether DPO is in it already"),
     ("GET", "/jobs", "all_jobs", "all jobs that can be asked for"),
@@ -177,6 +185,34 @@ class _Handlers:
             return {**found.report.as_json(), "remarks": list(found.remarks), **grid, **kept}
 
         return self._do("compare", work, req.wait)
+
+    def blind_start(self, req: BlindRequest) -> dict[str, Any]:
+        what = ("offset", "strengths", "prompts", "negative", "seeds", "blocks")
+        options = _fields(req, *what, "steps", "cfg_scale", "sampler", "width", "height")
+
+        def work(job: Any) -> dict[str, Any]:
+            self._session.blind.start(job, **options)
+            return self._session.blind.figures().as_json()
+
+        return self._do("blind test", work, req.wait)
+
+    def blind_pair(self) -> dict[str, Any]:
+        asked = self._refusing(self._session.blind.current)
+        if asked is None:
+            return {"ready": False, "problem": self._session.library.names_only(self._session.blind.problem)}
+        left, right = (base64.b64encode(data).decode() for data in asked.png)
+        return {"ready": True, "pair": asked.id, "prompt": asked.prompt, "left": left, "right": right}
+
+    def blind_vote(self, req: VoteRequest) -> dict[str, Any]:
+        vote = self._refusing(lambda: self._session.blind.vote(req.pair, req.choice))
+        found = {"vote": vote and asdict(vote)}  # null: that pair is not asked any more
+        return found | {"figures": self.blind_figures()}
+
+    def blind_figures(self) -> dict[str, Any]:
+        return self._refusing(self._session.blind.figures).as_json()
+
+    def blind_votes(self) -> dict[str, str]:
+        return {"votes": self._refusing(self._session.blind.export)}
 
     def inspect(self, name: str) -> dict[str, Any]:
         found = self._refusing(lambda: self._session.inspect(name))

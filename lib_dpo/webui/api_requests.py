@@ -134,6 +134,30 @@ class CompareRequest(Body):
     wait: bool = _WAIT
 
 
+class BlindRequest(Body):
+    """A blind test to begin, or to go on with."""
+
+    offset: str = _OFFSET
+    strengths: str = Field("1", description="one, against the untouched model; or several, to find the best: 0.5, 1, 1.5")
+    prompts: list[str] = Field([], description="one pair for each prompt and seed; none: those that come with DPO")
+    negative: str = ""
+    seeds: str = Field("1", description="such as 1, 2 or 100-103; when all prompts were shown, the next seed follows")
+    blocks: str = _BLOCKS
+    steps: int = Field(20, description=FIELDS["steps"].help)
+    cfg_scale: float = Field(7.0, description=FIELDS["cfg"].help)
+    sampler: str = Field("", description="empty: the host's first")
+    width: int = Field(0, description=_SIDE)
+    height: int = Field(0, description=_SIDE)
+    wait: bool = _WAIT
+
+
+class VoteRequest(Body):
+    """A vote on the pair that was asked for last."""
+
+    pair: str = Field(..., description="the id of the pair")
+    choice: str = Field(..., description="left, right, none (no difference) or skip")
+
+
 class CompatRequest(Body):
     """Does the offset of a pair fit a checkpoint?"""
 

@@ -11,9 +11,8 @@ from lib_dpo.errors import HostError, NotFoundError, SettingError
 from lib_dpo.hosts.base import Job, Request
 from lib_dpo.offsets.patch import Patch
 from lib_dpo.pictures.plan import Cell, Images, Plan, Variant, parse_seeds, parse_strengths, run, strength_variants
-from lib_dpo.settings import check, one_of
 from lib_dpo.webui.results import Comparison, Status
-from lib_dpo.webui.session import Session
+from lib_dpo.webui.session import Session, sendable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,7 +61,7 @@ class Asked:
 
     def plan(self, names: Sequence[str]) -> Plan:
         """What is drawn. Raises SettingError: lists that cannot be read, or too many pictures."""
-        prompts = [_sendable(prompt) for prompt in self.prompts]
+        prompts = [sendable(prompt) for prompt in self.prompts]
         return Plan(prompts, parse_seeds(self.seeds), tuple(self.columns(names)), self.width or 512, self.height or 512)
 
 
@@ -166,15 +165,11 @@ class _Pace:
 
 def _checked(session: Session, asked: Asked) -> Asked:
     """With the size that is drawn, and text that can be sent. Raises SettingError."""
-    width, height = session.picture_size(asked.width, asked.height)
-    for field, value in (("steps", asked.steps), ("cfg", asked.cfg_scale), ("side", width), ("side", height)):
-        check(field, value)
-    if width % 8 or height % 8:
-        raise SettingError(f"pictures of {width}x{height} cannot be made; both numbers must be multiples of 8")
-    samplers = session.host.samplers()
-    if asked.sampler and asked.sampler not in samplers:
-        raise SettingError(f"sampler {asked.sampler!r} is unknown; expected one of {one_of(asked.sampler, samplers)}")
-    return replace(asked, width=width, height=height, negative=_sendable(asked.negative))
+    request = session.request(
+        asked.negative, steps=asked.steps, cfg_scale=asked.cfg_scale, sampler=asked.sampler, width=asked.width,
+        height=asked.height,
+    )  # fmt: skip
+    return replace(asked, width=request.width, height=request.height, negative=request.negative)
 
 
 def _clean(session: Session, job: Job, asked: Asked) -> None:
@@ -222,8 +217,3 @@ def _remarks(status: Status, report: EffectReport, plan: Plan, patches: Sequence
 
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _sendable(text: str) -> str:
-    """Text without lone surrogates, which neither PNG nor JSON can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")

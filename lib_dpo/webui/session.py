@@ -24,7 +24,8 @@ from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel
 from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.offsets.patch import Patch, check_changes, open_patch
 from lib_dpo.offsets.recipe import Ingredient, baked_in
-from lib_dpo.settings import ExtractSettings, strength_to_bake
+from lib_dpo.settings import ExtractSettings, check, one_of, strength_to_bake
+from lib_dpo.webui.blind import Blind
 from lib_dpo.webui.jobs import Jobs
 from lib_dpo.webui.library import Library
 from lib_dpo.webui.results import Analysis, Extracted, Status
@@ -56,6 +57,7 @@ class Session:
         self.host = host
         self.library = Library(host)
         self.jobs = Jobs(host)
+        self.blind = Blind(host, self.jobs, self.to_add, self.request)
         self._patches: OrderedDict[tuple[Any, ...], Patch] = OrderedDict()
         self._files: dict[tuple[str, int], _File] = {}
         self._lock = threading.Lock()
@@ -219,6 +221,19 @@ class Session:
             own = made_for(model)
         return width or own, height or own
 
+    def request(
+        self, negative: str = "", *, steps: int = 20, cfg_scale: float = 7.0, sampler: str = "", width: int = 0, height: int = 0
+    ) -> Request:
+        """Checked settings of the pictures to make, without prompt and seed. Raises SettingError, NoModelError."""
+        width, height = self.picture_size(width, height)
+        for field, value in (("steps", steps), ("cfg", cfg_scale), ("side", width), ("side", height)):
+            check(field, value)
+        if width % 8 or height % 8:
+            raise SettingError(f"pictures of {width}x{height} cannot be made; both numbers must be multiples of 8")
+        if sampler and sampler not in self.host.samplers():
+            raise SettingError(f"sampler {sampler!r} is unknown; expected one of {one_of(sampler, self.host.samplers())}")
+        return Request("", sendable(negative), 0, steps, cfg_scale, sampler, width, height)
+
     # ---- the live model ----
 
     def bake(self, job: Job, *, offset: str, strength: float, blocks: str = "", rank: int | None = None) -> Baked:
@@ -298,3 +313,8 @@ class Session:
     def _fits_loaded(self, architecture: str) -> bool:
         model = self.host.live.loaded()
         return model is not None and self._file(model.path).architecture is ARCHITECTURES[architecture]
+
+
+def sendable(text: str) -> str:
+    """Text without lone surrogates, which neither PNG nor JSON can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,4 +1,4 @@
-"""The DPO tab: a status line, and a page each to extract, bake, compare and inspect.
+"""The DPO tab: a status line, and a page each to extract, bake, compare, vote blindly and inspect.
 
 May import what webui imports, and the session.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import bake, compare, extract, inspect, lists, markup, parts
+from lib_dpo.webui.tab import bake, blind, compare, extract, inspect, lists, markup, parts
 
 _NOT_LOOKED_YET = "The loaded model has not been looked at yet: press ↻."
 
@@ -29,7 +29,7 @@ def build(session: Session) -> Any:
         theme = parts.unsaved(gr.Textbox(label="Theme of the page", visible=False, elem_id="dpo_theme"))
         tab = parts.Tab(session, status, task, theme, rescans=[rescan])
         with gr.Tabs(elem_id="dpo_pages"):
-            for module in (extract, bake, compare, inspect):
+            for module in (extract, bake, compare, blind, inspect):
                 module.page(tab)
         foot = parts.unsaved(gr.HTML("", elem_id="dpo_foot"))
         lists.wire(tab, shown, tick, foot)
