@@ -20,7 +20,7 @@ from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.families.model import Model, open_model
 from lib_dpo.files.atomic import check_output
 from lib_dpo.files.checkpoint import sha256_in_background
-from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel
+from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel, Request
 from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.offsets.patch import Patch, check_changes, open_patch
 from lib_dpo.offsets.recipe import Ingredient, baked_in

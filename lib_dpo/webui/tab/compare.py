@@ -216,12 +216,13 @@ def told(
 
 
 def ready_made(session: Session) -> str:
-    """A few prompts of different kinds, other ones each time; for the toy model some that it knows."""
-    from lib_dpo.pictures.function import PROMPTS
+    """A prompt of each of three kinds, other ones each time; for the toy model some that it knows."""
+    from lib_dpo.pictures.votes.prompts import PROMPTS
 
     loaded = session.host.live.loaded()
-    known = BUNDLED_PROMPTS if loaded and loaded.path.name == BUNDLED_BASE else PROMPTS
-    return "\n".join(random.sample(known, 3))
+    if loaded and loaded.path.name == BUNDLED_BASE:
+        return "\n".join(random.sample(BUNDLED_PROMPTS, 3))
+    return "\n".join(random.choice(PROMPTS[kind]) for kind in random.sample(sorted(PROMPTS), 3))
 
 
 def _name(beside: str | None) -> str:
