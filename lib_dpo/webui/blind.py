@@ -183,9 +183,9 @@ class Blind:
         Raises:
             NotFoundError: no test. SettingError: no such choice. OutputError: it cannot be written; the pair stays.
         """
-        test = self._running()
         if choice not in CHOICES:
             raise SettingError(f"choice {choice[:40]!r} is unknown; expected one of {', '.join(CHOICES)}")
+        test = self._running()
         with self._lock:
             if not self._ready or self._ready[0].id != pair:
                 return None
