@@ -149,7 +149,7 @@ def test_the_description_says_what_is_taken(client: TestClient):
     found = client.get("/openapi.json").json()
     schemas = found["components"]["schemas"]
     bodies = {name: schema for name, schema in schemas.items() if name.endswith("Request")}
-    assert len(bodies) == 8
+    assert len(bodies) == 10
     assert all(schema["additionalProperties"] is False for schema in bodies.values())
     bake = bodies["BakeRequest"]
     assert bake["required"] == ["offset"]

@@ -235,6 +235,8 @@ def test_it_is_refused_while_something_is_baked(session: Session):
     session.jobs.run("bake", lambda job: session.bake(job, offset="exact", strength=1.0))
     with pytest.raises(HostError, match="exact is baked into base, so there is no untouched picture"):
         start(session)
+    with pytest.raises(NotFoundError):
+        session.blind.current()
 
 
 def test_without_a_test_there_is_nothing_to_vote_on(session: Session):

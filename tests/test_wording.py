@@ -21,7 +21,7 @@ from lib_dpo.cli.words import FLAGS, with_flags
 from lib_dpo.webui.api import PREFIX, add_routes
 from lib_dpo.webui.generation import Generation
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import bake, compare, inspect, lists, parts
+from lib_dpo.webui.tab import bake, blind, compare, inspect, lists, parts
 from lib_dpo.webui.tab import extract as page
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lib_dpo"
@@ -127,6 +127,9 @@ TAB: list[tuple[Any, tuple[Any, ...], str]] = [
     (inspect.what_is, ("broken.safetensors",), "broken.safetensors"),
     (inspect.what_is, ("dpo",), "It is a LoRA"),
     (inspect.does_it_fit, ("broken.safetensors", parts.LOADED, "dpo-sd1"), "broken.safetensors"),
+    (blind.start, ("broken", "1", "a", "", "1", "", 4, 7, 64, 64, ""), "broken.safetensors"),
+    (blind.start, ("dpo", "0", "a", "", "1", "", 4, 7, 64, 64, ""), "Strength 0 is the untouched model itself"),
+    (blind.start, ("dpo", "1", "a", "", "1", "", 4, 7, 64, 64, ""), "Votes are kept in outputs/dpo-votes"),
     (compare.compare, ("broken", "1", "a", "", "1", 4, 7, "", 64, 64, ""), "broken.safetensors"),
     (compare.compare, ("dpo", "1", "a", "", "1", 4, 7, "", 9000, 64, ""), "Width or height 9000"),
 ]
@@ -152,6 +155,8 @@ API: list[tuple[str, dict[str, Any]]] = [
     ("/save", {"offset": "dpo", "name": "fresh"}),
     ("/compat", {"target": "broken.safetensors", "reference": "dpo-sd1"}),
     ("/compare", {"offset": "broken", "prompts": ["a"]}),
+    ("/blind/start", {"offset": "broken"}),
+    ("/blind/vote", {"pair": "x", "choice": "middle"}),
 ]
 
 

@@ -1,6 +1,6 @@
 """The pictures of the tab in README.md: the app over the bundled model, in the system's Chromium.
 
-    python -m tools.tab_pictures [FOLDER]       writes extract.png, bake.png, compare.png and inspect.png (default: docs)
+    python -m tools.tab_pictures [FOLDER]       writes a picture of each page, such as bake.png (default: docs)
 
 Needs the extra `test` (Playwright) and a Chromium: $CHROMIUM, or the first of the usual names on the PATH.
 """
@@ -36,12 +36,14 @@ _DRIFT = 0.03  # of the made-up finetune, as a share of each weight's size
 
 
 def main(folder: str | None = None) -> None:
-    """Draw all four pages into a folder."""
+    """Draw all pages into a folder."""
     target = Path(folder) if folder else DOCS
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as models, _app(_models(Path(models))) as address, _page(address) as page:
-        for name, fill in (("extract", _extract), ("compare", _compare), ("bake", _bake), ("inspect", _inspect)):
-            page.locator("#dpo_pages").get_by_role("tab", name=name.capitalize(), exact=True).click()
+        fills = {"Extract": _extract, "Compare": _compare, "Blind test": _blind, "Bake": _bake, "Inspect": _inspect}
+        for label, fill in fills.items():
+            name = label.split()[0].lower()
+            page.locator("#dpo_pages").get_by_role("tab", name=label, exact=True).click()
             fill(page)
             _shoot(page, target / f"{name}.png")
             print(target / f"{name}.png", flush=True)
@@ -120,6 +122,20 @@ def _compare(page: Any) -> None:
     _choose(page, "dpo_compare_sampler", "DDIM")
     _fill(page, "dpo_compare_cfg", "3")
     _press(page, "dpo_compare_go", "dpo_compare_result", "effect")
+
+
+def _blind(page: Any) -> None:
+    _choose(page, "dpo_blind_offset", "toy-shapes-dpo-offset")
+    _fill(page, "dpo_blind_prompts", PROMPTS)
+    _fill(page, "dpo_blind_strengths", "1, 2, 3")
+    _press(page, "dpo_blind_go", "dpo_blind_figures", "No votes yet")
+    for choice in ("left", "right", "none", "left", "right", "right"):
+        page.locator("#dpo_blind_view .dpo-blind").wait_for()
+        page.wait_for_timeout(500)
+        page.locator(f"#dpo_blind_{choice}").click()
+        page.locator("#dpo_blind_view .dpo-waiting, #dpo_blind_view .dpo-blind").first.wait_for()
+    page.locator("#dpo_blind_view .dpo-blind").wait_for()
+    page.wait_for_timeout(2000)
 
 
 def _bake(page: Any) -> None:

@@ -127,11 +127,13 @@ class Blind:
     ) -> None:  # fmt: skip
         """Begin a test, or go on with it, and draw the first pair; the others follow while one votes.
 
-            Args:
-                prompts: without any, those that come with the project.
+        Args:
+            prompts: without any, those that come with the project.
+            blocks, steps, ...: as `Session.compare`; a rank is no part of a vote, so there is none.
 
-            Raises:
-        XX
+        Raises:
+            SettingError, NotFoundError, MismatchError: settings or an offset that cannot be used.
+            HostError: something is baked in, or the pipeline failed.
         """
         from lib_dpo.pictures.plan import parse_seeds, parse_strengths
         from lib_dpo.pictures.votes.prompts import shipped
@@ -148,6 +150,7 @@ class Blind:
         if model is None:
             raise NoModelError("no checkpoint is loaded yet; choose one in the WebUI, make one picture, and try again")
         test = _Test(model, offset, patch.name, blocks.strip(), wanted, own, parse_seeds(seeds), request)
+        self._check_model(test)
         with self._lock:
             if self._test is None or not self._same(self._test, test):
                 self._test, self._ready, self._aside, self.last = test, deque(), set(), None
@@ -156,14 +159,6 @@ class Blind:
         if not self._ready:
             self._draw(job, 1)
         self._fill()
-
-    def stop(self) -> None:
-        """Forget the test, and what is drawn; votes stay where they are."""
-        with self._lock:
-            self._test, self._ready = None, deque()
-            record = self._drawing
-        if record and not record.is_over:
-            record.stop = True
 
     def current(self) -> Asked | None:
         """The pair that is voted on now; None while it is being drawn. Draws on. Raises NotFoundError without a test."""
@@ -183,9 +178,9 @@ class Blind:
         Raises:
             NotFoundError: no test. SettingError: no such choice. OutputError: it cannot be written; the pair stays.
         """
-        test = self._running()
         if choice not in CHOICES:
             raise SettingError(f"choice {choice[:40]!r} is unknown; expected one of {', '.join(CHOICES)}")
+        test = self._running()
         with self._lock:
             if not self._ready or self._ready[0].id != pair:
                 return None

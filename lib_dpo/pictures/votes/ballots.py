@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,7 @@ SUFFIX = ".jsonl"
 
 _SHOWN = 60  # characters of a bad value that a message repeats
 _LONGEST_NAME = 60  # characters of a model's or an offset's name in that of a file
+_LINES_KEPT = 1 << 15
 _appending = threading.Lock()
 
 
@@ -125,8 +127,13 @@ def read(*places: Path) -> Ballots:
     return Ballots(tuple(sorted(votes, key=lambda vote: vote.time)), tuple(problems))
 
 
+@lru_cache(maxsize=_LINES_KEPT)
 def parse(line: bytes) -> Vote:
-    """One line. Fields that are unknown are left out. Raises BadFileError: what is wrong with it, in words."""
+    """One line; remembered, since all lines are read again after each vote. Fields that are unknown are left out.
+
+    Raises:
+        BadFileError: what is wrong with it, in words.
+    """
     try:
         found = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
