@@ -161,6 +161,10 @@ class FakeHost:
     def reference_dir(self) -> Path:
         return self.folder / "DPO"
 
+    @property
+    def cache_dir(self) -> Path:
+        return self.folder / "cache"
+
     def checkpoints(self) -> list[FileEntry]:
         return [FileEntry(path.name, path) for path in sorted(self.checkpoint_dir.glob("*.safetensors"))]
 

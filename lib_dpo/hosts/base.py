@@ -192,6 +192,10 @@ class Host(Protocol):
     def reference_dir(self) -> Path:
         """Where DPO references and offset files are looked for beside the other two (a setting; models/DPO)."""
 
+    @property
+    def cache_dir(self) -> Path:
+        """Where what may be lost is kept between runs, beside the host's own caches; may not be there yet."""
+
     def checkpoints(self) -> list[FileEntry]: ...
     def loras(self) -> list[FileEntry]: ...
     def refresh(self) -> None:
