@@ -14,20 +14,14 @@ function dpoElement(id) {
     return root.querySelector(`[id="${id}"]`);
 }
 
-function dpoIsDark() {
-    return document.querySelector("html.dark, body.dark, .dark #dpo_tab") !== null;
-}
-
 function dpoPress(id) {
     const button = dpoElement(id);
     if (button) button.click();
 }
 
-// Called by gradio before a long job: gives it an id under which the host shows how far it is, and where the job draws, the
-// page's theme in the place `themed`.
-function dpoStart(placeId, values, themed) {
+// Called by gradio before a long job: gives it an id under which the host shows how far it is.
+function dpoStart(placeId, values) {
     const place = dpoElement(placeId);
-    if (themed >= 0) values[themed] = dpoIsDark() ? "dark" : "light";
     if (place) place.setAttribute("aria-busy", "true");
     if (place && typeof requestProgress === "function" && typeof randomId === "function") {
         values[0] = randomId();
@@ -42,9 +36,52 @@ function dpoEnd(placeId) {
     dpoScriptLists.forEach(dpoPress); // a file may have been written
     if (!place) return;
     place.setAttribute("aria-busy", "false");
+    setTimeout(() => dpoBringIntoView(dpoElement(`${placeId}_place`) || place), 100); // when the answer is drawn
     const bar = place.previousElementSibling;
     if (bar && bar.classList.contains("progressDiv")) bar.style.display = "none";
 }
+
+// Where what a click gave lies outside of the window, as on a narrow page.
+function dpoBringIntoView(element) {
+    if (!element.offsetParent) return; // another page is open meanwhile
+    const {top} = element.getBoundingClientRect();
+    if (top < 0 || top > 0.8 * window.innerHeight) element.scrollIntoView({behavior: "smooth", block: "start"});
+}
+
+// ---- from the card of a new file to where it is used ----
+
+// Called when the list of another page of the tab has the file in it.
+function dpoOpen(pageId, listId) {
+    const name = pageId.replace("dpo_", "");
+    const buttons = [...dpoElement("dpo_pages").querySelectorAll('button[role="tab"]')];
+    const own = buttons.find((button) => button.innerText.trim().toLowerCase() === name && button.offsetParent);
+    if (own) own.click();
+    setTimeout(() => {
+        const list = dpoElement(listId);
+        if (list) dpoBringIntoView(list);
+    }, 200);
+}
+
+// Adds a LoRA to the prompt of txt2img, unless it is there, and goes there.
+function dpoUseInPrompt(tag) {
+    const field = dpoElement("txt2img_prompt");
+    const prompt = field && field.querySelector("textarea");
+    if (!prompt) return;
+    if (!prompt.value.includes(tag.replace(/[^:]*>$/, ""))) {
+        prompt.value = [prompt.value.trimEnd(), tag].filter(Boolean).join(" ");
+        if (typeof updateInput === "function") updateInput(prompt);
+        else prompt.dispatchEvent(new Event("input", {bubbles: true}));
+    }
+    if (typeof switch_to_txt2img === "function") switch_to_txt2img();
+    setTimeout(() => dpoBringIntoView(prompt), 200);
+}
+
+document.addEventListener("click", (event) => {
+    const button = event.target.closest && event.target.closest(".dpo-doors button");
+    if (!button) return;
+    if (button.dataset.dpoPress) dpoPress(button.dataset.dpoPress);
+    if (button.dataset.dpoPrompt) dpoUseInPrompt(button.dataset.dpoPrompt);
+});
 
 // ---- the status line ----
 
@@ -262,7 +299,23 @@ function dpoFromTxt2img(values) {
 
 // ---- start ----
 
+// What a pointer that rests on a button is told.
+const dpoTitles = {
+    dpo_extract_analyse: "Say whether the two files belong together and what a LoRA of each size keeps; nothing is written",
+    dpo_extract_go: "Write a LoRA of the size chosen above into the LoRA folder",
+    dpo_extract_dense: "Write the whole change in float32, as large as a UNet, into the reference folder",
+    dpo_extract_interrupt: "Stop what the tab is doing; nothing half written stays",
+    dpo_extract_preset_published: "Rank 128, like the LoRAs that others have published",
+    dpo_extract_preset_small: "At most 80 MB, divided among the layers by what they count for",
+    dpo_extract_preset_most: "As much of the change as a LoRA can hold",
+    dpo_extract_preset_exact: "The whole change, a byte for each weight",
+};
+
 function dpoName() {
+    for (const [id, title] of Object.entries(dpoTitles)) {
+        const button = dpoElement(id);
+        if (button) button.title = title;
+    }
     for (const button of dpoElement("dpo_tab").querySelectorAll("button.dpo-tool")) {
         button.title = "Look for new files";
         button.setAttribute("aria-label", button.title);

@@ -178,6 +178,10 @@ class FakeHost:
     def output_dir(self) -> Path:
         return self.folder / "outputs"
 
+    @property
+    def cache_dir(self) -> Path:
+        return self.folder / "cache"
+
     def checkpoints(self) -> list[FileEntry]:
         return [FileEntry(path.name, path) for path in sorted(self.checkpoint_dir.glob("*.safetensors"))]
 

@@ -172,13 +172,14 @@ def test_what_baking_costs_is_said_of_the_model_that_is_loaded(page: Page, host:
 
 
 def test_an_analysis_goes_with_the_model_and_the_files_that_it_is_about(page: Page, host: FakeHost):
-    assert "Is it the right base?" in page.press("extract_analyse")
+    page.press("extract_analyse")
+    assert "Is it the right base?" in page.shown("extract_pair_result")
     other(host)
-    assert "other is loaded now" in page.after_a_while("extract_result")
+    assert "other is loaded now" in page.after_a_while("extract_pair_result")
     host.live.load(host.checkpoint_dir / "base.safetensors")
-    assert "Is it the right base?" in page.after_a_while("extract_result")
+    assert "Is it the right base?" in page.after_a_while("extract_pair_result")
     touched(host.reference_dir / "dpo-sd1" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert "dpo-sd1 has changed" in page.after_a_while("extract_result")
+    assert "dpo-sd1 has changed" in page.after_a_while("extract_pair_result")
 
 
 @pytest.mark.parametrize(("button", "folder"), [("extract_go", "lora_dir"), ("extract_dense", "reference_dir")])
@@ -227,12 +228,48 @@ def test_inspections_go_with_their_files(page: Page, host: FakeHost):
     assert "base is loaded now" in page.after_a_while("inspect_result")
 
 
-def test_an_error_is_about_nothing(page: Page, host: FakeHost):
+def test_an_error_is_about_nothing_and_takes_the_place_of_nothing(page: Page, host: FakeHost):
+    baked = page.press("bake_go")
     page.put(bake_offset="none such")
-    error = page.press("bake_go")
+    assert page.press("bake_go") == baked
+    error = page.shown("bake_result_alert")
     assert "alert" in error
     other(host)
-    assert page.after_a_while("bake_result") == error
+    assert GONE in page.after_a_while("bake_result")
+    assert page.shown("bake_result_alert") == error
+    page.put(bake_offset="mine")
+    page.press("bake_go")
+    assert page.shown("bake_result_alert") == ""
+
+
+def test_the_cards_of_analyse_stay_when_a_lora_is_written(page: Page):
+    page.press("extract_analyse")
+    cards, curve = page.shown("extract_pair_result"), page.shown("extract_outlook")
+    assert "dpo-dot-marked" in curve
+    assert "is written" in page.press("extract_go")
+    assert page.shown("extract_pair_result") == cards
+    page.put(extract_rank=2)
+    page.fire("dpo_extract_rank", "change")
+    assert page.shown("extract_outlook") != curve
+    page.put(extract_reference="none such")
+    page.fire("dpo_extract_reference", "change")
+    assert "dpo-alert" in page.shown("extract_outlook")
+
+
+def test_the_curve_goes_with_its_files(page: Page, host: FakeHost):
+    page.press("extract_analyse")
+    shutil.rmtree(host.reference_dir / "dpo-sd1")
+    page.after_a_while("extract_result")
+    assert "dpo-dot-marked" not in page.shown("extract_outlook")
+    assert "dpo-sd1" in page.shown("extract_outlook")
+
+
+def test_a_new_file_is_chosen_on_the_page_that_it_is_taken_to(page: Page):
+    page.put(extract_name="brand-new", extract_rank=2)
+    assert 'data-dpo-press="dpo_extract_to_bake"' in page.press("extract_go")
+    for name in ("compare", "bake"):
+        page.fire(f"dpo_extract_to_{name}", "click")
+        assert page.shown(f"{name}_offset") == "brand-new"
 
 
 def test_while_a_job_runs_nothing_is_looked_at(page: Page, host: FakeHost):

@@ -26,10 +26,12 @@ from safetensors.torch import load_file
 from lib_dpo.errors import Cancelled, HostError
 from lib_dpo.hosts.base import Check, FileEntry
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import bake, build, compare, comparison, extract, inspect, lists, markup, parts
+from lib_dpo.webui.tab import bake, build, compare, comparison, extract, inspect, lists, markup, outlook, parts
+from lib_dpo.webui.tab.extract_cards import first_view
 
 EVIL = "<img src=x onerror=alert(1)>\"'&"
 SETTINGS = (extract.BY_RANK, 4, 0, 80, 50, "auto", "portable", "fp16")
+CONTROLS = (extract.BY_RANK, 4, 0, 80, 50, "portable", "fp16")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def with_lora(session: Session) -> Session:
     return session
 
 
-PRESSED = ("dpo_shown", "dpo_tick")  # buttons that dpo.js presses
+PRESSED = ("dpo_shown", "dpo_tick", "dpo_extract_to_compare", "dpo_extract_to_bake")  # buttons that dpo.js presses
 
 
 def components(blocks: Any) -> list[Any]:
@@ -176,7 +178,7 @@ def test_the_field_of_a_restored_choice_is_shown(
     tabs: list[parts.Tab] = []
     monkeypatch.setattr(lists, "wire", lambda tab, *rest: tabs.append(tab))
     build(session)
-    (follower,) = tabs[0].followers
+    follower = next(each for each in tabs[0].followers if [one.elem_id for one in each.inputs] == ["dpo_extract_by"])
     assert [each.elem_id.removeprefix("dpo_extract_") for each in follower.components] == [
         "rank",
         "conv_rank",
@@ -306,8 +308,8 @@ def run(session: Session, function: Any, *values: Any, outputs: int = 1) -> list
 @pytest.mark.parametrize(
     ("function", "values", "message"),
     [
-        (extract.analyse, (parts.LOADED, "", False), "No DPO reference is chosen; choose one from the list"),
-        (extract.analyse, ("nothing", "dpo-sd1", False), "there is no file named"),
+        (extract.analyse, (parts.LOADED, "", *CONTROLS), "No DPO reference is chosen; choose one from the list"),
+        (extract.analyse, ("nothing", "dpo-sd1", *CONTROLS), "there is no file named"),
         (extract.extract, (parts.LOADED, "dpo-sd1", "../evil", False, *SETTINGS), "which file names cannot have"),
         (extract.extract, (parts.LOADED, "dpo-sd1", "x", False, extract.BY_RANK, 999, *SETTINGS[2:]), "rank 999 is larger"),
         (extract.extract, (parts.LOADED, "dpo-sd1", "x", False, extract.BY_RANK, None, *SETTINGS[2:]), "the rank is missing"),
@@ -352,7 +354,7 @@ def test_an_interrupt_is_news_and_no_error(session: Session):
 
 
 def test_other_outputs_stay_as_they_are_after_an_error(session: Session):
-    _, second, third, _ = run(session, extract.analyse, parts.LOADED, "", False, outputs=3)
+    _, second, third, _ = run(session, extract.analyse, parts.LOADED, "", *CONTROLS, outputs=3)
     assert second == third == parts.update()
 
 
@@ -360,7 +362,7 @@ def test_a_second_click_is_told_that_the_first_is_running(session: Session):
     running, go_on = threading.Event(), threading.Event()
     record = session.jobs.start("Analyse", lambda job: (running.set(), go_on.wait(10)))
     assert running.wait(10)
-    html, _ = run(session, extract.analyse, parts.LOADED, "dpo-sd1", False)
+    html, _ = run(session, extract.analyse, parts.LOADED, "dpo-sd1", *CONTROLS)
     assert "Analyse: is running or waiting already" in html
     go_on.set()
     while not record.is_over:
@@ -389,46 +391,156 @@ def test_interrupt_stops_our_jobs_and_nothing_else(session: Session, host: FakeH
 # ---- extract ----
 
 
+def analysed(session: Session, base: str = parts.LOADED, *controls: Any) -> list[Any]:
+    return run(session, extract.analyse, base, "dpo-sd1", *(controls or CONTROLS), outputs=5)[:5]
+
+
 def test_analyse_answers_the_four_questions(session: Session, host: FakeHost):
-    html, plot = run(session, extract.analyse, parts.LOADED, "dpo-sd1", False, outputs=2)[:2]
+    html = analysed(session)[0]
     for words in ("Is it the right base?", "Right base", "is itself the base", "LoRA or bake?", "Which strength", "IN00"):
         assert words in html
-    assert plot["visible"] is False
+    assert "dpo-heat" in html
     host.live.load(host.checkpoint_dir / "other.safetensors")
-    html = run(session, extract.analyse, "base.safetensors", "dpo-sd1", False, outputs=2)[0]
+    html = analysed(session, "base.safetensors")[0]
     assert "is far from the base" in html
     assert "0.5; compare" in html
 
 
-def test_analyse_draws_the_picture_when_asked(session: Session):
-    html, plot = run(session, extract.analyse, parts.LOADED, "dpo-sd1", True, outputs=2)[:2]
-    assert plot["visible"] is True
-    assert plot["value"].width > 1000
-    assert "rank 32 keeps at best" in html  # no layer has 64
+def test_analyse_draws_the_curve_and_ends_the_sliders(session: Session):
+    _, curve, known, rank, conv_rank = analysed(session)
+    assert "Rank 4 →" in curve
+    assert "dpo-dot-marked" in curve
+    last = session.figures.sizes(known.key, "portable", "fp16").largest_rank  # type: ignore[union-attr]
+    assert rank == parts.update(maximum=last)
+    assert conv_rank == parts.update(maximum=last)
+    wide = analysed(session, parts.LOADED, extract.BY_RANK, 300, 0, 80, 50, "portable", "fp16")
+    assert wide[3] == parts.update(maximum=last, value=last)
+
+
+def test_the_second_look_measures_nothing(session: Session, host: FakeHost, monkeypatch: pytest.MonkeyPatch):
+    from lib_dpo.operations.outlook import figures
+
+    old = time.time() - 60  # hashes of files that were written just now are not remembered
+    for path in host.folder.rglob("*.safetensors"):
+        os.utime(path, (old, old))
+    first = analysed(session)
+    monkeypatch.setattr(figures, "measure", None)
+    assert analysed(session)[:2] == first[:2]
+    again = Session(host)  # after a restart
+    assert outlook.outlook(again, parts.LOADED, "dpo-sd1", *CONTROLS)[0] == first[1], "known before it is asked for"
+    assert analysed(again)[:2] == first[:2]
+
+
+def test_moving_a_control_moves_one_marked_point_and_reads_no_file(session: Session, host: FakeHost):
+    known = analysed(session)[2]
+    shutil.rmtree(host.reference_dir)
+    seen = set()
+    for controls in (
+        (extract.BY_RANK, 4, 0), (extract.BY_RANK, 8, 0), (extract.BY_RANK, 8, 2), (extract.BY_SIZE, 4, 0),
+        (extract.BY_ENERGY, 4, 0), (extract.EXACT, 4, 0),
+    ):  # fmt: skip
+        (html,) = outlook.moved(session, known, *controls, 1.0, 50, "portable", "fp16")
+        assert html.count("dpo-dot-marked") == 1
+        seen.add(re.search('dpo-marked-words">([^<]+)<', html)[1])  # type: ignore[index]
+    assert len(seen) == 6
+    (html,) = outlook.moved(session, known, extract.BY_RANK, None, 0, 80, 50, "portable", "fp16")
+    assert "the rank is missing" in html.casefold()
+    assert "dpo-curve" in html, "an error takes the place of nothing else"
+    assert outlook.moved(session, None, *CONTROLS) == [parts.update()]
+
+
+def test_what_takes_long_is_said_first(session: Session, host: FakeHost):
+    html, known, *_ = outlook.outlook(session, parts.LOADED, "dpo-sd1", *CONTROLS)
+    assert "a minute or two" in html
+    assert known is not None
+    assert known.key is None
+    assert outlook.outlook(session, parts.LOADED, "", *CONTROLS)[:2] == ["", None]
+    shutil.rmtree(host.reference_dir / "dpo-sd1")
+    html, known, *_ = outlook.outlook(session, parts.LOADED, "dpo-sd1", *CONTROLS)
+    assert "dpo-alert" in html
+    assert known is None
+
+
+def test_a_cache_folder_that_cannot_be_written_is_said_and_no_more(session: Session, host: FakeHost):
+    host.cache_dir.write_text("a file in its place")
+    html, curve, known, *_ = analysed(session)
+    assert "are not remembered: nothing could be written" in html
+    assert "Is it the right base?" in html
+    assert "Rank 4 →" in curve
+    assert "Rank 8 →" in outlook.moved(session, known, extract.BY_RANK, 8, *CONTROLS[2:])[0]
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("published", "Rank 32 →"), ("small", "ranks up to"), ("most", "ranks up to"), ("exact", "keeps all of the change"),
+])  # fmt: skip
+def test_presets_end_where_the_model_does(session: Session, name: str, words: str):
+    known = analysed(session)[2]
+    values = [update.get("value", old) for update, old in zip(outlook.preset(session, name, known), CONTROLS[:5], strict=True)]
+    last = session.figures.sizes(known.key, "portable", "fp16").largest_rank  # type: ignore[union-attr]
+    (html,) = outlook.moved(session, known, *values, "portable", "fp16")
+    assert words.replace("32", str(min(128, last))) in html
+    assert "dpo-alert" not in html
+
+
+def test_lora_or_bake_follows_from_the_figures(session: Session):
+    from lib_dpo.webui.tab.extract_cards import _lora_or_bake
+
+    def said(kept: float) -> str:
+        from types import SimpleNamespace
+
+        return " ".join(_lora_or_bake(SimpleNamespace(ranks=[64], energy_at_rank=[kept])))  # type: ignore[arg-type]
+
+    answers = {said(kept).partition(":")[0] for kept in (0.98, 0.6, 0.3)}
+    assert len(answers) == 3
+    assert "98.0 %" in said(0.98)
+    assert "bake would add nothing" in said(0.98)
+    assert "30.0 %" in said(0.3)
+
+
+def test_the_first_view_says_which_file_to_put_where(session: Session):
+    html = first_view(session, "")
+    for words in ("Get a reference", "Extract", "Compare", "mhdang/dpo-sd1.5-text2image-v1", "DPO/dpo-sd1.5.safetensors"):
+        assert words in html
+    chosen = first_view(session, EVIL)
+    assert "mhdang" not in chosen
+    assert "img" not in tags(chosen)
+
+
+def test_a_new_file_is_handed_over_to_other_pages(session: Session):
+    blocks = build(session)
+    _, name, _ = run(session, extract.extract, parts.LOADED, "dpo-sd1", "mine", False, *SETTINGS, outputs=2)
+    assert name == "mine"
+    for page in ("compare", "bake"):
+        (row,) = [row for row in dependencies(blocks) if (f"dpo_extract_to_{page}", "click") in row[0]]
+        assert row[2] == [f"dpo_{page}_offset"]
+    listed = parts.Listed(None, parts.offsets, parts.named_dpo)
+    assert extract._chosen(session, listed, "mine")["value"] == "mine"
+    assert extract._chosen(session, listed, "gone") == parts.update()
 
 
 def test_extract_says_what_it_kept_and_how_to_use_it(session: Session, host: FakeHost):
-    html = run(session, extract.extract, parts.LOADED, "dpo-sd1", "", False, *SETTINGS)[0]
+    html = run(session, extract.extract, parts.LOADED, "dpo-sd1", "", False, *SETTINGS, outputs=2)[0]
     assert "dpo-sd1-lora is written" in html
     assert re.search(r"keeps .* of what DPO changed: \d+\.\d % of the energy", html)
     assert "&lt;lora:dpo-sd1-lora:1&gt;" in html
+    assert 'data-dpo-prompt="&lt;lora:dpo-sd1-lora:1&gt;"' in html
     assert re.search(r"knows ([\d,]+) of its \1 keys", html)
     assert (host.lora_dir / "dpo-sd1-lora.safetensors").exists()
-    again = run(session, extract.extract, parts.LOADED, "dpo-sd1", "", False, *SETTINGS)[0]
+    again = run(session, extract.extract, parts.LOADED, "dpo-sd1", "", False, *SETTINGS, outputs=2)[0]
     assert "exists already" in again
-    assert "is written" in run(session, extract.extract, parts.LOADED, "dpo-sd1", "", True, *SETTINGS)[0]
+    assert "is written" in run(session, extract.extract, parts.LOADED, "dpo-sd1", "", True, *SETTINGS, outputs=2)[0]
 
 
 def test_extract_by_share_says_when_it_fell_short(session: Session):
     by_energy = (extract.BY_ENERGY, 4, 0, 80, 100, "auto", "portable", "fp16")
-    html = run(session, extract.extract, parts.LOADED, "dpo-sd1", "all", False, *by_energy)[0]
+    html = run(session, extract.extract, parts.LOADED, "dpo-sd1", "all", False, *by_energy, outputs=2)[0]
     assert "You asked for 100.0 %" in html
     by_size = (extract.BY_SIZE, 4, 0, 0.5, 50, "auto", "portable", "fp16")
-    assert "is written" in run(session, extract.extract, parts.LOADED, "dpo-sd1", "small", False, *by_size)[0]
+    assert "is written" in run(session, extract.extract, parts.LOADED, "dpo-sd1", "small", False, *by_size, outputs=2)[0]
 
 
 def test_write_offset_file(session: Session, host: FakeHost):
-    html = run(session, extract.write_offset, parts.LOADED, "dpo-sd1", "exact", False)[0]
+    html = run(session, extract.write_offset, parts.LOADED, "dpo-sd1", "exact", False, outputs=2)[0]
     assert "exact is written" in html
     assert (host.reference_dir / "exact.safetensors").exists()
 
@@ -632,14 +744,10 @@ def test_where_no_picture_can_be_shown_nothing_is_drawn(with_lora: Session, host
     made = compared(with_lora)[7]
     host.no_pictures, drawn = "No picture could be shown: disk full", list(host.told)
     assert host.no_pictures in compared(with_lora)[0]
-    html, plot, _ = run(with_lora, extract.analyse, parts.LOADED, "dpo-sd1", True, outputs=2)
-    assert host.no_pictures in html
-    assert plot == parts.update()
     assert host.told == drawn
     html, where = compare.look(with_lora, made, next(iter(compare._labels(made))))
     assert host.no_pictures in html
     assert where["visible"] is False
-    assert "Is it the right base?" in run(with_lora, extract.analyse, parts.LOADED, "dpo-sd1", False, outputs=2)[0]
 
 
 def test_compare_with_a_bake_in_the_model_is_refused(with_lora: Session):
@@ -690,7 +798,7 @@ def test_names_and_metadata_never_become_elements(with_lora: Session, host: Fake
     host.live.loaded = lambda: type(loaded)(name, loaded.path, name, name)  # type: ignore[method-assign]
     allowed = {
         "p", "span", "section", "h4", "dl", "dt", "dd", "details", "summary", "table", "caption", "tbody", "thead", "tr",
-        "th", "td", "div", "code", "ul", "li", "b", "img", "input",
+        "th", "td", "div", "code", "ul", "li", "b", "img", "input", "button",
     }  # fmt: skip
     shown = [
         lists.foot_html(with_lora),
@@ -698,7 +806,7 @@ def test_names_and_metadata_never_become_elements(with_lora: Session, host: Fake
         bake.foresee(with_lora, "gone" + name, name),
         *run(with_lora, bake.bake, name, 1.0, "")[:2],
         run(with_lora, inspect.what_is, name)[0],
-        run(with_lora, extract.analyse, name, name, False)[0],
+        run(with_lora, extract.analyse, name, name, *CONTROLS)[0],
         comparison.wipe_html(*(2 * [compare_image()]), name),
     ]
     for html in shown:

@@ -119,7 +119,7 @@ TAB: list[tuple[Any, tuple[Any, ...], str]] = [
     (page.extract, (parts.LOADED, "dpo-sd1", "x", False, page.BY_SIZE, 4, 0, -3, *SETTINGS[4:]), "Size -3 is too small"),
     (page.extract, (parts.LOADED, "dpo-sd1", "x", False, page.BY_RANK, 4, -3, 80, *SETTINGS[4:]), "Rank of convolutions -3"),
     (page.write_offset, (parts.LOADED, "dpo-sd1", "broken", False), "broken.safetensors: exists already"),
-    (page.analyse, (parts.LOADED, "broken.safetensors", False), "broken.safetensors"),
+    (page.analyse, (parts.LOADED, "broken.safetensors", *SETTINGS[:5], *SETTINGS[6:]), "broken.safetensors"),
     (bake.bake, ("broken", 1.0, ""), "broken.safetensors"),
     (bake.save, ("dpo", 1.0, "", "done", False), "done.safetensors: exists already"),
     (bake.save, ("dpo", 1.0, "", "taken", False), "taken.yaml"),

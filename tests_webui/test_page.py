@@ -76,7 +76,7 @@ def test_a_new_lora_is_in_the_scripts_list_at_once(tab: Tab) -> None:
 def test_analyse_by_a_click(tab: Tab) -> None:
     tab.dpo("Extract")
     tab.click("dpo_extract_analyse")
-    assert "Is it the right base?" in tab.wait_for_text("dpo_extract_result", "LoRA or bake?")
+    assert "Is it the right base?" in tab.wait_for_text("dpo_extract_pair_result", "LoRA or bake?")
 
 
 def test_bake_and_undo_by_clicks(tab: Tab, server: Server, exact: dict) -> None:
@@ -162,7 +162,7 @@ def test_a_refusal_is_a_sentence(tab: Tab) -> None:
     tab.dpo("Extract")
     tab.fill("dpo_extract_name", "../evil")
     tab.click("dpo_extract_go")
-    tab.until(lambda: tab.page.locator("#dpo_extract_result [role=alert]").count(), "an alert")
+    tab.until(lambda: tab.page.locator("#dpo_extract_result_alert [role=alert]").count(), "an alert")
     assert tab.page.locator("#dpo_extract .progressDiv:visible").count() == 0
 
 

@@ -41,7 +41,7 @@ def test_a_saved_choice_shows_its_field(server: Server) -> None:
     before = saved.read_text(encoding="utf-8")
     settings = json.loads(before)
     (key,) = [key for key in settings if key.endswith("Choose the LoRA's size by/value")]
-    saved.write_text(json.dumps({**settings, key: "File size"}), encoding="utf-8")
+    saved.write_text(json.dumps({**settings, key: "Size"}), encoding="utf-8")
     try:
         with browser() as chromium:
             tab = Tab(chromium, server)

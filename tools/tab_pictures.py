@@ -108,9 +108,9 @@ def _page(address: str) -> Iterator[Any]:
 def _extract(page: Any) -> None:
     _press(page, "dpo_extract_dense", "dpo_extract_result", "-offset is written")  # for Compare and Bake
     _press(page, "dpo_extract_go", "dpo_extract_result", "-lora is written")
-    page.locator("#dpo_extract_spectra input[type=checkbox]").check()
-    _press(page, "dpo_extract_analyse", "dpo_extract_result", "Is it the right base?")
-    page.locator("#dpo_extract_plot img").wait_for()
+    _fill(page, "dpo_extract_rank", "16")
+    _press(page, "dpo_extract_analyse", "dpo_extract_pair_result", "Is it the right base?")
+    page.locator("#dpo_extract_outlook").filter(has_text="Rank 16").wait_for()
 
 
 def _compare(page: Any) -> None:

@@ -141,8 +141,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     )
 
 
-def sha256_in_background(checkpoint: Checkpoint) -> Callable[[], str]:
-    """Start hashing beside the work; call what comes back to wait for the hash, or for its error."""
+def sha256_in_background(checkpoint: Checkpoint) -> Callable[..., str]:
+    """Start hashing beside the work; call what comes back to wait for the hash, or for its error: see `in_background`."""
     return in_background(checkpoint.sha256)
 
 

@@ -42,10 +42,21 @@ def file_sha256(path: str | Path) -> str:
     return digest
 
 
-def in_background(work: Callable[[], str]) -> Callable[[], str]:
+def remembered_sha256(path: str | Path) -> str | None:
+    """The SHA-256 of a file where it is known without reading the file; else None."""
+    path = Path(path)
+    try:
+        known = _load().get(str(path.resolve()))
+        return str(known[2]) if known and known[:2] == _size_and_time(path) else None
+    except OSError:
+        return None
+
+
+def in_background(work: Callable[[], str]) -> Callable[..., str]:
     """Start work in a thread, beside everything else; call what comes back to wait for the result, or its error.
 
-    Hashing lets other Python code run meanwhile. The thread does not keep the process alive.
+    `meanwhile`, if it is given then, is called every half second, and may raise to stop waiting. Hashing lets other Python code
+    run meanwhile. The thread does not keep the process alive.
     """
     outcome: concurrent.futures.Future[str] = concurrent.futures.Future()
 
@@ -55,9 +66,11 @@ def in_background(work: Callable[[], str]) -> Callable[[], str]:
         except BaseException as error:  # noqa: BLE001  goes to whoever waits
             outcome.set_exception(error)
 
-    def wait() -> str:
+    def wait(meanwhile: Callable[[], None] | None = None) -> str:
         while not outcome.done():  # by half seconds: on Windows an endless wait cannot be interrupted
             concurrent.futures.wait([outcome], timeout=0.5)
+            if meanwhile:
+                meanwhile()
         return outcome.result()
 
     threading.Thread(target=run, name="sha256", daemon=True).start()

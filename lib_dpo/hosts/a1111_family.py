@@ -5,6 +5,7 @@ Names are those of AUTOMATIC1111 1.10; the forks kept them. Imported inside a ru
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -49,6 +50,11 @@ class WebUI:
         from modules import paths_internal
 
         return Path(getattr(paths_internal, "default_output_dir", None) or Path(paths_internal.data_path) / "outputs")
+
+    @property
+    def cache_dir(self) -> Path:
+        folder = os.environ.get("SD_WEBUI_CACHE_DIR") or Path(paths.data_path) / "cache"  # as modules/cache.py has it
+        return Path(folder) / "dpo"
 
     def checkpoints(self) -> list[FileEntry]:
         entries = [FileEntry(info.name, Path(info.filename)) for info in list(sd_models.checkpoints_list.values())]

@@ -204,6 +204,10 @@ class Host(Protocol):
     def output_dir(self) -> Path:
         """Where the host keeps the pictures that it makes; it need not exist yet."""
 
+    @property
+    def cache_dir(self) -> Path:
+        """Where what may be lost is kept between runs, beside the host's own caches; may not be there yet."""
+
     def checkpoints(self) -> list[FileEntry]: ...
     def loras(self) -> list[FileEntry]: ...
     def refresh(self) -> None:

@@ -20,6 +20,7 @@ from lib_dpo.errors import Cancelled, HostError, NoModelError, SettingError
 from lib_dpo.families.arch import Architecture
 from lib_dpo.families.keymap import UNET
 from lib_dpo.families.model import open_model
+from lib_dpo.files.hashes import user_cache
 from lib_dpo.hosts import checksums, inplace
 from lib_dpo.hosts.base import Baked, Check, FileEntry, LoadedModel, Picture, Request
 from lib_dpo.hosts.picture_folder import check_picture_folder, pictures_check
@@ -206,6 +207,13 @@ class Standalone:
     @property
     def output_dir(self) -> Path:
         return self._models / "outputs"
+
+    @property
+    def cache_dir(self) -> Path:
+        try:
+            return user_cache("figures")
+        except RuntimeError:  # this user has no home
+            return self._models / "cache"
 
     def checkpoints(self) -> list[FileEntry]:
         return [FileEntry(path.relative_to(self.checkpoint_dir).as_posix(), path) for path in _files(self.checkpoint_dir)]

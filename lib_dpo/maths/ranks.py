@@ -33,6 +33,71 @@ def break_even_rank(out: int, in_: int) -> int:
     return max(1, min(out * in_ // (out + in_), out, in_))
 
 
+class Ranking:
+    """All components of all layers in the order in which they are taken: what each policy of a file takes is a beginning of it.
+
+    Args:
+        spectra: by layer name; the order breaks ties.
+        weighted: by weighted energy per byte, for sizes; else by energy per byte.
+    """
+
+    def __init__(self, spectra: Mapping[str, Spectrum], *, weighted: bool) -> None:
+        self.names = list(spectra)
+        self._per_rank = np.array([row.bytes_per_rank for row in spectra.values()], dtype=np.int64)
+        self._fixed = np.array([row.fixed_bytes for row in spectra.values()], dtype=np.int64)
+        gains: list[Any] = [row.energies[: row.cap] for row in spectra.values()]
+        layer = np.repeat(np.arange(len(gains)), [len(gain) for gain in gains])
+        gain = np.concatenate(gains) if gains else np.zeros(0)
+        ratio = gain / self._per_rank[layer] if len(gain) else gain
+        if weighted:
+            ratio = ratio * np.array([row.weight for row in spectra.values()])[layer]
+        order = np.argsort(-ratio, kind="stable")
+        self._layer, self._reached = layer[order], np.cumsum(gain[order])
+        is_first = np.zeros(len(layer), dtype=bool)
+        if len(layer):
+            is_first[np.unique(self._layer, return_index=True)[1]] = True
+        self._spent = np.cumsum(self._per_rank[self._layer] + np.where(is_first, self._fixed[self._layer], 0))
+
+    def reaching(self, energy: float) -> dict[str, int]:
+        """The ranks that reach an energy with the fewest bytes; out of reach, every layer is at its cap."""
+        return self._of_first(int(np.searchsorted(self._reached, energy * (1 - 1e-12))) + 1)
+
+    def within(self, budget: int) -> dict[str, int]:
+        """The ranks of the components that fit into so many bytes, the first that do not passed over."""
+        start = int(np.searchsorted(self._spent, budget, side="right"))
+        ranks = self._counts(start)
+        left = budget - (int(self._spent[start - 1]) if start else 0)
+        cheapest = int(self._per_rank.min()) if len(self.names) else 0
+        full = np.zeros(len(self.names), dtype=bool)
+        for n in self._layer[start:]:
+            if left < cheapest:
+                break
+            if full[n]:
+                continue
+            cost = self._per_rank[n] + (self._fixed[n] if ranks[n] == 0 else 0)
+            if cost > left:
+                full[n] = True  # later components of this layer gain less and cost the same
+                continue
+            left -= int(cost)
+            ranks[n] += 1
+        return dict(zip(self.names, ranks.tolist(), strict=True))
+
+    def steps(self, points: int) -> list[dict[str, int]]:
+        """Ranks along the way from one component to all, at most `points` of them, evenly spread over the components."""
+        last = len(self._layer) - 1
+        return (
+            [self._of_first(int(at) + 1) for at in np.unique(np.linspace(0, last, points).astype(np.int64))]
+            if last >= 0
+            else []
+        )
+
+    def _of_first(self, count: int) -> dict[str, int]:
+        return dict(zip(self.names, self._counts(count).tolist(), strict=True))
+
+    def _counts(self, count: int) -> NDArray[np.int64]:
+        return np.bincount(self._layer[:count], minlength=len(self.names)).astype(np.int64)
+
+
 def allocate(spectra: Mapping[str, Spectrum], *, budget: int | None = None, energy: float | None = None) -> dict[str, int]:
     """Ranks by layer: as much weighted energy as fits into `budget` bytes, or as few bytes as reach `energy`.
 
@@ -44,31 +109,9 @@ def allocate(spectra: Mapping[str, Spectrum], *, budget: int | None = None, ener
     Returns:
         layer name -> rank; 0 for layers that get nothing. With `energy` out of reach, every layer is at its cap.
     """
-    names = list(spectra)
-    layer, gain, ratio = _components(spectra)
-    if energy is None:
-        ratio = ratio * np.array([row.weight for row in spectra.values()])[layer]
-    order = np.argsort(-ratio, kind="stable")
-    ranks = np.zeros(len(names), dtype=np.int64)
     if energy is not None:
-        reached = np.cumsum(gain[order])
-        count = int(np.searchsorted(reached, energy * (1 - 1e-12))) + 1
-        ranks += np.bincount(layer[order[:count]], minlength=len(names))
-        return dict(zip(names, ranks.tolist(), strict=True))
-    left = 0 if budget is None else budget
-    per_rank = np.array([row.bytes_per_rank for row in spectra.values()])
-    fixed = np.array([row.fixed_bytes for row in spectra.values()])
-    full = np.zeros(len(names), dtype=bool)
-    for n in layer[order]:
-        if full[n]:
-            continue
-        cost = per_rank[n] + (fixed[n] if ranks[n] == 0 else 0)
-        if cost > left:
-            full[n] = True  # later components of this layer gain less and cost the same
-            continue
-        left -= cost
-        ranks[n] += 1
-    return dict(zip(names, ranks.tolist(), strict=True))
+        return Ranking(spectra, weighted=False).reaching(energy)
+    return Ranking(spectra, weighted=True).within(budget or 0)
 
 
 def size_curve(spectra: Mapping[str, Spectrum], points: int = 60) -> tuple[list[float], list[float]]:

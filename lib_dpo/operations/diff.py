@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lib_dpo.families.blocks import block_labels, block_of
 from lib_dpo.families.pruning import Blocks
-from lib_dpo.maths.devices import resolve_device
-from lib_dpo.maths.precision import full_precision
 from lib_dpo.maths.ranks import Spectrum, break_even_rank, size_curve
-from lib_dpo.maths.threads import side_by_side
-from lib_dpo.offsets.coverage import LeftOut, left_out, nothing_changed
-from lib_dpo.offsets.layers import Layer, plan_layers
+from lib_dpo.offsets.coverage import LeftOut, left_out
 from lib_dpo.offsets.offset import Pair, blocks_in
 from lib_dpo.offsets.prediction import Prediction, predictions
-from lib_dpo.operations.decompose import Decomposer
-from lib_dpo.operations.measure import Row, Tally, measure
+from lib_dpo.operations.measure import Row, Tally
+from lib_dpo.operations.outlook.figures import Figures, measure_figures
+from lib_dpo.operations.outlook.figures import Spectra as SpectraFigures
 from lib_dpo.operations.verdict import Verdict, changed_text_encoders, right_base
-from lib_dpo.progress import Progress, Steps
+from lib_dpo.progress import Progress
 
 # Kinds of layer for the heat-map, by a part of the canonical key; the first match counts.
 _KINDS: tuple[tuple[str, str], ...] = (
@@ -130,24 +125,20 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
         BadTensorError: NaN or Inf, by key.
         SettingError: a device that is not there.
     """
-    place = resolve_device(device)
+    return report_on(pair, measure_figures(pair, spectra=spectra, device=device, on_progress=on_progress))
+
+
+def report_on(pair: Pair, figures: Figures) -> DiffReport:
+    """The report on a pair whose figures are known: nothing but headers and a few small tensors is read."""
     tally = Tally(pair.architecture)
     kinds: dict[str, dict[str, Row]] = {kind: {} for kind in KINDS}
     relative: list[tuple[str, float]] = []
-    steps = Steps(sum(math.prod(pair.base.shape(key)) for key in pair.keys) * (2 if spectra else 1), on_progress)
-    with full_precision():
-        with side_by_side(lambda key: measure(pair, key)[1], pair.keys) as rows:
-            for key, row in zip(pair.keys, rows, strict=True):
-                tally.add(key, row)
-                block = block_of(pair.architecture, key)
-                if block is not None:
-                    kinds[_kind(key, len(pair.base.shape(key)))].setdefault(block, Row()).add(row)
-                relative.append((key, row.relative_change))
-                steps.advance(row.numel, key)
-        if not tally.total.offset:
-            both = "UNet and text encoders" if len(tally.components) > 1 else "UNet"
-            raise nothing_changed(pair, both, "there is no offset")
-        figures = _spectra(pair, tally, place, steps) if spectra else None
+    for key, row in figures.rows.items():
+        tally.add(key, row)
+        block = block_of(pair.architecture, key)
+        if block is not None:
+            kinds[_kind(key, len(pair.base.shape(key)))].setdefault(block, Row()).add(row)
+        relative.append((key, row.relative_change))
     relative.sort(key=lambda item: -item[1])
     return DiffReport(
         architecture=pair.architecture.name,
@@ -157,11 +148,11 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
         verdict=right_base(pair, tally),
         kinds=kinds,
         largest=relative[:10],
-        vae=_compare_vae(pair),
+        vae=figures.vae,
         blocks=blocks_in(pair.base),
         left_out=left_out(pair),
         predictions=predictions(pair),
-        spectra=figures,
+        spectra=_spectra(pair, figures.spectra) if figures.spectra else None,
     )
 
 
@@ -171,37 +162,18 @@ def _kind(key: str, ndim: int) -> str:
     return next((kind for mark, kind in _KINDS if mark in key), "norm")
 
 
-def _compare_vae(pair: Pair) -> str:
-    """Information only: VAEs are never extracted."""
-    theirs = set(pair.tuned.keys("vae"))
-    shared = [key for key in pair.base.keys("vae") if key in theirs]
-    if not shared:
-        return "not in both files"
-    same = all(torch.equal(pair.base.read(key).flatten().float(), pair.tuned.read(key).flatten().float()) for key in shared)
-    return "the same" if same else "different (for information: a VAE is never part of an offset)"
-
-
-def _spectra(pair: Pair, tally: Tally, device: torch.device, steps: Steps) -> Spectra:
-    components = ("unet", *changed_text_encoders(tally))
-    layers = [layer for layer in plan_layers(pair, "portable", components) if layer.kind == "pair"]
-    decomposer = Decomposer(pair, device, method="exact", seed=0)
+def _spectra(pair: Pair, known: SpectraFigures) -> Spectra:
+    layers = [layer for layer in known.plans["portable"] if layer.kind == "pair"]
     rows: dict[str, Spectrum] = {}
     effective: dict[str, list[float]] = {}
-
-    def squares(layer: Layer) -> NDArray[np.float64] | None:
-        delta, row = decomposer.load(layer)
-        return decomposer.singular_values(delta, layer.module.name).square().numpy() if row.offset else None
-
-    with side_by_side(squares, layers, device) as found:
-        for layer, energies in zip(layers, found, strict=True):
-            if energies is not None:
-                rows[layer.module.name] = Spectrum(energies, _FP16 * sum(layer.matrix), 0, break_even_rank(*layer.matrix))
-                effective.setdefault(block_of(pair.architecture, layer.module.key) or "", []).append(_effective_rank(energies))
-            steps.advance(layer.numel, layer.module.key)
-    total = sum(row.offset for name, row in tally.components.items() if name in components)
+    for layer in layers:
+        energies = known.energies.get(layer.module.name)
+        if energies is not None:
+            rows[layer.module.name] = Spectrum(energies, _FP16 * sum(layer.matrix), 0, break_even_rank(*layer.matrix))
+            effective.setdefault(block_of(pair.architecture, layer.module.key) or "", []).append(_effective_rank(energies))
     largest = max(min(layer.matrix) for layer in layers)
     ranks = [rank for rank in _CURVE_RANKS if rank <= largest]  # those that `extract` takes
-    at_rank = [sum(float(s.energies[: min(rank, s.cap)].sum()) for s in rows.values()) / total for rank in ranks]
+    at_rank = [sum(float(s.energies[: min(rank, s.cap)].sum()) for s in rows.values()) / known.total for rank in ranks]
     sizes = [sum(s.bytes_per_rank * min(rank, s.cap) for s in rows.values()) / 1e6 for rank in ranks]
     curve = size_curve(rows)
     return Spectra(
@@ -209,7 +181,7 @@ def _spectra(pair: Pair, tally: Tally, device: torch.device, steps: Steps) -> Sp
         energy_at_rank=at_rank,
         size_mb_at_rank=sizes,
         size_mb=[size / 1e6 for size in curve[0]],
-        energy_at_size=[value / total for value in curve[1]],
+        energy_at_size=[value / known.total for value in curve[1]],
         mean_spectrum=_mean_spectrum(list(rows.values())),
         effective_rank={block: float(np.mean(values)) for block, values in effective.items()},
     )

@@ -17,7 +17,7 @@ from lib_dpo.families.keymap import component_of
 from lib_dpo.families.roles import role_weight
 from lib_dpo.maths.fp8 import ROUNDING
 from lib_dpo.maths.precision import dtype_of
-from lib_dpo.maths.ranks import Spectrum, allocate, break_even_rank
+from lib_dpo.maths.ranks import Energies, Ranking, Spectrum, break_even_rank
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.layers import Layer
 from lib_dpo.offsets.lora.metadata import ENTRY_BYTES, METADATA_BYTES
@@ -47,18 +47,17 @@ def plan_ranks(
     """
     policy = settings.policy
     if policy.fixed:
-        return _fixed_ranks(layers, policy)
+        return fixed_ranks(layers, policy)
     item = dtype_of(settings.precision).itemsize
     spectra, pair_energy = _spectra(layers, item, decomposer, steps)
     if policy.energy is None:
-        return _ranks_for_size(layers, spectra, item, policy.size_mb or 0.0)
+        return ranks_for_size(layers, spectra, Ranking(spectra, weighted=True), item, policy.size_mb or 0.0)
     whole = sum(measure(pair, key)[1].offset for layer in layers if layer.kind != "pair" for key in layer.keys)
     rest = sum(measure(pair, key)[1].offset for key in left_out(pair, layers, components))
-    rounding = ROUNDING if item == 1 else 0.0
-    return allocate(spectra, energy=(policy.energy * (pair_energy + whole + rest) - whole) * (1 + rounding))
+    return ranks_for_energy(Ranking(spectra, weighted=False), policy.energy, pair_energy, whole, rest, item)
 
 
-def _fixed_ranks(layers: Sequence[Layer], policy: RankPolicy) -> dict[str, int]:
+def fixed_ranks(layers: Sequence[Layer], policy: RankPolicy) -> dict[str, int]:
     """The rank asked for, but in no layer one from which on its factors are larger than the layer itself."""
     pairs = [layer for layer in layers if layer.kind == "pair"]
     for name, value, own in (
@@ -95,11 +94,19 @@ def _spectra(layers: Sequence[Layer], item: int, decomposer: Decomposer, steps: 
         for layer, offset, values in found:
             if layer.kind == "pair":
                 energy += offset
-                name, most = layer.module.name, break_even_rank(*layer.matrix)
-                weight = size_weight(name, offset)
-                spectra[name] = Spectrum(values.numpy(), item * sum(layer.matrix), entry_bytes(layer), most, weight)
+                spectra[layer.module.name] = spectrum_of(layer, values.numpy(), offset, item)
             steps.advance(layer.numel, layer.module.key)
     return spectra, energy
+
+
+def spectrum_of(layer: Layer, energies: Energies, offset: float, item: int) -> Spectrum:
+    """A layer as the allocation sees it.
+
+    Args:
+        energies: squared singular values, falling. offset: ||.||^2 of its whole change. item: bytes of one number.
+    """
+    weight = size_weight(layer.module.name, offset)
+    return Spectrum(energies, item * sum(layer.matrix), entry_bytes(layer), break_even_rank(*layer.matrix), weight)
 
 
 def size_weight(name: str, energy: float) -> float:
@@ -116,13 +123,26 @@ def size_weight(name: str, energy: float) -> float:
     return role_weight(name) / math.sqrt(energy) if energy else 0.0
 
 
-def _ranks_for_size(layers: Sequence[Layer], spectra: Mapping[str, Spectrum], item: int, size: float) -> dict[str, int]:
-    """As much weighted energy as fits into `size` MB, with everything else that the file holds."""
+def ranks_for_energy(ranking: Ranking, share: float, pairs: float, whole: float, rest: float, item: int) -> dict[str, int]:
+    """The ranks that keep a share of the whole change.
+
+    Args:
+        pairs, whole, rest: ||.||^2 of what becomes pairs, of what is written whole, and of what no layer carries.
+        item: bytes of one number in the file.
+    """
+    rounding = ROUNDING if item == 1 else 0.0
+    return ranking.reaching((share * (pairs + whole + rest) - whole) * (1 + rounding))
+
+
+def ranks_for_size(
+    layers: Sequence[Layer], spectra: Mapping[str, Spectrum], ranking: Ranking, item: int, size: float
+) -> dict[str, int]:
+    """As much weighted energy as fits into `size` MB, with everything else that the file holds. Raises SettingError."""
     whole = [layer for layer in layers if layer.kind != "pair"]
     required = [layer for layer in layers if layer.required]  # written with one component at least
     overhead = METADATA_BYTES + sum(max(item, 2) * (layer.numel + layer.shape[0]) + entry_bytes(layer) for layer in whole)
     overhead += sum(spectra[layer.module.name].bytes_per_rank + entry_bytes(layer) for layer in required)
-    ranks = allocate(spectra, budget=int(size * 1e6) - overhead)
+    ranks = ranking.within(int(size * 1e6) - overhead)
     if not any(ranks.values()):
         least = overhead + min(row.bytes_per_rank + row.fixed_bytes for row in spectra.values())
         raise SettingError(

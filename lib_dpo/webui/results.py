@@ -64,6 +64,8 @@ class Analysis:
 
     diff: DiffReport
     compat: CompatReport | None
+    key: tuple[str, str] | None = None  # by which the figures of the pair are known
+    not_kept: str = ""  # why they are not there the next time
 
     def as_json(self) -> dict[str, Any]:
         return {"diff": self.diff.as_json(), "compat": self.compat and self.compat.as_json()}

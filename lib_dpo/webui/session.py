@@ -26,6 +26,7 @@ from lib_dpo.offsets.patch import Patch, check_changes, open_patch
 from lib_dpo.offsets.recipe import Ingredient, baked_in
 from lib_dpo.settings import ExtractSettings, check, one_of, strength_to_bake
 from lib_dpo.webui.blind import Blind
+from lib_dpo.webui.figures import Key, KnownFigures, known_key
 from lib_dpo.webui.jobs import Jobs
 from lib_dpo.webui.library import Library
 from lib_dpo.webui.results import Analysis, Extracted, Status
@@ -38,6 +39,7 @@ if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts wit
 
 logger = logging.getLogger(__name__)
 
+_COMPATS_KEPT = 8  # verdicts on loaded models
 _PATCHES_KEPT = 4  # open offsets: their files are mapped, which costs no memory of its own
 
 
@@ -58,6 +60,8 @@ class Session:
         self.library = Library(host)
         self.jobs = Jobs(host)
         self.blind = Blind(host, self.jobs, self.to_add, self.request)
+        self.figures = KnownFigures(lambda: host.cache_dir)
+        self._compats: dict[tuple[Any, ...], CompatReport] = {}
         self._patches: OrderedDict[tuple[Any, ...], Patch] = OrderedDict()
         self._files: dict[tuple[str, int], _File] = {}
         self._lock = threading.Lock()
@@ -125,20 +129,50 @@ class Session:
     # ---- looking before writing ----
 
     def analyse(self, job: Job, *, base: str, reference: str, spectra: bool = False) -> Analysis:
-        """The verdict on a pair, and on the loaded model as a target where it is another one than the base."""
-        from lib_dpo.operations.compat import compat
-        from lib_dpo.operations.diff import diff
+        """The verdict on a pair, and on the loaded model as a target where it is another one than the base.
+
+        Args:
+            spectra: what files of each size keep, too; remembered, so that a second look takes no time.
+        """
+        from lib_dpo.operations.diff import diff, report_on
 
         self.host.live.ready()
         with self._pair(base, reference) as pair:
-            report = diff(pair, spectra=spectra, on_progress=job.progress)
-            model = self.host.live.loaded()
-            if model is None or model.path.resolve() in (pair.base.path.resolve(), pair.tuned.path.resolve()):
-                return Analysis(report, None)
-            if self._file(model.path).architecture is not pair.architecture:
-                return Analysis(report, None)
-            with open_model(model.path) as target:
-                return Analysis(report, compat(target, pair, on_progress=job.progress))
+            if not spectra:
+                report = diff(pair, on_progress=job.progress)
+                return Analysis(report, self._compat_of_loaded(job, pair, None))
+            key, figures, not_kept = self.figures.measure(pair, job.progress)
+            return Analysis(report_on(pair, figures), self._compat_of_loaded(job, pair, key), key, not_kept)
+
+    def _compat_of_loaded(self, job: Job, pair: Pair, key: Key | None) -> CompatReport | None:
+        """Whether a pair fits the loaded model; None where that is one of the two, or of another architecture.
+
+        Args:
+            key: of the pair, under which the answer is remembered as long as the loaded file stays as it is.
+        """
+        from lib_dpo.operations.compat import compat
+
+        model = self.host.live.loaded()
+        if model is None or model.path.resolve() in (pair.base.path.resolve(), pair.tuned.path.resolve()):
+            return None
+        if self._file(model.path).architecture is not pair.architecture:
+            return None
+        stat = model.path.stat()
+        place = (key, pair.names, str(model.path), stat.st_mtime_ns, stat.st_size)
+        if key and place in self._compats:
+            return self._compats[place]
+        with open_model(model.path) as target:
+            found = compat(target, pair, on_progress=job.progress)
+        self._compats = {**dict(list(self._compats.items())[1 - _COMPATS_KEPT :]), place: found}
+        return found
+
+    def pair_key(self, base: str, reference: str) -> Key | None:
+        """By which the figures of a pair are known, where that can be told without reading the files.
+
+        Raises:
+            NotFoundError, NoModelError, BadFileError: one of the two cannot be opened.
+        """
+        return known_key(self.library.any(base) if base else self.loaded().path, self.library.reference(reference))
 
     def compat(self, job: Job, *, target: str, base: str, reference: str) -> CompatReport:
         """Whether the offset of a pair fits a checkpoint (empty: the loaded one)."""

@@ -26,11 +26,11 @@ def build(session: Session) -> Any:
                 "Look at the model", elem_id="dpo_tick", elem_classes=["dpo-hidden"]
             )  # and this, every few seconds
         task = parts.unsaved(gr.Textbox(label="Task of the DPO tab", visible=False, elem_id="dpo_task"))
-        theme = parts.unsaved(gr.Textbox(label="Theme of the page", visible=False, elem_id="dpo_theme"))
-        tab = parts.Tab(session, status, task, theme, rescans=[rescan])
+        tab = parts.Tab(session, status, task, rescans=[rescan])
         with gr.Tabs(elem_id="dpo_pages"):
             for module in (extract, bake, compare, blind, inspect):
                 module.page(tab)
+        extract.hand_over(tab)
         foot = parts.unsaved(gr.HTML("", elem_id="dpo_foot"))
         lists.wire(tab, shown, tick, foot)
     return blocks

@@ -27,7 +27,7 @@ def wire(tab: Tab, shown: Any, tick: Any, foot: Any) -> None:
 
     parts.on(shown.click, look, components, outputs, **parts.UNASKED)
     for follower in tab.followers:
-        parts.on(shown.click, follower.function, [follower.leader], follower.components, **parts.UNASKED)
+        parts.on(shown.click, follower.function, follower.inputs, follower.components, **parts.UNASKED)
     for event in (shown.click, tick.click):  # one request for all
         answers = [each for place in tab.places for each in (place.component, place.given)]
         asked = [each for place in tab.places for each in (place.given, *place.inputs)]

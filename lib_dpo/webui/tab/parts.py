@@ -11,7 +11,6 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from lib_dpo.errors import Cancelled, DpoError
@@ -31,8 +30,6 @@ UNASKED: Mapping[str, Any] = {"show_progress": "hidden", "queue": False}
 
 Show = Callable[..., None]  # puts values into the first outputs of an event that is at work
 
-DARK = "dark"  # what the page says of itself; see `Tab.theme`
-
 _NOT_LOADED = "Make one picture and it will be: some WebUIs load it only then. Files can be chosen by name meanwhile."
 
 
@@ -47,10 +44,10 @@ class Listed:
 
 @dataclass(frozen=True)
 class Follower:
-    """Components that look as the value of another one wants it."""
+    """Components that look as the values of others want it."""
 
-    leader: Any
-    function: Callable[[Any], list[Any]]
+    inputs: list[Any]
+    function: Callable[..., list[Any]]
     components: list[Any]
 
 
@@ -61,12 +58,12 @@ class Tab:
     session: Session
     status: Any
     task: Any  # invisible; the page writes the id of its progress bar into it
-    theme: Any  # invisible; the page writes DARK into it where it is dark
     lists: list[Listed] = field(default_factory=list)
     rescans: list[Any] = field(default_factory=list)  # buttons that look for new files
     writers: list[Any] = field(default_factory=list)  # events after which the lists are old
     followers: list[Follower] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)  # of answers that something else may make untrue
+    doors: list[tuple[Any, str, Any, str]] = field(default_factory=list)  # button, list of another page, what it takes, page
 
 
 # ---- components ----
@@ -129,14 +126,17 @@ def page(label: str, elem_id: str) -> Any:
 def results(tab: Tab, elem_id: str, hint: str, *, keep: bool = False) -> Any:
     """Where the results of a page appear, in a column of its own: the host draws its progress bar on the top edge of it.
 
+    An error stands above them and takes the place of none.
+
     Args:
         keep: results stay to be seen when they do not hold any more, below what has changed.
     """
     import gradio as gr
 
     with gr.Column(elem_id=f"{elem_id}_place", elem_classes=["dpo-results"]):
-        found = unsaved(gr.HTML(markup.note(hint), elem_id=elem_id))
-        tab.places.append(Place(found, gr.State(None), keep=keep))
+        alert = unsaved(gr.HTML("", elem_id=f"{elem_id}_alert"))
+        found = unsaved(gr.HTML(markup.note(hint) if hint else "", elem_id=elem_id))
+        tab.places.append(Place(found, gr.State(None), keep=keep, alert=alert))
         return found
 
 
@@ -148,13 +148,25 @@ def interrupt_button(tab: Tab, elem_id: str) -> None:
     on(button.click, tab.session.jobs.interrupt, [], [], queue=False)
 
 
-def follow(tab: Tab, leader: Any, function: Callable[[Any], list[Any]], components: Sequence[Any]) -> None:
-    """Let components look as another one's value wants it: at every change of it, and when the tab is shown.
+def follow(
+    tab: Tab,
+    leaders: Sequence[Any],
+    function: Callable[..., list[Any]],
+    components: Sequence[Any],
+    *,
+    beside: Sequence[Any] = (),
+) -> None:
+    """Let components look as the values of others want it: at every change of these, and when the tab is shown.
 
     The WebUI restores values that its user saved after the tab was built, and tells nobody.
+
+    Args:
+        function: called with the values of `beside`, then of `leaders`.
     """
-    on(leader.change, function, [leader], components, **UNASKED)
-    tab.followers.append(Follower(leader, function, list(components)))
+    inputs = [*beside, *leaders]
+    for leader in leaders:
+        on(leader.change, function, inputs, components, **UNASKED)
+    tab.followers.append(Follower(inputs, function, list(components)))
 
 
 # ---- events ----
@@ -201,8 +213,7 @@ def start(
     """
     place = outputs[0].elem_id
     own = f"values.slice(0, {len(inputs) + 1})"
-    themed = 1 + inputs.index(tab.theme) if tab.theme in inputs else -1
-    (answers,) = (each.given for each in tab.places if each.component is outputs[0])
+    (standing,) = (each for each in tab.places if each.component is outputs[0])
 
     def work(task: str, *values: Any, **options: Any) -> list[Any]:
         kept: list[Given | None] = []
@@ -212,19 +223,24 @@ def start(
             kept.append(given(found[0], lambda: about(*values)))
             return found
 
-        shown = guarded(tab.session, noted, len(outputs))(task, *values)
-        return [*shown, kept[0] if kept else None]  # none with an error
+        first, *rest = guarded(tab.session, noted, len(outputs))(task, *values)
+        if not kept:  # an error: the answer before it stands
+            return [first, update(), *rest, update()]
+        return ["", first, *rest, kept[0]]
 
     def stream(task: str, *values: Any) -> Iterator[list[Any]]:
-        yield from streamed(partial(work, task, *values), len(outputs) + 2)
+        def shown(show: Show) -> list[Any]:
+            return work(task, *values, show=lambda *found: show(update(), *found))  # above the outputs stand errors
+
+        yield from streamed(shown, len(outputs) + 3)
 
     event = on(
         button.click,
         stream if streams else work,
         [tab.task, *inputs],
-        [*outputs, tab.status, answers],
+        [standing.alert, *outputs, tab.status, standing.given],
         # older gradio hands over the outputs' values too
-        js=f"(...values) => window.dpoStart ? dpoStart('{place}', {own}, {themed}) : {own}",
+        js=f"(...values) => window.dpoStart ? dpoStart('{place}', {own}) : {own}",
         **({"show_progress": "hidden"} if streams else {}),  # what is shown meanwhile says how far it is
     )
     if writes:

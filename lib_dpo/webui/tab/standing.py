@@ -65,6 +65,7 @@ class Given:
     html: str
     about: About
     why: str = ""  # what the page shows in its place: the reason why it does not hold
+    key: Any = None  # what it was drawn from, where the page draws it anew
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Place:
     keep: bool = False
     again: Callable[..., list[Any]] | None = None
     inputs: Sequence[Any] = ()
+    alert: Any = None  # where errors are shown, above the answer that stands
 
 
 def about(session: Session, *names: str | Path, model: bool = False, baked: bool = False) -> About:
@@ -99,10 +101,10 @@ def about(session: Session, *names: str | Path, model: bool = False, baked: bool
     )
 
 
-def given(html: str, of: Callable[[], About]) -> Given | None:
+def given(html: str, of: Callable[[], About], key: Any = None) -> Given | None:
     """An answer with what it is about; None where that cannot be said, because a file is gone already."""
     try:
-        return Given(html, of())
+        return Given(html, of(), key=key)
     except (DpoError, OSError):
         return None
 
