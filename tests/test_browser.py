@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lib_dpo.pictures import curve
 from lib_dpo.webui.blind import Asked
-from lib_dpo.webui.tab import blind, comparison
+from lib_dpo.webui.tab import blind, comparison, extract_cards
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
 ROOT = Path(__file__).parent.parent
@@ -165,3 +166,59 @@ def test_both_pictures_are_zoomed_alike(voting: Any):
 def test_the_page_looks_for_a_pair_that_is_being_drawn(voting: Any):
     voting.evaluate("document.querySelector('#dpo_blind_view').innerHTML = '<p class=\"dpo-waiting\">drawn</p>'")
     voting.wait_for_function("pressed.filter((name) => name === 'look').length >= 2", timeout=10_000)
+
+
+# ---- the card of a new file ----
+
+
+def test_a_card_puts_its_lora_into_the_prompt_once_and_opens_other_pages(page: Any):
+    show(
+        page,
+        '<button id=dpo_extract_to_bake onclick="window.pressed = (window.pressed || 0) + 1"></button>'
+        "<div id=txt2img_prompt><textarea>a cat, &lt;lora:other:0.5&gt; </textarea></div>"
+        + extract_cards._doors("<lora:mine:1>"),
+    )
+    page.evaluate("() => { window.switch_to_txt2img = () => { window.there = true; }; }")
+    for _ in range(2):
+        page.get_by_role("button", name="Use in prompt").click()
+    assert page.locator("textarea").input_value() == "a cat, <lora:other:0.5> <lora:mine:1>"
+    assert page.evaluate("() => window.there")
+    page.get_by_role("button", name="Bake").click()
+    assert page.evaluate("() => window.pressed") == 1
+
+
+def test_what_a_click_gave_is_brought_into_view(page: Any):
+    show(page, "<div style='height: 3000px'></div><div id=dpo_x_result_place><div id=dpo_x_result>found</div></div>")
+    page.evaluate("() => dpoEnd('dpo_x_result')")
+    page.wait_for_function("() => dpoElement('dpo_x_result').getBoundingClientRect().top < window.innerHeight")
+
+
+# ---- the curve ----
+
+
+CURVE = [curve.Point(1e6 * 2**n, 0.1 + 0.08 * n) for n in range(9)]
+DOTS = [curve.Point(each.x, each.y, f"rank {2**n}") for n, each in enumerate(CURVE)]
+
+
+@pytest.mark.parametrize("width", [420, 1200])
+def test_the_points_of_a_curve_lie_on_its_line_and_tell_their_figures(page: Any, width: int):
+    page.set_viewport_size({"width": width, "height": 700})
+    marked = curve.Point(CURVE[4].x, CURVE[4].y, "rank 16, chosen")
+    show(page, curve.size_curve(CURVE, DOTS, marked, "sizes"))
+    line = page.evaluate("""() => {
+        const line = document.querySelector(".dpo-curve"), matrix = line.getScreenCTM();
+        return [...line.points].map((point) => point.matrixTransform(matrix)).map(({x, y}) => [x, y]);
+    }""")
+    for place, (x, y) in enumerate(line):
+        box = page.locator(".dpo-dot-small").nth(place).bounding_box()
+        assert (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2) == pytest.approx((x, y), abs=1.5)
+    box = page.locator(".dpo-dot-marked").bounding_box()
+    assert (box["x"] + box["width"] / 2, box["y"] + box["height"] / 2) == pytest.approx(line[4], abs=1.5)
+    assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth"), "nothing is cut"
+    tip = page.get_by_text("rank 2", exact=True)
+    assert not tip.is_visible()
+    page.locator(".dpo-dot-small").nth(1).hover()
+    assert tip.is_visible()
+    page.mouse.move(0, 0)
+    page.keyboard.press("Tab")
+    assert page.get_by_text("rank 1", exact=True).is_visible()

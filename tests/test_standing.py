@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -57,7 +58,11 @@ class Page:
                     self._run(row, function)
 
     def _run(self, row: dict[str, Any], function: Any) -> None:
-        found = function(*(self.values[each] for each in row["inputs"]))
+        answer = function(*(self.values[each] for each in row["inputs"]))
+        for found in answer if inspect.isgenerator(answer) else (answer,):
+            self._put(row, found)
+
+    def _put(self, row: dict[str, Any], found: Any) -> None:
         found = found if len(row["outputs"]) != 1 or isinstance(found, list) else [found]
         for each, value in zip(row["outputs"], found, strict=True):
             if isinstance(value, dict) and "update" in value.get("__type__", ""):

@@ -683,7 +683,7 @@ def test_what_streams_gives_its_last_word_and_every_one_before(session: Session)
 
 
 def test_two_offsets_side_by_side(with_lora: Session):
-    run(with_lora, extract.write_offset, parts.LOADED, "dpo-sd1", "dense", False)
+    run(with_lora, extract.write_offset, parts.LOADED, "dpo-sd1", "dense", False, outputs=2)
     values = ("mine", "0, 1", "a cat", "", "1", 4, 7, "", 64, 64, "")
     html, cells, *_ = run(with_lora, compare.compare, *values, "dense.safetensors", outputs=9)
     assert "mine × 1" in html
@@ -695,7 +695,7 @@ def test_two_offsets_side_by_side(with_lora: Session):
 def test_the_function_kept_is_said_with_what_it_was_measured_against(with_lora: Session):
     values = ("mine", "1", "a cat\na dog", "", "1", 4, 7, "", 64, 64, "", compare.ALONE, True)
     assert "write one on the page Extract" in run(with_lora, compare.compare, *values, outputs=9)[0]
-    run(with_lora, extract.write_offset, parts.LOADED, "dpo-sd1", "dense", False)
+    run(with_lora, extract.write_offset, parts.LOADED, "dpo-sd1", "dense", False, outputs=2)
     html = run(with_lora, compare.compare, *values, outputs=9)[0]
     assert "of the function" in html
     assert "Of what dense changes in this model" in html

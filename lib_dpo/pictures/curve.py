@@ -49,7 +49,8 @@ def size_curve(curve: Sequence[Point], dots: Sequence[Point], marked: Point | No
 def spectrum_curve(values: Sequence[float], caption: str) -> str:
     """How singular values fall, both axes logarithmic; values as shares of the first."""
     last = len(values)
-    across, floor = _logarithmic(1, max(2, last)), max(1e-4, min((value for value in values if value > 0), default=1e-4))
+    across = _logarithmic(1, max(2, last))
+    floor = min(0.1, max(1e-4, min((value for value in values if value > 0), default=1e-4)))
     up = _logarithmic(floor, 1)
     line = [(across(number), up(max(value, floor))) for number, value in enumerate(values, 1)]
     ticks = [(across(number), f"{number}") for number in (1, 10, 100, 1000) if number <= last]
