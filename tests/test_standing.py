@@ -58,7 +58,7 @@ class Page:
 
     def _run(self, row: dict[str, Any], function: Any) -> None:
         found = function(*(self.values[each] for each in row["inputs"]))
-        found = found if len(row["outputs"]) != 1 or isinstance(found, list) else [found]
+        found = found if len(row["outputs"]) != 1 else [found]  # a list would be the value, as gradio has it
         for each, value in zip(row["outputs"], found, strict=True):
             if isinstance(value, dict) and "update" in value.get("__type__", ""):
                 if "value" not in value:
