@@ -115,7 +115,7 @@ class Host:
             ),
             "ui_components": Strict("ui_components", InputAccordion=accordion),
             "call_queue": Strict("call_queue", queue_lock=threading.Lock()),
-            "paths": Strict("paths", models_path="/webui/models"),
+            "paths": Strict("paths", models_path="/webui/models", data_path="/webui"),
             "processing": Strict("processing", program_version=lambda: "v1.10.1"),
             "progress": Strict(
                 "progress",
@@ -257,6 +257,15 @@ def test_axes_see_the_arguments_of_our_script(host: Host):
 
 
 # ---- what all hosts share ----
+
+
+def test_figures_are_kept_beside_the_hosts_own_caches(host: Host, monkeypatch: pytest.MonkeyPatch):
+    webui = importlib.import_module("lib_dpo.hosts.a1111_family")
+    found = webui.WebUI("AUTOMATIC1111", "1.10", SimpleNamespace(checks=list))
+    monkeypatch.delenv("SD_WEBUI_CACHE_DIR", raising=False)
+    assert found.cache_dir == Path("/webui/cache/dpo")
+    monkeypatch.setenv("SD_WEBUI_CACHE_DIR", "/elsewhere")
+    assert found.cache_dir == Path("/elsewhere/dpo")
 
 
 def test_the_folder_that_answers_put_their_pictures_in_is_made(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

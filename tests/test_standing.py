@@ -63,7 +63,7 @@ class Page:
             self._put(row, found)
 
     def _put(self, row: dict[str, Any], found: Any) -> None:
-        found = found if len(row["outputs"]) != 1 or isinstance(found, list) else [found]
+        found = found if len(row["outputs"]) != 1 else [found]  # a list would be the value, as gradio has it
         for each, value in zip(row["outputs"], found, strict=True):
             if isinstance(value, dict) and "update" in value.get("__type__", ""):
                 if "value" not in value:

@@ -149,7 +149,7 @@ def test_compare_where_pictures_cannot_be_written(tab: Tab, server: Server, lora
         folder.touch()
         _compare(tab)
         if server.flavour.pictures_in_files:
-            tab.wait_for_text("dpo_compare_result", "No picture could be shown")
+            tab.wait_for_text("dpo_compare_result_alert", "No picture could be shown")
             folder.unlink()
             tab.click("dpo_compare_go")
         _pictures_are_shown(tab)

@@ -48,8 +48,8 @@ def first_view(session: Session, reference: str | None) -> str:
 def _where_from(place: str) -> str:
     """The published references, and what to call their files here."""
     rows = "".join(
-        f'<li><a href="https://huggingface.co/{name}" target="_blank" rel="noreferrer">{name}</a>: the file '
-        f"unet/diffusion_pytorch_model.safetensors ({size}), as {place}/{own}.safetensors</li>"
+        f'<li><a href="https://huggingface.co/{name}" target="_blank" rel="noreferrer">{name}</a> has '
+        f"unet/diffusion_pytorch_model.safetensors ({size}): save that as {place}/{own}.safetensors</li>"
         for name, own, size in _PUBLISHED
     )
     return f'<p class="dpo-note">There is no reference yet. The published ones:</p><ul>{rows}</ul>'

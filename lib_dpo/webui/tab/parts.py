@@ -47,7 +47,7 @@ class Follower:
     """Components that look as the values of others want it."""
 
     inputs: list[Any]
-    function: Callable[..., list[Any]]
+    function: Callable[..., Any]
     components: list[Any]
 
 
@@ -161,12 +161,17 @@ def follow(
     The WebUI restores values that its user saved after the tab was built, and tells nobody.
 
     Args:
-        function: called with the values of `beside`, then of `leaders`.
+        function: called with the values of `beside`, then of `leaders`; returns an update for each of the components.
     """
     inputs = [*beside, *leaders]
+
+    def followed(*values: Any) -> Any:
+        found = function(*values)
+        return found if len(components) > 1 else found[0]  # gradio takes a list for the value of a single component
+
     for leader in leaders:
-        on(leader.change, function, inputs, components, **UNASKED)
-    tab.followers.append(Follower(inputs, function, list(components)))
+        on(leader.change, followed, inputs, components, **UNASKED)
+    tab.followers.append(Follower(inputs, followed, list(components)))
 
 
 # ---- events ----
