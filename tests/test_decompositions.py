@@ -20,6 +20,7 @@ from lib_dpo.families.keymap import UNET
 from lib_dpo.families.model import open_model
 from lib_dpo.files.checkpoint import open_checkpoint
 from lib_dpo.maths.delta import total
+from lib_dpo.offsets.lora.decompositions import Form, dense_change
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.patch import open_patch
 from lib_dpo.operations.bake import bake
@@ -80,6 +81,14 @@ def loha_parts(out: int, columns: int, rank: int = 3) -> Tensors:
         "hada_w1_a": randn(out, rank), "hada_w1_b": randn(rank, columns, seed=1),
         "hada_w2_a": randn(out, rank, seed=2), "hada_w2_b": randn(rank, columns, seed=3),
     }  # fmt: skip
+
+
+def test_a_tall_loha_is_the_product_of_two_products() -> None:
+    """It is made some rows at a time."""
+    parts = loha_parts(600, 36)
+    form = Form("LoHa", (600, 36), 3, "")
+    one, other = (parts[f"hada_{side}_a"].double() @ parts[f"hada_{side}_b"].double() for side in ("w1", "w2"))
+    torch.testing.assert_close(dense_change(form, parts, 0.3).values, one * other * 0.3)
 
 
 def test_a_loha_is_the_product_of_two_products_value_by_value(tmp_path: Path) -> None:

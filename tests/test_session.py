@@ -13,6 +13,7 @@ import webui_files
 from safetensors.torch import load_file
 from webui_files import RANK_4, extract, fake
 
+import lib_dpo
 from lib_dpo.errors import (
     BusyError,
     Cancelled,
@@ -147,6 +148,34 @@ def test_bake_undo_and_save(session: Session):
     assert session.jobs.run("undo", session.unbake) is True
     assert session.jobs.run("undo", session.unbake) is False
     assert all(torch.equal(live(session)[key], tensor) for key, tensor in clean.items())
+
+
+@pytest.mark.parametrize("form", ["DoRA", "GLoRA"])
+def test_what_is_bound_to_the_weights_is_saved_as_the_command_line_bakes_it(session: Session, form: str, tmp_path: Path):
+    """The live weights may carry other things; the file has what it is bound to."""
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    key = UNET + "input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    (out, in_), draw = tiny.base()[key].shape, torch.Generator().manual_seed(4)
+    up, down = torch.randn(out, 2, generator=draw) * 0.1, torch.randn(2, in_, generator=draw) * 0.1
+    if form == "DoRA":
+        tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down, f"{name}.dora_scale": torch.ones(out, 1)}
+    else:
+        tensors = {f"{name}.a1.weight": down.T, f"{name}.a2.weight": up.T, f"{name}.b1.weight": up, f"{name}.b2.weight": down}
+    lora = tiny.save(session.host.lora_dir / "bound.safetensors", tensors)
+    with pytest.raises(MismatchError, match=f"bound is {form}.*Save as checkpoint on the page Bake"):
+        session.jobs.run("bake", lambda job: session.bake(job, offset="bound", strength=0.7))
+    report = session.jobs.run("save", lambda job: session.save(job, name="mine", offset="bound", strength=0.7))
+    base = session.library.checkpoint("base")
+    baked = lib_dpo.bake(base, lora, tmp_path / "baked.safetensors", strength=0.7)
+    assert report.changed == baked.changed == 1
+    saved, right = load_file(report.path), load_file(baked.path)
+    assert saved.keys() == right.keys()
+    assert all(torch.equal(saved[name], right[name]) for name in right)
+    assert not torch.equal(saved[key], load_file(base)[key])
+    with pytest.raises((MismatchError, SettingError), match=r"bound (is DoRA|has no pairs)"):
+        session.jobs.run("save", lambda job: session.save(job, name="cut", offset="bound", strength=0.7, rank=1))
+    with pytest.raises(NotFoundError):
+        session.library.checkpoint("cut")
 
 
 def test_offsets_of_another_family_are_refused(session: Session):

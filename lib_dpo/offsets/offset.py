@@ -73,7 +73,8 @@ class Offset:
         for key, form in self.bound.items():
             raise MismatchError(
                 f"{self.name} is {form}, first in {key}: what it adds depends on the weights of the model, so it has no "
-                "offset of its own; bake it into a checkpoint file on the command line, and compare that with the one before"
+                "offset of its own; bake it into a checkpoint file, with Save as checkpoint on the page Bake or on the "
+                "command line, and compare that with the one before"
             )
 
     def close(self) -> None:

@@ -149,12 +149,14 @@ def open_patch(
     *,
     blocks: BlockWeights = EVERYWHERE,
     rank: int | None = None,
+    bound: bool = False,
 ) -> Patch:
     """Open a LoRA or a dense offset file to be applied; the caller closes it.
 
     Args:
         expected: as in `read_lora`.
         rank: keep the strongest `rank` components of each layer; of a LoRA only.
+        bound: take a LoRA too that is bound to the weights of a model, to be added to a file: it has no `rows` or `delta`.
 
     Raises:
         SettingError: a block that the architecture lacks, a rank below 1 or above the LoRA's, a rank for a dense file.
@@ -177,7 +179,8 @@ def open_patch(
             if rank is not None and not 1 <= rank <= own:
                 raise SettingError(f"rank {rank} is outside 1 to {own}, the rank of {checkpoint.name}; choose one within")
             offset = lora_offset(lora, rank)
-            offset.check_free()
+            if not bound or rank is not None:  # which components are the strongest depends on the weights too
+                offset.check_free()
         check_blocks(blocks, offset.architecture)
     except BaseException:
         checkpoint.close()

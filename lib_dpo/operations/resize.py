@@ -17,7 +17,7 @@ from lib_dpo.errors import BadTensorError, MismatchError, SettingError
 from lib_dpo.files.checkpoint import Checkpoint
 from lib_dpo.files.header import dtype_name
 from lib_dpo.files.writer import SafetensorsWriter
-from lib_dpo.maths.fp8 import ROUNDING, Extent, factor_scale
+from lib_dpo.maths.fp8 import LARGEST_PRODUCT, ROUNDING, Extent, factor_scale
 from lib_dpo.maths.lowrank import carrying, recompress
 from lib_dpo.maths.precision import dtype_of, full_precision
 from lib_dpo.maths.ranks import Spectrum, allocate
@@ -282,7 +282,8 @@ def _write(
     with SafetensorsWriter(
         output, overwrite=overwrite, expected_bytes=expected, max_tensors=len(lora.infos) + len(cores), compact=True
     ) as writer:
-        alphas = readable_alphas(_alphas(job, cores, ranks))
+        least = {name: float(core.values.norm()) * ranks[name] / LARGEST_PRODUCT for name, core in cores.items()}
+        alphas = readable_alphas(_alphas(job, cores, ranks), least)
         for name, alpha in alphas.items():  # all alphas first: they are float32, and so every tensor stays aligned
             writer.add(cores[name].alpha or "", torch.tensor(alpha, dtype=torch.float32))
         copied = _copy(lora, writer, others)  # before the factors too, which may be of one byte

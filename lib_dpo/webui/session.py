@@ -93,8 +93,11 @@ class Session:
             raise NoModelError("no checkpoint is loaded yet; choose one in the WebUI, make one picture, and try again")
         return model
 
-    def patch(self, name: str, *, blocks: str = "", rank: int | None = None) -> Patch:
+    def patch(self, name: str, *, blocks: str = "", rank: int | None = None, bound: bool = False) -> Patch:
         """An offset by name, ready for the loaded model; kept open for the next time.
+
+        Args:
+            bound: as in `open_patch`, for the loaded model's file.
 
         Raises:
             NotFoundError: not in the lists. MismatchError: of another architecture than the loaded model.
@@ -107,9 +110,9 @@ class Session:
         expected = file.architecture
         weights = parse_blocks(blocks.replace(";", ","))
         stat = path.stat()
-        key = (path, stat.st_mtime_ns, stat.st_size, weights, rank, expected.name)
+        key = (path, stat.st_mtime_ns, stat.st_size, weights, rank, bound, expected.name)
         with self._lock:
-            patch = self._patches.pop(key, None) or open_patch(path, expected, blocks=weights, rank=rank)
+            patch = self._patches.pop(key, None) or open_patch(path, expected, blocks=weights, rank=rank, bound=bound)
             if patch.architecture is not expected:
                 raise MismatchError(
                     f"{name} is an offset for {patch.architecture.title} but {model.name} is {expected.title}; choose an "
@@ -219,7 +222,7 @@ class Session:
 
         strength = strength_to_bake(strength)
         self.host.live.ready()
-        output, patch = self.library.new_checkpoint(name), self.to_add(offset, blocks, rank)
+        output, patch = self.library.new_checkpoint(name), self.to_add(offset, blocks, rank, bound=True)
         with open_model(self.loaded().path) as target:
             check_output(output, overwrite=overwrite, inputs=(*target.checkpoint.files, *patch.checkpoint.files))
             hashes = [sha256_in_background(target.checkpoint), sha256_in_background(patch.checkpoint)]
@@ -239,9 +242,9 @@ class Session:
 
     # ---- what pictures need ----
 
-    def to_add(self, offset: str, blocks: str, rank: int | None) -> Patch:
+    def to_add(self, offset: str, blocks: str, rank: int | None, *, bound: bool = False) -> Patch:
         """As `patch`, of which the blocks leave something."""
-        patch = self.patch(offset, blocks=blocks, rank=rank)
+        patch = self.patch(offset, blocks=blocks, rank=rank, bound=bound)
         check_changes(patch.offset, patch.blocks)
         return patch
 

@@ -38,6 +38,7 @@ _FORMS: Mapping[str, tuple[str, ...]] = {
 }
 _LOKR_SIDES = ("lokr_w1", "lokr_w2")
 _RIVALS = {"up": "a pair", "down": "a pair", "mid": "a pair", "diff": "a whole difference"}
+_ROWS = 256  # of a LoHa, multiplied at once
 LENGTHS = ("dora_scale", "magnitude")  # of kohya's and LyCORIS's files; of PEFT's, which are those of rows
 
 
@@ -106,6 +107,8 @@ def form_of(parts: Mapping[str, str], shapes: Mapping[str, Shape], name: str) ->
 
 def dense_change(form: Form, tensors: Mapping[str, Tensor], scale: float, weight: Tensor | None = None) -> Whole:
     """scale times what LoHa, LoKr or GLoRA parts make up, float64; a LoKr of a number and a matrix as it is stored.
+
+    float64, though float32 is near enough for pictures: a bake rounds the exact sum once, and finds its doubtful values by it.
 
     Args:
         tensors: by part, in their stored dtypes.
@@ -319,8 +322,13 @@ def _product(tensors: Mapping[str, Tensor], a: str, b: str, t: str = "") -> Tens
 
 def _hadamard(tensors: Mapping[str, Tensor], scale: float) -> Whole:
     first = _product(tensors, "hada_w1_a", "hada_w1_b", "hada_t1")
-    second = _product(tensors, "hada_w2_a", "hada_w2_b", "hada_t2")
-    return Whole(first.mul_(second.reshape(first.shape)).mul_(scale))
+    if "hada_t2" in tensors:
+        second = _product(tensors, "hada_w2_a", "hada_w2_b", "hada_t2")
+        return Whole(first.mul_(second.reshape(first.shape)).mul_(scale))
+    left, right = (tensors[part].double().flatten(1) for part in ("hada_w2_a", "hada_w2_b"))
+    for rows, own in zip(torch.split(first.flatten(1), _ROWS), torch.split(left, _ROWS), strict=True):
+        rows.mul_(own @ right).mul_(scale)  # no second matrix, which takes 240 MB in the largest layers of SDXL
+    return Whole(first)
 
 
 def _kronecker(tensors: Mapping[str, Tensor], scale: float) -> Whole:
