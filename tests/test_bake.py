@@ -428,6 +428,16 @@ def test_a_result_that_overflows_is_refused_by_key(sd1: Files, lora: Path, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(not hasattr(torch, "float8_e4m3fn"), reason="needs float8")
+def test_a_weight_beyond_float8_is_refused_rather_than_cut(sd1: Files, lora: Path, tmp_path: Path) -> None:
+    """Newer torch cuts it to 448 without a word."""
+    tensors = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in load_file(sd1[0]).items()}
+    save_file(tensors, tmp_path / "fp8.safetensors")
+    with pytest.raises(BadTensorError, match="use a smaller strength"):
+        run(tmp_path / "fp8.safetensors", lora, tmp_path / "out" / "b.safetensors", strength=1e7)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_cancelled_bake_leaves_nothing(sd1: Files, lora: Path, tmp_path: Path) -> None:
     def cancel(done: int, total: int, key: str) -> None:
         if done > total // 2:

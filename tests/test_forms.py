@@ -25,6 +25,7 @@ from lib_dpo.maths.lowrank import factorise
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.offset import open_pair
 from lib_dpo.operations import forms
+from lib_dpo.operations import resize as resize_module
 from lib_dpo.operations.bake import bake
 from lib_dpo.operations.extract import ExtractReport, extract
 from lib_dpo.operations.inspect import inspect
@@ -208,6 +209,17 @@ def test_a_resized_lora_in_fp8_keeps_its_meaning(sd1: Files, tmp_path: Path, bef
             total += float(was.square().sum())
             missed += float((was - now).square().sum())
     assert report.energy_kept == pytest.approx(1 - missed / total, abs=1e-6)
+
+
+def test_a_resized_lora_beyond_fp8_is_refused(sd1: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(sd1, tmp_path / "l.safetensors", rank=8)
+    monkeypatch.setattr(resize_module, "factor_scale", lambda extents: 1e-30)
+    with (
+        open_checkpoint(tmp_path / "l.safetensors") as lora,
+        pytest.raises(SettingError, match="does not fit into"),
+    ):
+        resize(lora, tmp_path / "small.safetensors", RankPolicy(rank=8), precision="fp8")
+    assert not (tmp_path / "small.safetensors").exists()
 
 
 # ---- exact ----

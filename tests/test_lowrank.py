@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib_dpo.maths import lowrank
 from lib_dpo.maths.lowrank import factorise, recompress, seed_for, singular_values
-from lib_dpo.maths.precision import full_precision
+from lib_dpo.maths.precision import full_precision, narrowed, round_once
 
 
 def matrix(out: int, in_: int, exponent: float, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -186,6 +186,18 @@ with full_precision():
 assert cudnn.conv.fp32_precision == "tf32"
 """
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize("kind", ["float8_e4m3fn", "float8_e5m2"])
+def test_what_is_beyond_float8_is_no_number_on_any_torch(kind: str) -> None:
+    """Newer torch makes the largest number there is of it."""
+    dtype = getattr(torch, kind)
+    most = torch.finfo(dtype).max
+    values = torch.tensor([0.0, 1.0, -most, most * 1.01, most * 1.2, -1e9])
+    found = narrowed(values, dtype).float()
+    assert found[:4].tolist() == [0.0, 1.0, -most, most]
+    assert not torch.isfinite(found[4:]).any()
+    assert not torch.isfinite(round_once(values[4:].double(), dtype).float()).any()
 
 
 def test_works_under_autocast_and_on_inference_tensors() -> None:

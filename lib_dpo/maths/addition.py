@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lib_dpo.maths.delta import Product, Term, Whole, flat
-from lib_dpo.maths.precision import round_once
+from lib_dpo.maths.precision import narrowed, round_once
 
 _TILE, _COLUMNS = 1 << 18, 2048  # values and columns at most: larger ones leave the cache, smaller ones cost calls
 _UNIT = 2.0**-24  # half the distance of neighbours in float32, relative
@@ -206,7 +206,7 @@ def _near(stored: Tensor, parts: _Parts, tile: _Tile, weight: float, dtype: torc
     middle = torch.add(before, delta, alpha=weight)
     error = torch.tensor(abs(weight) * _error(parts, tile) + _TINY)
     bound = torch.add(error, middle.abs(), alpha=3 * _UNIT)
-    low, sums = torch.sub(middle, bound).to(dtype), bound.add_(middle).to(dtype)
+    low, sums = narrowed(torch.sub(middle, bound), dtype), narrowed(bound.add_(middle), dtype)
     unsure = np.flatnonzero(_bits(low).numpy() != _bits(sums).numpy())
     if len(unsure) * _MANY > sums.numel():
         return _exact(stored, parts, tile, weight, dtype)

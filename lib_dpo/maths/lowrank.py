@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lib_dpo.maths.precision import narrowed
 from lib_dpo.settings import Method
 
 logger = logging.getLogger(__name__)
@@ -76,10 +77,7 @@ class Factors(NamedTuple):
             tilt = (self.up.shape[0] / self.down.shape[1]) ** 0.25
             left, right = left * tilt, right / tilt
         up, down = (self.up, self.down) if left == right == 1 else (self.up * left, self.down * right)
-        if dtype.itemsize == 1:  # newer torch makes the largest number there is of what is beyond it, older torch NaN
-            most = torch.finfo(dtype).max
-            up, down = (each.masked_fill(each.abs() > most, math.nan) for each in (up, down))
-        return up.to(dtype), down.to(dtype), scale
+        return narrowed(up, dtype), narrowed(down, dtype), scale
 
 
 def seed_for(seed: int, key: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -25,6 +26,17 @@ def dtype_of(precision: str) -> torch.dtype:
     return PRECISION[precision]
 
 
+def narrowed(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """To a dtype, in one rounding from float32; what is beyond the range of float8 becomes NaN on every torch.
+
+    Newer torch (2.13) makes the largest number that there is of it, which nobody would notice.
+    """
+    if dtype.itemsize == 1:
+        most, step = torch.finfo(dtype).max, torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(torch.finfo(dtype).max))
+        values = values.masked_fill(values.abs() > most + step / 2, math.nan)
+    return values.to(dtype)
+
+
 def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """float64 to a narrower floating-point dtype in one rounding, ties to even.
 
@@ -37,7 +49,7 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
     bits = near.view(torch.int32)
     beyond = near.double().abs() > exact.abs()
     odd = torch.where(near.double() == exact, bits, (bits - beyond.int()) | 1)
-    return odd.view(torch.float32).to(dtype)
+    return narrowed(odd.view(torch.float32), dtype)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from lib_dpo.errors import BadTensorError, NoMemoryError
 from lib_dpo.maths.devices import is_out_of_memory, release
 from lib_dpo.maths.fp8 import refitted_up
 from lib_dpo.maths.lowrank import Factors, factorise, residual_energy_, resolve_method, seed_for, singular_values
+from lib_dpo.maths.precision import narrowed
 from lib_dpo.offsets.layers import Layer
 from lib_dpo.offsets.offset import Pair
 from lib_dpo.operations.measure import Row, measure
@@ -159,5 +160,5 @@ def _best_rounded(
         with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]  # not in its stubs
             fitted = refitted_up(delta, down, scale)
             if float(fitted.norm()) < 2 * float(up.float().norm()):  # not where they are nearly so
-                up = fitted.to(dtype)
+                up = narrowed(fitted, dtype)
     return up, down, scale

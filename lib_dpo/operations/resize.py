@@ -19,7 +19,7 @@ from lib_dpo.files.header import dtype_name
 from lib_dpo.files.writer import SafetensorsWriter
 from lib_dpo.maths.fp8 import LARGEST_PRODUCT, ROUNDING, Extent, factor_scale
 from lib_dpo.maths.lowrank import carrying, recompress
-from lib_dpo.maths.precision import dtype_of, full_precision
+from lib_dpo.maths.precision import dtype_of, full_precision, narrowed
 from lib_dpo.maths.ranks import Spectrum, allocate
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.lora.alphas import encoder_of, readable_alphas
@@ -347,7 +347,7 @@ def _smaller(job: _Job, name: str, core: _Core, rank: int, alpha: float | None) 
     root = S[:rank].sqrt()
     dtype = _dtype(lora, core, job.precision)
     tilt = (len(U) / Vh.shape[1]) ** 0.25 if dtype.itemsize == 1 else 1.0  # as in `Factors`
-    down_factor, up_factor = (root[:, None] * Vh[:rank] / tilt).to(dtype), (U[:, :rank] * root * tilt).to(dtype)
+    down_factor, up_factor = narrowed(root[:, None] * Vh[:rank] / tilt, dtype), narrowed(U[:, :rank] * root * tilt, dtype)
     if not all(bool(torch.isfinite(factor.float()).all()) for factor in (down_factor, up_factor)):
         raise SettingError(f"{lora.path.name}: {name} does not fit into {dtype_name(dtype)}; choose the precision fp32")
     kernel = lora.infos[core.parts["up"]].shape[2:]
