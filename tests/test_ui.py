@@ -722,6 +722,9 @@ def test_how_many_pictures_and_how_long_is_said_before(with_lora: Session):
     assert "The first ones tell" in compare.told(with_lora, *asked)
     compared(with_lora)
     assert "about 0 s" in compare.told(with_lora, *asked)
+    with_lora.pace = 1 / (64 * 64)  # a second for each step of such a picture
+    assert "about 48 s" in compare.told(with_lora, *asked)
+    assert "about 51 min" in compare.told(with_lora, *asked[:4], 0, 0, *asked[6:])  # 512: what SD 1.x was made for
     assert "neither a number nor a range" in compare.told(with_lora, "many", *asked[1:])
     assert compare.told(with_lora, "1", "", *asked[2:]) == ""
     assert len(compare.ready_made(with_lora).splitlines()) == 3

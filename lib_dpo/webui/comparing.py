@@ -132,7 +132,7 @@ def compare(session: Session, job: Job, asked: Asked, tell: Told | None = None) 
 
 
 def forecast(session: Session, asked: Asked) -> str:
-    """How many pictures that is, and how long it may take where pictures were compared before; opens no file.
+    """How many pictures that is, and how long it may take where pictures were compared before.
 
     Raises:
         SettingError: lists that cannot be read, or too many pictures.
@@ -142,7 +142,8 @@ def forecast(session: Session, asked: Asked) -> str:
     said = f"{count} pictures ({plan})"
     if session.pace is None:
         return f"{said}. The first ones tell how long that takes"
-    seconds = session.pace * count * asked.steps * plan.width * plan.height
+    width, height = session.picture_size(asked.width, asked.height)
+    seconds = session.pace * count * asked.steps * width * height
     if asked.function:
         seconds *= 1 + 3 * len(plan.rows) * 10 / (count * asked.steps)
     return f"{said}, about {_duration(seconds)}"
