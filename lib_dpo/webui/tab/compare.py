@@ -93,10 +93,9 @@ def page(tab: Tab) -> None:
     taken = [prompts, negative, seeds, *rest]
     own = f"values.slice(0, {len(taken)})"
     js = f"(...values) => window.dpoFromTxt2img ? dpoFromTxt2img({own}) : {own}"
-    made_ready = parts.on(ready.click, partial(ready_made, session), [], [prompts], **parts.UNASKED)
-    taken_over = parts.on(take.click, None, taken, taken, js=js)
-    for event in (*(each.input for each in counted), made_ready.then, taken_over.then):
-        parts.on(event, partial(told, session), counted, [forecast_line], **parts.UNASKED)
+    parts.follow(tab, counted, lambda *values: [told(session, *values)], [forecast_line])
+    parts.on(ready.click, partial(ready_made, session), [], [prompts], **parts.UNASKED)
+    parts.on(take.click, None, taken, taken, js=js)
     parts.on(pair.input, partial(look, session), [made, pair], [wipe, where], show_progress="hidden")
 
 
