@@ -384,3 +384,10 @@ def test_the_api_asks_and_counts(session: Session):
     assert "expected one of left, right, none, skip" in refused.json()["detail"]
     assert client.get(f"{PREFIX}/blind/figures").json() == found["figures"]
     assert json.loads(client.get(f"{PREFIX}/blind/votes").json()["votes"]) == found["vote"]
+
+
+def test_a_look_that_fails_is_said(session: Session, monkeypatch: pytest.MonkeyPatch):
+    """Without a test there is nothing to say; any other error is no silence."""
+    assert page.look(session, "") == [parts.update()] * 3
+    monkeypatch.setattr(session.blind, "current", lambda: (_ for _ in ()).throw(OutputError("the disk is full")))
+    assert "disk is full" in page.look(session, "")[0]

@@ -52,7 +52,7 @@ def test_the_heat_map_groups_blocks_and_leaves_out_what_is_not_there():
     assert 'title="IN00, &lt;b&gt;: 1 %"' in html
     seen: list[str] = []
     parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: seen.append(tag)  # type: ignore[method-assign]
+    parser.handle_starttag = lambda tag, attributes: seen.append(tag)  # type: ignore[method-assign]  # the parser calls it
     parser.feed(html)
     assert "b" not in seen
     assert "nan" not in heat_map({"all": {"IN00": 0.0}}, ["IN00"], "where")

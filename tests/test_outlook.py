@@ -76,7 +76,7 @@ def test_curves_rise_from_one_component_to_all_that_a_lora_holds(figures: Figure
     sizes = Sizes(figures)
     ends = []
     for way in ("rank", "size", "energy"):
-        curve = sizes.curve(way)  # type: ignore[arg-type]
+        curve = sizes.curve(way)  # type: ignore[arg-type]  # of the ways there are
         assert len(curve) > 5
         for before, after in pairwise(curve):
             assert before.file_bytes <= after.file_bytes

@@ -412,7 +412,7 @@ def test_analyse_draws_the_curve_and_ends_the_sliders(session: Session):
     _, curve, known, rank, conv_rank = analysed(session)
     assert "Rank 4 →" in curve
     assert "dpo-dot-marked" in curve
-    last = session.figures.sizes(known.key, "portable", "fp16").largest_rank  # type: ignore[union-attr]
+    last = session.figures.sizes(known.key, "portable", "fp16").largest_rank  # type: ignore[union-attr]  # it is known
     assert rank == parts.update(maximum=last)
     assert conv_rank == parts.update(maximum=last)
     wide = analysed(session, parts.LOADED, extract.BY_RANK, 300, 0, 80, 50, "portable", "fp16")
@@ -478,7 +478,7 @@ def test_a_cache_folder_that_cannot_be_written_is_said_and_no_more(session: Sess
 def test_presets_end_where_the_model_does(session: Session, name: str, words: str):
     known = analysed(session)[2]
     values = [update.get("value", old) for update, old in zip(outlook.preset(session, name, known), CONTROLS[:5], strict=True)]
-    last = session.figures.sizes(known.key, "portable", "fp16").largest_rank  # type: ignore[union-attr]
+    last = session.figures.sizes(known.key, "portable", "fp16").largest_rank  # type: ignore[union-attr]  # it is known
     (html,) = outlook.moved(session, known, *values, "portable", "fp16")
     assert words.replace("32", str(min(128, last))) in html
     assert "dpo-alert" not in html
@@ -490,7 +490,7 @@ def test_lora_or_bake_follows_from_the_figures(session: Session):
     def said(kept: float) -> str:
         from types import SimpleNamespace
 
-        return " ".join(_lora_or_bake(SimpleNamespace(ranks=[64], energy_at_rank=[kept])))  # type: ignore[arg-type]
+        return " ".join(_lora_or_bake(SimpleNamespace(ranks=[64], energy_at_rank=[kept])))  # type: ignore[arg-type]  # all that it reads
 
     answers = {said(kept).partition(":")[0] for kept in (0.98, 0.6, 0.3)}
     assert len(answers) == 3

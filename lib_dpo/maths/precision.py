@@ -80,7 +80,7 @@ def _convolutions() -> Iterator[None]:
     """TF32 is torch's own choice for cuDNN's convolutions, whatever the host sets."""
     cudnn = torch.backends.cudnn
     try:
-        cudnn.allow_tf32  # noqa: B018  # raises as above
+        cudnn.allow_tf32  # noqa: B018  # reading it is the question: it raises where the host has set fp32_precision
     except RuntimeError as error:
         logger.debug("%s", error)
         convolutions = getattr(cudnn, "conv")  # noqa: B009  # in no stubs

@@ -6,7 +6,7 @@ import base64
 from functools import partial
 from typing import Any
 
-from lib_dpo.errors import SettingError
+from lib_dpo.errors import NotFoundError, SettingError
 from lib_dpo.pictures.votes.ballots import Vote
 from lib_dpo.settings import FIELDS
 from lib_dpo.webui import blind
@@ -163,8 +163,10 @@ def look(session: Session, pair: str) -> list[Any]:
         if asked is None and not session.blind.problem:
             return [_waiting(), parts.update(), ""]
         return _shown(session)
-    except Exception:  # noqa: BLE001  # no test is running: nobody asked for anything
+    except NotFoundError:  # no test is running: nobody asked for anything
         return [parts.update(), parts.update(), parts.update()]
+    except Exception as error:  # noqa: BLE001  # the edge
+        return [parts.error_html(session, error), parts.update(), parts.update()]
 
 
 def votes_file(session: Session) -> str:
