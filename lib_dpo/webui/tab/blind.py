@@ -13,6 +13,7 @@ from lib_dpo.webui import blind
 from lib_dpo.webui.blind import Asked, Figures
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import markup, parts
+from lib_dpo.webui.tab.compare import sampling_controls
 from lib_dpo.webui.tab.markup import Mood
 from lib_dpo.webui.tab.parts import Tab
 from lib_dpo.webui.tab.standing import about
@@ -92,33 +93,18 @@ def _picture_controls(session: Session) -> list[Any]:
     """Negative prompt, seeds, sampler, steps, CFG, width, height, block weights."""
     import gradio as gr
 
-    samplers = session.host.samplers()
     with gr.Row():
         negative = gr.Textbox(label="Negative prompt of the pairs", lines=1, elem_id="dpo_blind_negative")
         seeds = gr.Textbox(
             value="1", label="Seeds of the pairs", lines=1, max_lines=1, elem_id="dpo_blind_seeds",
             info="When all prompts were shown, the next seed follows",
         )  # fmt: skip
-        sampler = gr.Dropdown(
-            choices=samplers, value=samplers[0] if samplers else None, allow_custom_value=True, label="Sampler of the pairs",
-            elem_id="dpo_blind_sampler",
-        )  # fmt: skip
-    with gr.Row():
-        steps = gr.Slider(minimum=1, maximum=150, step=1, value=20, label="Steps of the pairs", elem_id="dpo_blind_steps")
-        cfg = gr.Slider(minimum=1.0, maximum=30.0, step=0.5, value=7.0, label="CFG scale of the pairs", elem_id="dpo_blind_cfg")
-    with gr.Row():
-        width, height = (
-            gr.Slider(
-                minimum=0, maximum=2048, step=8, value=0, label=f"{label} of the pairs", elem_id=f"dpo_blind_{label.lower()}",
-                info="0: what the model was made for",
-            )
-            for label in ("Width", "Height")
-        )  # fmt: skip
+    sampling = sampling_controls(session, "dpo_blind", " of the pairs")
     blocks = gr.Textbox(
         value="", lines=1, max_lines=1, label="Block weights to vote on", elem_id="dpo_blind_blocks",
         info=f"As on the page Bake: {FIELDS['blocks'].help}",
     )  # fmt: skip
-    return [negative, seeds, sampler, steps, cfg, width, height, blocks]
+    return [negative, seeds, *sampling, blocks]
 
 
 # ---- what happens ----

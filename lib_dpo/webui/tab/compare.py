@@ -57,7 +57,12 @@ def page(tab: Tab) -> None:
                 parts.interrupt_button(tab, "dpo_compare_interrupt")
             with gr.Accordion("Seeds, size, and what else to compare", open=False, elem_id="dpo_compare_more"):
                 beside, function = _more(tab)
-                seeds, *rest = _picture_controls(tab.session)
+                seeds = gr.Textbox(
+                    value="1, 2", label="Seeds", lines=1, max_lines=1, info="Or 1-4; -1 is a random one",
+                    elem_id="dpo_compare_seeds",
+                )  # fmt: skip
+                sampler, steps, cfg, width, height = sampling_controls(tab.session, "dpo_compare")
+                rest = [steps, cfg, sampler, width, height]
                 negative = gr.Textbox(label="Negative prompt", lines=1, elem_id="dpo_compare_negative")
                 blocks = gr.Textbox(
                     value="", lines=1, max_lines=1, label="Block weights to compare with", elem_id="dpo_compare_blocks",
@@ -115,31 +120,31 @@ def _more(tab: Tab) -> tuple[Any, Any]:
     return beside, function
 
 
-def _picture_controls(session: Session) -> list[Any]:
-    """Seeds, steps, CFG, sampler, width, height."""
+def sampling_controls(session: Session, prefix: str, of: str = "") -> list[Any]:
+    """Sampler, steps, CFG, width, height: how pictures are drawn.
+
+    Args:
+        prefix: what their ids begin with. of: stands behind each label, for labels of the tab differ.
+    """
     import gradio as gr
 
     samplers = session.host.samplers()
+    sampler = gr.Dropdown(
+        choices=samplers, value=samplers[0] if samplers else None, allow_custom_value=True, label=f"Sampler{of}",
+        info="How pictures are drawn", elem_id=f"{prefix}_sampler",
+    )  # fmt: skip
     with gr.Row():
-        seeds = gr.Textbox(
-            value="1, 2", label="Seeds", lines=1, max_lines=1, info="Or 1-4; -1 is a random one", elem_id="dpo_compare_seeds"
-        )
-        sampler = gr.Dropdown(
-            choices=samplers, value=samplers[0] if samplers else None, allow_custom_value=True, label="Sampler",
-            info="How pictures are drawn", elem_id="dpo_compare_sampler",
-        )  # fmt: skip
-    with gr.Row():
-        steps = gr.Slider(minimum=1, maximum=150, step=1, value=20, label="Steps", elem_id="dpo_compare_steps")
-        cfg = gr.Slider(minimum=1.0, maximum=30.0, step=0.5, value=7.0, label="CFG scale", elem_id="dpo_compare_cfg")
+        steps = gr.Slider(minimum=1, maximum=150, step=1, value=20, label=f"Steps{of}", elem_id=f"{prefix}_steps")
+        cfg = gr.Slider(minimum=1.0, maximum=30.0, step=0.5, value=7.0, label=f"CFG scale{of}", elem_id=f"{prefix}_cfg")
     with gr.Row():
         width, height = (
             gr.Slider(
-                minimum=0, maximum=2048, step=8, value=0, label=label, info="0: what the model was made for",
-                elem_id=f"dpo_compare_{label.lower()}",
+                minimum=0, maximum=2048, step=8, value=0, label=f"{label}{of}", info="0: what the model was made for",
+                elem_id=f"{prefix}_{label.lower()}",
             )
             for label in ("Width", "Height")
         )  # fmt: skip
-    return [seeds, steps, cfg, sampler, width, height]
+    return [sampler, steps, cfg, width, height]
 
 
 # ---- what happens ----
