@@ -29,7 +29,7 @@ def table(readme: str) -> list[Kept]:
     lines = readme[readme.index(_HEAD) :].split("\n\n")[0].splitlines()[2:]
     rows = []
     for line in lines:
-        name, size, energy, toy_size, _, function = (cell.strip() for cell in line.strip("|").split("|"))
+        name, size, energy, toy_size, _, function, _ = (cell.strip() for cell in line.strip("|").split("|"))
         numbers = [float(cell.split()[0]) for cell in (size, energy, toy_size, function)]
         rows.append(Kept(name.replace("`", ""), (numbers[0], numbers[1]), (numbers[2], numbers[3])))
     return rows
