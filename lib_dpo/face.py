@@ -157,7 +157,7 @@ def bake(
     """Write target + strength x offset as a checkpoint; all else in the target is copied byte for byte.
 
     Args:
-        blocks: such as "IN00=0.5,MID=0,OUT=1"; blocks that are not named have weight 1.
+        blocks: such as "IN00=0.5,MID=0,CONV=0"; blocks and kinds of layer that are not named have weight 1.
         precision: keep, or fp16, bf16 or fp32 for all tensors.
         progress: as in `diff`, counting bytes.
 

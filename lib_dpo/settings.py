@@ -73,7 +73,11 @@ FIELDS: Mapping[str, Field] = MappingProxyType(
             minimum=8,
             maximum=10_000,
         ),
-        "blocks": Field("Block weights", "such as IN00=0.5,MID=0,OUT=1; blocks that are not named have weight 1", str),
+        "blocks": Field(
+            "Block weights",
+            "such as IN00=0.5,MID=0,CONV=0: of blocks and of kinds of layer; what is not named has weight 1",
+            str,
+        ),
     }
 )
 DEFAULT_RANK = 64

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from lib_dpo.cli.text import bake_text, inspect_text
 from lib_dpo.errors import BadTensorError, Cancelled, MismatchError, NothingToDoError, OutputError, SettingError
 from lib_dpo.families.arch import ARCHITECTURES
-from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, block_of, parse_blocks
+from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, parse_blocks
 from lib_dpo.families.keymap import UNET, unet_to_diffusers
 from lib_dpo.families.model import open_model
 from lib_dpo.families.synthetic import small_pair
@@ -350,7 +350,7 @@ def test_block_weights_scale_their_blocks(sd1: Files, offset_file: Path, tmp_pat
     run(sd1[0], offset_file, tmp_path / "b.safetensors", strength=2.0, blocks=blocks, precision="fp32")
     base, baked = load_file(sd1[0]), load_file(tmp_path / "b.safetensors")
     for key, offset in by_canonical_key(offset_file).items():
-        weight = 2.0 * blocks.of(block_of(SD1, key))
+        weight = 2.0 * blocks.of(SD1, key)
         assert torch.equal(baked[key], (base[key].double() + weight * offset.double()).float()), key
 
 

@@ -26,6 +26,7 @@ from lib_dpo.families.keymap import (
     vae_from_diffusers,
     vae_to_diffusers,
 )
+from lib_dpo.families.kinds import KINDS, kind_of
 from lib_dpo.families.shapes import checkpoint_shapes, small, unet_diffusers_config, unet_name_pairs
 from lib_dpo.offsets.lora.aliases import lora_aliases
 
@@ -203,7 +204,7 @@ def test_the_clip_map_is_that_of_diffusers(arch: str) -> None:
 
 def test_the_more_exact_name_wins() -> None:
     weights = parse_blocks("IN=0.5, IN00=2,OUT=0, TE=0.25, MID=-1")
-    assert [weights.of(label) for label in ("IN00", "IN01", "MID", "OUT", "OUT11", "TE2", "TIME")] == [
+    assert [weights.block(label) for label in ("IN00", "IN01", "MID", "OUT", "OUT11", "TE2", "TIME")] == [
         2,
         0.5,
         -1,
@@ -212,9 +213,39 @@ def test_the_more_exact_name_wins() -> None:
         0.25,
         1,
     ]
-    assert parse_blocks("ALL=0,UNET=1,IN=0.5").of("IN07") == 0.5
-    assert parse_blocks("ALL=0,UNET=1").of("TE1") == 0
-    assert EVERYWHERE.of("IN05") == 1
+    assert parse_blocks("ALL=0,UNET=1,IN=0.5").block("IN07") == 0.5
+    assert parse_blocks("ALL=0,UNET=1").block("TE1") == 0
+    assert EVERYWHERE.block("IN05") == 1
+
+
+def test_a_block_and_a_kind_of_layer_are_multiplied() -> None:
+    weights = parse_blocks("IN=0.5,ATTN=0,ATTN2=2,norm=-1,CONV=0.25")
+    in_attention = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0."
+    sd1 = ARCHITECTURES["sd1"]
+    expected = {
+        in_attention + "attn1.to_q.weight": 0,
+        in_attention + "attn2.to_out.0.bias": 0.5 * 2,
+        in_attention + "norm2.weight": -0.5,
+        in_attention + "ff.net.0.proj.weight": 0.5,
+        "model.diffusion_model.output_blocks.3.0.in_layers.2.weight": 0.25,
+        "cond_stage_model.transformer.text_model.encoder.layers.0.self_attn.q_proj.weight": 0,
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": 1,
+    }
+    assert {key: weights.of(sd1, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("arch", sorted(ARCHITECTURES))
+def test_every_tensor_has_the_kind_of_layer_that_its_shape_tells(arch: str) -> None:
+    shapes = checkpoint_shapes(arch)
+    kinds = {key: kind_of(key) for key in shapes if component_of(ARCHITECTURES[arch], key) not in (None, "vae")}
+    assert set(kinds.values()) == set(KINDS)
+    for key, kind in kinds.items():
+        if key.endswith(".weight"):
+            assert (len(shapes[key]) == 1) == (kind == "norm"), key
+        if kind == "convolution" and key.endswith(".weight"):
+            assert len(shapes[key]) == 4, key
+        if key.endswith(".bias"):
+            assert kind == kinds.get(key[: -len("bias")] + "weight", kind), key
 
 
 @pytest.mark.parametrize("text", ["IN00", "IN00=", "IN00=x", "IN0=1", "XX=1", "OUT=1;MID=0", "IN100=1", "=1", "MID=1e999x"])
@@ -224,7 +255,10 @@ def test_unreadable_block_weights_are_named(text: str) -> None:
 
 
 @given(
-    st.dictionaries(st.sampled_from(["IN00", "OUT", "MID", "TE1", "TIME", "ALL"]), st.floats(-4, 4).map(lambda x: round(x, 3)))
+    st.dictionaries(
+        st.sampled_from(["IN00", "OUT", "MID", "TE1", "TIME", "ALL", "ATTN", "ATTN2", "CONV"]),
+        st.floats(-4, 4).map(lambda x: round(x, 3)),
+    )
 )
 def test_block_weights_survive_a_round_trip(weights: dict[str, float]) -> None:
     text = ",".join(f"{name}={value}" for name, value in weights.items())

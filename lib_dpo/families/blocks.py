@@ -1,4 +1,4 @@
-"""Blocks of a UNet, by the names that block-weight tools use (IN00 to OUT11): where a tensor lies, and weights by block."""
+"""Blocks of a UNet, by the names that block-weight tools use (IN00 to OUT11), and weights by block and by kind of layer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lib_dpo.errors import SettingError, did_you_mean
 from lib_dpo.families.arch import Architecture
 from lib_dpo.families.keymap import UNET, component_of
+from lib_dpo.families.kinds import KINDS, kind_of
 
 
 def block_of(arch: Architecture, key: str) -> str | None:
@@ -40,27 +41,38 @@ def block_labels(arch: Architecture) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """A weight per block, from text such as `IN00=0.5,MID=0,OUT=1`. What is not named has weight 1.
+    """Weights from text such as `IN00=0.5,MID=0,CONV=0`: a tensor's is that of its block times that of its kind of layer.
 
-    A group name (IN, OUT, TE, UNET, ALL) sets all its blocks; the more exact name wins, whatever the order.
-    `OUT` is the group of OUT00.. together with the output layer itself.
+    What is not named has weight 1. Blocks: a group name (IN, OUT, TE, UNET, ALL) sets all its blocks; the more exact name wins,
+    whatever the order. `OUT` is the group of OUT00.. together with the output layer itself. Kinds of layer: those of
+    `kinds.KINDS`; ATTN is both of attention.
     """
 
     weights: tuple[tuple[str, float], ...] = ()
 
-    def of(self, block: str | None) -> float:
-        """The weight of a block label."""
+    def of(self, arch: Architecture, key: str) -> float:
+        """The weight of a canonical key."""
+        return self.block(block_of(arch, key)) * self.kind(KINDS[kind_of(key)])
+
+    def block(self, label: str | None) -> float:
+        """The weight of a block label or a group of blocks, for layers of all kinds."""
+        return self._first(_names_for(label or ""))
+
+    def kind(self, name: str) -> float:
+        """The weight of a kind of layer by its name in block weights, in all blocks."""
+        return self._first((name, *([_ATTENTION] if name.startswith(_ATTENTION) else [])))
+
+    def _first(self, names: Iterable[str]) -> float:
         named = dict(self.weights)
-        for name in _names_for(block or ""):
-            if name in named:
-                return named[name]
-        return 1.0
+        return next((named[name] for name in names if name in named), 1.0)
 
     def __str__(self) -> str:
         return ",".join(f"{name}={weight:g}" for name, weight in self.weights)
 
 
 EVERYWHERE = BlockWeights()
+_ATTENTION = "ATTN"
+_KIND_NAMES = (_ATTENTION, *KINDS.values())
 
 
 def _names_for(block: str) -> Iterable[str]:
@@ -86,7 +98,7 @@ def parse_blocks(text: str) -> BlockWeights:
 
 
 def _block_weight(part: str) -> tuple[str, float]:
-    form = r"(IN\d\d|OUT\d\d|TE[12]|IN|OUT|MID|TIME|TE|UNET|ALL)\s*=\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)"
+    form = rf"(IN\d\d|OUT\d\d|TE[12]|IN|OUT|MID|TIME|TE|UNET|ALL|{'|'.join(_KIND_NAMES)})\s*=\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)"
     match = re.fullmatch(form, part, re.IGNORECASE)
     try:
         weight = float(match[2]) if match else math.nan
@@ -95,7 +107,8 @@ def _block_weight(part: str) -> tuple[str, float]:
     if not match or not math.isfinite(weight):
         raise SettingError(
             f"block weight {part!r} cannot be read; expected NAME=NUMBER with a name such as IN00, MID, OUT11, "
-            f"TIME, TE1 or a group IN, OUT, TE, UNET, ALL{_block_meant(part.partition('=')[0])}"
+            f"TIME, TE1, a group IN, OUT, TE, UNET, ALL or a kind of layer {', '.join(_KIND_NAMES)}"
+            f"{_block_meant(part.partition('=')[0])}"
         )
     return match[1].upper(), weight
 
@@ -108,13 +121,14 @@ def _block_meant(typed: str) -> str:
 _BLOCK_NAMES = (
     *(f"{side}{number:02d}" for side in ("IN", "OUT") for number in range(12)),
     *("MID", "TIME", "TE1", "TE2", "IN", "OUT", "TE", "UNET", "ALL"),
+    *_KIND_NAMES,
 )
 
 
 def check_blocks(blocks: BlockWeights, arch: Architecture) -> None:
     """Refuse a block that the architecture does not have. Raises SettingError naming it."""
     labels = block_labels(arch)
-    known = {name for label in labels for name in _names_for(label)}
+    known = {*_KIND_NAMES, *(name for label in labels for name in _names_for(label))}
     for name, _ in blocks.weights:
         if name not in known:
             raise SettingError(

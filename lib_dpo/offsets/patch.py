@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError, SettingError
 from lib_dpo.families.arch import Architecture
-from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, block_of, check_blocks
+from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, check_blocks
 from lib_dpo.families.keymap import UNET
 from lib_dpo.families.model import Model
 from lib_dpo.files.checkpoint import Checkpoint
@@ -71,7 +71,7 @@ class Patch:
 
     def weight(self, key: str) -> float:
         """The block weight of a canonical key."""
-        return self.blocks.of(block_of(self.architecture, key))
+        return self.blocks.of(self.architecture, key)
 
     def changed_keys(self) -> list[str]:
         """Canonical keys that change: those whose block weight is not 0."""
@@ -194,7 +194,7 @@ def check_changes(offset: Offset, blocks: BlockWeights) -> None:
     Raises:
         NothingToDoError: every tensor that it changes lies in a block of weight 0.
     """
-    if all(blocks.of(block_of(offset.architecture, key)) == 0 for key in offset.shapes):
+    if all(blocks.of(offset.architecture, key) == 0 for key in offset.shapes):
         raise NothingToDoError(
             f"the block weights {blocks} leave nothing of {offset.name}: nothing would change; give a block that it changes "
             "another weight than 0"

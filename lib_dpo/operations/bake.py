@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError
-from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, block_of, check_blocks
+from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, check_blocks
 from lib_dpo.families.keymap import component_of
 from lib_dpo.families.model import Model
 from lib_dpo.files.header import dtype_name, torch_dtype
@@ -242,7 +242,7 @@ class _Run:
         stored = self.target.checkpoint.read(key)
         to = torch_dtype(dtype)
         assert to is not None, "only dtypes that were read are written"
-        weight = self.strength * self.blocks.of(block_of(self.target.architecture, canonical)) if canonical else 0.0
+        weight = self.strength * self.blocks.of(self.target.architecture, canonical) if canonical else 0.0
         if canonical is None or weight == 0:
             return Sum(stored.to(to), 0.0, 0.0, changed=False)
         found = add_rounded(stored, self._terms(canonical, stored), weight, to)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lib_dpo.families.blocks import block_labels, block_of
+from lib_dpo.families.kinds import KINDS, kind_of
 from lib_dpo.families.pruning import Blocks
 from lib_dpo.maths.ranks import Spectrum, break_even_rank, size_curve
 from lib_dpo.offsets.coverage import LeftOut, left_out
@@ -21,26 +22,6 @@ from lib_dpo.operations.outlook.figures import Spectra as SpectraFigures
 from lib_dpo.operations.verdict import Verdict, changed_text_encoders, right_base
 from lib_dpo.progress import Progress
 
-# Kinds of layer for the heat-map, by a part of the canonical key; the first match counts.
-_KINDS: tuple[tuple[str, str], ...] = (
-    (".attn1.", "self-attention"),
-    (".attn2.", "cross-attention"),
-    ("self_attn", "self-attention"),
-    (".attn.", "self-attention"),
-    (".ff.", "feed-forward"),
-    (".mlp.", "feed-forward"),
-    (".in_layers.2.", "convolution"),
-    (".out_layers.3.", "convolution"),
-    (".conv.", "convolution"),
-    (".op.", "convolution"),
-    ("input_blocks.0.0.", "convolution"),
-    (".out.2.", "convolution"),
-    (".skip_connection.", "convolution"),
-    (".proj_in.", "projection"),
-    (".proj_out.", "projection"),
-    ("emb", "embedding"),
-)
-KINDS = ("self-attention", "cross-attention", "feed-forward", "projection", "convolution", "embedding", "norm")
 _CURVE_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _FP16 = 2
 _SPECTRUM_POINTS = 64
@@ -137,7 +118,7 @@ def report_on(pair: Pair, figures: Figures) -> DiffReport:
         tally.add(key, row)
         block = block_of(pair.architecture, key)
         if block is not None:
-            kinds[_kind(key, len(pair.base.shape(key)))].setdefault(block, Row()).add(row)
+            kinds[kind_of(key)].setdefault(block, Row()).add(row)
         relative.append((key, row.relative_change))
     relative.sort(key=lambda item: -item[1])
     return DiffReport(
@@ -154,12 +135,6 @@ def report_on(pair: Pair, figures: Figures) -> DiffReport:
         predictions=predictions(pair),
         spectra=_spectra(pair, figures.spectra) if figures.spectra else None,
     )
-
-
-def _kind(key: str, ndim: int) -> str:
-    if ndim < 2 and key.endswith(".weight"):
-        return "norm"
-    return next((kind for mark, kind in _KINDS if mark in key), "norm")
 
 
 def _spectra(pair: Pair, known: SpectraFigures) -> Spectra:
