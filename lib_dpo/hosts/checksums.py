@@ -27,14 +27,17 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return sha256.hexdigest()
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> str:
+def checksum(tensors: Mapping[str, Tensor], *, stored: bool = False) -> str:
     """Of sums over blocks of 8 kB of the same: ten times as fast as `digest`.
 
-    It notices whatever else than an intent to deceive changes weights; `digest` is for proofs.
+    It notices whatever else than an intent to deceive changes weights.
+
+    Args:
+        stored: of the bits as they are stored, which is faster where no host turns one dtype into another.
     """
     sha256 = hashlib.sha256()
     for key in sorted(tensors):
-        values = narrowest(tensors[key].detach())
+        values = tensors[key].detach() if stored else narrowest(tensors[key].detach())
         data = values.contiguous().view(-1).view(torch.uint8)
         if data.storage_offset() % 8:
             data = data.clone()

@@ -1,11 +1,11 @@
 """Live weights edited in place: all is checked and copied before it is touched, any exception puts everything back.
 
-Undo copies the originals back, so it is bit-equal.
+Undo copies the originals back, so it is bit-equal; a checksum over them, taken before the edit, proves it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, 
 from lib_dpo.families.arch import recognise
 from lib_dpo.families.keymap import UNET
 from lib_dpo.hosts.base import Baked
-from lib_dpo.hosts.checksums import all_finite
+from lib_dpo.hosts.checksums import all_finite, checksum
 from lib_dpo.hosts.marks import Marker, Marks
 from lib_dpo.offsets.patch import Patch, fitted
 from lib_dpo.progress import Progress, Steps
@@ -92,6 +92,7 @@ class Record:
     originals: Mapping[str, Values]
     marks: Marks
     text_encoder: bool
+    checksum: str  # of the originals, before anything was written
     file: str = ""  # the checkpoint whose weights were edited: one saved from the bake has the same weights
 
 
@@ -208,11 +209,12 @@ def bake(
     originals: dict[str, Values] = {}
     adder = _Adder(strength, patch.name)
     steps = Steps(sum(slot.tensor.numel() for slot in plan.slots), on_progress)
-    changed = 0
+    changed, before = 0, ""
     with torch.inference_mode(), all_or_nothing() as saved:
         for key, values in (earlier.originals if earlier else {}).items():
             saved.keep(slots[key])
             slots[key].write(values)
+        before = _checksum(slots, [slot.key for slot in plan.slots])
         for slot in plan.slots:
             kept = saved.keep(slot)
             originals[slot.key] = earlier.originals.get(slot.key, kept) if earlier else kept
@@ -234,17 +236,32 @@ def bake(
         bytes_kept=plan.nbytes,
         file=patch.checkpoint.path,
     )
-    return Record(baked, originals, adder.marker.marks(), any(not slot.key.startswith(UNET) for slot in plan.slots), file)
+    text_encoder = any(not slot.key.startswith(UNET) for slot in plan.slots)
+    return Record(baked, originals, adder.marker.marks(), text_encoder, before, file)
 
 
 def undo(record: Record, slots: Mapping[str, Slot], on_progress: Progress | None = None) -> None:
-    """Copy the originals back. It cannot be stopped half way: a Cancelled from `on_progress` comes too late."""
+    """Copy the originals back. It cannot be stopped half way: a Cancelled from `on_progress` comes too late.
+
+    Raises:
+        HostError: what stands in the model then is not what stood there before the bake.
+    """
     steps = Steps(sum(values[0].numel() for values in record.originals.values()), on_progress)
     with torch.inference_mode():
         for key, values in record.originals.items():
             slots[key].write(values)
             with suppress(Cancelled):
                 steps.advance(values[0].numel(), key)
+        if _checksum(slots, record.originals) != record.checksum:
+            raise HostError(
+                "the original weights were copied back, but a checksum over them is not the one from before the bake: memory or "
+                "another program changed them; choose another checkpoint and then this one again to get the clean model"
+            )
+
+
+def _checksum(slots: Mapping[str, Slot], keys: Iterable[str]) -> str:
+    """Of what the model holds at these keys."""
+    return checksum({f"{key} {n}": tensor for key in keys for n, tensor in enumerate(slots[key].tensors)}, stored=True)
 
 
 @dataclass
