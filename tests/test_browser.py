@@ -14,7 +14,8 @@ from PIL import Image
 
 from lib_dpo.pictures import curve
 from lib_dpo.webui.blind import Asked
-from lib_dpo.webui.tab import blind, comparison, extract_cards
+from lib_dpo.webui.tab import blind, comparison
+from lib_dpo.webui.tab.extract import cards as extract_cards
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
 ROOT = Path(__file__).parent.parent

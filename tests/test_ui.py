@@ -26,8 +26,10 @@ from safetensors.torch import load_file
 from lib_dpo.errors import Cancelled, HostError
 from lib_dpo.hosts.base import Check, FileEntry
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import bake, build, compare, comparison, extract, inspect, lists, markup, outlook, parts
-from lib_dpo.webui.tab.extract_cards import first_view
+from lib_dpo.webui.tab import bake, build, compare, comparison, inspect, lists, markup, parts
+from lib_dpo.webui.tab.extract import outlook
+from lib_dpo.webui.tab.extract import page as extract
+from lib_dpo.webui.tab.extract.cards import first_view
 
 EVIL = "<img src=x onerror=alert(1)>\"'&"
 SETTINGS = (extract.BY_RANK, 4, 0, 80, 50, "auto", "portable", "fp16")
@@ -485,7 +487,7 @@ def test_presets_end_where_the_model_does(session: Session, name: str, words: st
 
 
 def test_lora_or_bake_follows_from_the_figures(session: Session):
-    from lib_dpo.webui.tab.extract_cards import _lora_or_bake
+    from lib_dpo.webui.tab.extract.cards import _lora_or_bake
 
     def said(kept: float) -> str:
         from types import SimpleNamespace

@@ -9,9 +9,10 @@ from typing import Any
 from lib_dpo.errors import DpoError
 from lib_dpo.settings import DEFAULT_RANK, FIELDS, LORA_PRECISIONS, METHODS, PROFILES, ExtractSettings, Method
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import markup, outlook, parts
-from lib_dpo.webui.tab.extract_cards import analysis_html, extracted_html, first_view, offset_html
-from lib_dpo.webui.tab.outlook import BY_ENERGY, BY_RANK, BY_SIZE, EXACT, PRESETS, policy_of
+from lib_dpo.webui.tab import markup, parts
+from lib_dpo.webui.tab.extract import outlook
+from lib_dpo.webui.tab.extract.cards import analysis_html, extracted_html, first_view, offset_html
+from lib_dpo.webui.tab.extract.outlook import BY_ENERGY, BY_RANK, BY_SIZE, EXACT, PRESETS, policy_of
 from lib_dpo.webui.tab.parts import Tab, field_options
 from lib_dpo.webui.tab.standing import About, Place, about
 
