@@ -6,8 +6,9 @@
 const dpoLookEvery = 2000; // ms between two looks at the loaded model and the lists of files
 const dpoTickEvery = 3000; // ms between two looks at the loaded model alone, while the tab is shown
 
-// Buttons that fill the lists of the script «DPO offset» anew.
+// Buttons that fill the lists of the script «DPO offset» anew, and the host's list of checkpoints (AUTOMATIC1111, Forge).
 const dpoScriptLists = ["script_txt2img_dpo_offset_refresh", "script_img2img_dpo_offset_refresh"];
+const dpoHostLists = ["refresh_sd_model_checkpoint", "forge_refresh_checkpoint"];
 
 function dpoElement(id) {
     const root = typeof gradioApp === "function" ? gradioApp() : document;
@@ -31,9 +32,9 @@ function dpoStart(placeId, values) {
 }
 
 // Called after it: a job that was refused before it began has left a bar that would wait for it.
-function dpoEnd(placeId) {
+function dpoEnd(placeId, wrote) {
     const place = dpoElement(placeId);
-    dpoScriptLists.forEach(dpoPress); // a file may have been written
+    if (wrote) [...dpoScriptLists, ...dpoHostLists].forEach(dpoPress); // a file may have been written
     if (!place) return;
     place.setAttribute("aria-busy", "false");
     setTimeout(() => dpoBringIntoView(dpoElement(`${placeId}_place`) || place), 100); // when the answer is drawn
@@ -80,6 +81,7 @@ document.addEventListener("click", (event) => {
     const button = event.target.closest && event.target.closest(".dpo-doors button");
     if (!button) return;
     if (button.dataset.dpoPress) dpoPress(button.dataset.dpoPress);
+    if (button.dataset.dpoPage) dpoOpen(`dpo_${button.dataset.dpoPage}`, button.dataset.dpoTo);
     if (button.dataset.dpoPrompt) dpoUseInPrompt(button.dataset.dpoPrompt);
 });
 

@@ -188,6 +188,18 @@ def test_a_card_puts_its_lora_into_the_prompt_once_and_opens_other_pages(page: A
     assert page.evaluate("() => window.pressed") == 1
 
 
+def test_the_hosts_own_list_of_checkpoints_is_filled_anew_after_a_file_was_written(page: Any):
+    pressed = 'onclick="window.pressed = (window.pressed || []).concat(this.id)"'
+    show(
+        page,
+        f"<button id=refresh_sd_model_checkpoint {pressed}></button><button id=forge_refresh_checkpoint {pressed}></button>",
+    )
+    page.evaluate("() => dpoEnd('dpo_x_result', false)")
+    assert page.evaluate("() => window.pressed") is None
+    page.evaluate("() => dpoEnd('dpo_x_result', true)")
+    assert page.evaluate("() => window.pressed") == ["refresh_sd_model_checkpoint", "forge_refresh_checkpoint"]
+
+
 def test_what_a_click_gave_is_brought_into_view(page: Any):
     show(page, "<div style='height: 3000px'></div><div id=dpo_x_result_place><div id=dpo_x_result>found</div></div>")
     page.evaluate("() => dpoEnd('dpo_x_result')")

@@ -19,6 +19,7 @@ from harness import Harness, Tensors
 from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, NoModelError, SettingError
 from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.families.keymap import UNET, VAE
+from lib_dpo.hosts import inplace
 from lib_dpo.hosts.checksums import all_finite, checksum, digest
 from lib_dpo.maths.delta import Term, Whole
 from lib_dpo.offsets.patch import Patch, open_patch
@@ -134,6 +135,24 @@ def test_a_bake_is_the_sum_and_undo_is_bit_equal(start, files: Path, name, stren
     check_equal(host.generate(), before)
     assert host.live.fingerprint() == prints
     assert host.live.unbake() is False
+
+
+def test_originals_that_come_back_damaged_are_noticed(start, files: Path, monkeypatch: pytest.MonkeyPatch):
+    host = start()
+    if isinstance(host, Fork):
+        pytest.skip("copies nothing back, and has a test of its own checksum")
+    host.live.bake(opened(files, "sd1_lora"), 1.0)
+    real = inplace.Slot.write
+
+    def damaged(slot: inplace.Slot, values: inplace.Values) -> None:
+        real(
+            slot,
+            (torch.where(torch.arange(values[0].numel()).view(values[0].shape) == 3, values[0] + 1, values[0]), *values[1:]),
+        )
+
+    monkeypatch.setattr(inplace.Slot, "write", damaged)
+    with pytest.raises(HostError, match="is not the one from before the bake"):
+        host.live.unbake()
 
 
 @pytest.mark.parametrize("arch", ["sd1", "sdxl"])

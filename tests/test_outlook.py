@@ -13,15 +13,20 @@ import tiny
 import torch
 
 from lib_dpo.errors import SettingError
+from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.families.model import open_model
 from lib_dpo.maths.ranks import Ranking, Spectrum
 from lib_dpo.offsets.offset import Pair, open_pair
+from lib_dpo.offsets.patch import open_patch
+from lib_dpo.operations.bake import bake
 from lib_dpo.operations.diff import diff, report_on
 from lib_dpo.operations.extract import extract
 from lib_dpo.operations.outlook import store as store_module
 from lib_dpo.operations.outlook.figures import Figures, measure_figures
 from lib_dpo.operations.outlook.sizes import Sizes
 from lib_dpo.operations.outlook.store import FigureStore
+from lib_dpo.operations.outlook.survival import survival
+from lib_dpo.operations.write_offset import write_offset
 from lib_dpo.settings import ExtractSettings, RankPolicy
 
 BASE, TUNED = "ab" * 32, "cd" * 32
@@ -168,3 +173,31 @@ def test_the_least_used_figures_go(figures: Figures, tmp_path: Path, monkeypatch
     assert store.load("a", TUNED) is not None  # which makes it the newer one
     store.save("c", TUNED, figures)
     assert [store.load(name, TUNED) is not None for name in "abc"] == [True, False, True]
+
+
+# ---- what survives rounding ----
+
+
+@pytest.mark.parametrize("kind", ["lora", "dense", "exact"])
+@pytest.mark.parametrize(
+    ("dtype", "strength", "blocks"),
+    [(torch.float16, 1.0, ""), (torch.float16, 0.2, "IN=0.5,CONV=0"), (torch.bfloat16, 1.0, "")],
+)
+def test_what_survives_rounding_is_foreseen(
+    pair: Pair, tmp_path: Path, kind: str, dtype: torch.dtype, strength: float, blocks: str
+) -> None:
+    offset = tmp_path / "offset.safetensors"
+    if kind == "dense":
+        write_offset(pair, offset)
+    else:
+        settings = ExtractSettings(form="exact") if kind == "exact" else ExtractSettings(RankPolicy(rank=4))
+        extract(pair, offset, settings)
+    path = tiny.save(tmp_path / "target.safetensors", tiny.base(pair.architecture.name), dtype)
+    patch = open_patch(offset, blocks=parse_blocks(blocks))
+    with open_model(path) as target:
+        foreseen = survival(target, patch, strength, dtype)
+        report = bake(target, patch.offset, tmp_path / "baked.safetensors", strength=strength, blocks=patch.blocks)
+    assert foreseen == pytest.approx(1 - report.rounding_loss, abs=0.02)
+    assert 0 < report.rounding_loss < 0.9
+    with open_model(path) as target:
+        assert survival(target, patch, 0.0, dtype) is None

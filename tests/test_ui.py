@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,12 +22,16 @@ import pytest
 import tiny
 import torch
 from fake_host import FakeHost
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lib_dpo.errors import Cancelled, HostError
 from lib_dpo.hosts.base import Check, FileEntry
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import bake, build, compare, comparison, inspect, lists, markup, parts
+from lib_dpo.webui.tab import build, compare, comparison, inspect, lists, markup, parts
+from lib_dpo.webui.tab.bake import before, blocks
+from lib_dpo.webui.tab.bake import page as bake
 from lib_dpo.webui.tab.extract import outlook
 from lib_dpo.webui.tab.extract import page as extract
 from lib_dpo.webui.tab.extract.cards import first_view
@@ -553,14 +558,14 @@ def test_write_offset_file(session: Session, host: FakeHost):
 
 
 def test_what_baking_costs_is_said_before(with_lora: Session):
-    html = bake.foresee(with_lora, "mine", "")
+    html = before.foresee(with_lora, "mine", "")
     assert "a LoRA for SD 1.x, as the loaded model is" in html
     assert "of memory" in html
     assert "282 weights" in html
-    assert bake.foresee(with_lora, "", "") == ""
-    assert "block weight" in bake.foresee(with_lora, "mine", "NOSE=1")
-    assert "no offset named" in bake.foresee(with_lora, "gone", "")
-    assert "comes on top" not in bake.foresee(with_lora, "mine", "")
+    assert before.foresee(with_lora, "", "") == ""
+    assert "block weight" in before.foresee(with_lora, "mine", "NOSE=1")
+    assert "no offset named" in before.foresee(with_lora, "gone", "")
+    assert "comes on top" not in before.foresee(with_lora, "mine", "")
 
 
 def test_a_bake_on_top_of_one_in_the_file_is_said_before(with_lora: Session, host: FakeHost):
@@ -570,7 +575,7 @@ def test_a_bake_on_top_of_one_in_the_file_is_said_before(with_lora: Session, hos
     try:
         path.write_bytes((path.parent / "with-mine.safetensors").read_bytes())
         os.utime(path, (1, 1))  # another file to whoever remembers this one
-        html = bake.foresee(with_lora, "mine", "")
+        html = before.foresee(with_lora, "mine", "")
         assert "has mine × 0.5 baked in already: this comes on top" in html
         assert "dpo-doubt" in html
     finally:
@@ -578,16 +583,51 @@ def test_a_bake_on_top_of_one_in_the_file_is_said_before(with_lora: Session, hos
         (path.parent / "with-mine.safetensors").unlink()
 
 
+def test_undo_is_off_where_nothing_is_baked(with_lora: Session):
+    assert bake.undo_now(with_lora)["interactive"] is False
+    run(with_lora, bake.bake, "mine", 0.8, "")
+    assert bake.undo_now(with_lora)["interactive"] is True
+    run(with_lora, bake.unbake)
+    assert bake.undo_now(with_lora)["interactive"] is False
+    off = [block for block in components(build(with_lora)) if getattr(block, "elem_id", "") == "dpo_bake_undo"]
+    assert [block.interactive for block in off] == [False]  # until the model was looked at
+
+
+def test_without_offsets_the_page_says_where_to_get_one(session: Session, with_lora: Session, host: FakeHost):
+    assert before.nothing_to_bake(with_lora, None) == [""]
+    for entry in with_lora.library.offsets():
+        entry.path.unlink()
+    assert "Make one on the page Extract" in before.nothing_to_bake(with_lora, None)[0]
+
+
+@pytest.mark.parametrize(
+    ("storage", "strength", "words"),
+    [
+        ("float32", 0.5, "100.0 % of the change survives rounding to the model&#x27;s numbers (float32) at strength 0.5."),
+        ("bfloat16", 0.05, "load the model in float16 if it is to take up more"),
+        ("nf4", 0.5, "nothing is rounded away, the change is added in every step"),
+    ],
+)
+def test_what_survives_the_models_numbers_is_said_before_the_click(
+    with_lora: Session, host: FakeHost, monkeypatch: pytest.MonkeyPatch, storage: str, strength: float, words: str
+):
+    loaded = replace(with_lora.loaded(), storage=storage)
+    monkeypatch.setattr(host.live, "loaded", lambda: loaded)
+    assert words in before.foresee(with_lora, "mine", "", strength)
+    assert "survives" not in before.foresee(with_lora, "mine", "", 0.0)
+    assert "survives" not in before.foresee(with_lora, "mine", "", None)
+
+
 def test_bake_and_undo(with_lora: Session):
-    before = with_lora.host.live.fingerprint()
+    clean = with_lora.host.live.fingerprint()
     html, status = run(with_lora, bake.bake, "mine", 0.8, "MID=0")
     assert "Baked into the loaded model" in html
     assert "baked: mine × 0.8 (MID=0)" in status
-    assert "takes the place of mine, which is baked in now" in bake.foresee(with_lora, "mine", "")
+    assert "takes the place of mine, which is baked in now" in before.foresee(with_lora, "mine", "")
     html, status = run(with_lora, bake.unbake)
     assert "bit for bit" in html
     assert "clean" in status
-    assert with_lora.host.live.fingerprint() == before
+    assert with_lora.host.live.fingerprint() == clean
     assert "Nothing was baked" in run(with_lora, bake.unbake)[0]
 
 
@@ -607,13 +647,13 @@ def test_what_of_a_lora_counts_once_or_has_no_place_is_said_wherever_it_is_used(
     html = run(with_lora, compare.compare, "odd", "1", "a cat", "", "1", 4, 7, "", 64, 64, "", outputs=9)[0]
     for said in (
         html,
-        bake.foresee(with_lora, "odd", ""),
+        before.foresee(with_lora, "odd", ""),
         run(with_lora, bake.save, "odd", 1.0, "", "", False)[0],
     ):
         assert once in said
         assert missing in said
     assert missing in run(with_lora, bake.bake, "odd", 1.0, "")[0]
-    assert "count once" not in bake.foresee(with_lora, "mine", "")
+    assert "count once" not in before.foresee(with_lora, "mine", "")
 
 
 @pytest.mark.parametrize("arch", ["sd1", "sdxl"])
@@ -621,8 +661,63 @@ def test_presets_are_blocks_that_every_model_has(arch: str):
     from lib_dpo.families.arch import ARCHITECTURES
     from lib_dpo.families.blocks import check_blocks, parse_blocks
 
-    for blocks in bake.PRESETS.values():
-        check_blocks(parse_blocks(blocks), ARCHITECTURES[arch])
+    for text in blocks.PRESETS.values():
+        check_blocks(parse_blocks(text), ARCHITECTURES[arch])
+
+
+def test_presets_leave_what_their_names_say():
+    from lib_dpo.families.arch import ARCHITECTURES
+    from lib_dpo.families.blocks import parse_blocks
+    from lib_dpo.families.keymap import component_of
+    from lib_dpo.families.shapes import checkpoint_shapes
+
+    arch = ARCHITECTURES["sdxl"]
+    keys = [key for key in checkpoint_shapes("sdxl") if component_of(arch, key) == "unet"]
+
+    def left(preset: str) -> set[str]:
+        weights = parse_blocks(blocks.PRESETS[preset])
+        return {key for key in keys if weights.of(arch, key)}
+
+    assert left("Attention only") == {key for key in keys if ".attn1." in key or ".attn2." in key}
+    convolutions = left("Convolutions only")
+    assert {len(checkpoint_shapes("sdxl")[key]) for key in convolutions if key.endswith("weight")} == {4}
+    assert not any("transformer_blocks" in key or "norm" in key for key in convolutions)
+    assert all(".input_blocks." in key for key in left("Only the way down (composition)"))
+
+
+@given(
+    text=st.sampled_from(
+        ["", "IN00=0.5", "ALL=0,IN=1", "ATTN1=0", "UNET=0.5,MID=2", "IN=0.3,OUT03=-1,TE=0", "CONV=0,ATTN=0.25"]
+    ),
+    place=st.integers(0, len(blocks.GROUPS) - 1),
+    value=st.integers(-40, 40).map(lambda n: n / 20),
+)
+def test_a_slider_of_a_group_writes_its_weight_and_leaves_the_others(text: str, place: int, value: float):
+    values = blocks.of_groups(text)
+    assert blocks.with_groups(text, values) == text
+    values[place] = value
+    written = blocks.with_groups(text, values)
+    assert blocks.of_groups(written) == values
+    kept = {part for part in text.split(",") if part and part.split("=")[0] != list(blocks.GROUPS)[place]}
+    assert kept <= set(written.split(","))
+
+
+def test_presets_sliders_and_text_follow_each_other():
+    preset, *sliders = (update["value"] for update in blocks.shown("ALL=0,IN=1"))
+    assert preset == "Only the way down (composition)"
+    assert dict(zip(blocks.GROUPS, sliders, strict=True)) == dict.fromkeys(blocks.GROUPS, 0) | {
+        "IN": 1, "ATTN": 1, "FF": 1, "CONV": 1,
+    }  # fmt: skip
+    assert blocks.shown("ALL=0,IN=0.5")[0]["value"] == blocks.OWN
+    assert blocks.chosen("Without the middle") == "MID=0"
+    for silent in (
+        *blocks.shown("IN=0.5,MI"),
+        blocks.moved("IN=0.5,MI", *[1.0] * len(blocks.GROUPS)),
+        blocks.chosen(blocks.OWN),
+    ):
+        assert "value" not in silent
+    assert blocks.shown("IN=9")[1]["value"] == 2.0
+    assert blocks.moved("IN=9", *blocks.of_groups("IN=9")) == "IN=9"
 
 
 def test_save_says_what_became_of_the_configuration(with_lora: Session, host: FakeHost):
@@ -809,8 +904,8 @@ def test_names_and_metadata_never_become_elements(with_lora: Session, host: Fake
     }  # fmt: skip
     shown = [
         lists.foot_html(with_lora),
-        bake.foresee(with_lora, name, ""),
-        bake.foresee(with_lora, "gone" + name, name),
+        before.foresee(with_lora, name, ""),
+        before.foresee(with_lora, "gone" + name, name),
         *run(with_lora, bake.bake, name, 1.0, "")[:2],
         run(with_lora, inspect.what_is, name)[0],
         run(with_lora, extract.analyse, name, name, *CONTROLS)[0],

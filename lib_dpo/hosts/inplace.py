@@ -254,8 +254,8 @@ def undo(record: Record, slots: Mapping[str, Slot], on_progress: Progress | None
                 steps.advance(values[0].numel(), key)
         if _checksum(slots, record.originals) != record.checksum:
             raise HostError(
-                "the original weights were copied back, but a checksum over them is not the one from before the bake: memory or "
-                "another program changed them; choose another checkpoint and then this one again to get the clean model"
+                "the original weights were copied back, but a checksum over them is not the one from before the bake: "
+                "something changed them meanwhile; choose another checkpoint and then this one again to get the clean model"
             )
 
 

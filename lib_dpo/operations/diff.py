@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lib_dpo.families.arch import Architecture
 from lib_dpo.families.blocks import block_labels, block_of
 from lib_dpo.families.kinds import KINDS, kind_of
 from lib_dpo.families.pruning import Blocks
@@ -68,12 +69,7 @@ class DiffReport:
 
     def heat_map(self) -> dict[str, dict[str, float]]:
         """Relative change by kind of layer and block, in the order of the forward pass; kinds that changed only."""
-        labels = block_labels(self.tally.architecture)
-        return {
-            kind: {name: rows[name].relative_change for name in labels if name in rows and rows[name].base}
-            for kind, rows in self.kinds.items()
-            if any(row.offset for row in rows.values())
-        }
+        return _relative(self.tally.architecture, self.kinds)
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints, and those behind its picture."""
@@ -112,13 +108,9 @@ def diff(pair: Pair, *, spectra: bool = False, device: str = "auto", on_progress
 def report_on(pair: Pair, figures: Figures) -> DiffReport:
     """The report on a pair whose figures are known: nothing but headers and a few small tensors is read."""
     tally = Tally(pair.architecture)
-    kinds: dict[str, dict[str, Row]] = {kind: {} for kind in KINDS}
     relative: list[tuple[str, float]] = []
     for key, row in figures.rows.items():
         tally.add(key, row)
-        block = block_of(pair.architecture, key)
-        if block is not None:
-            kinds[kind_of(key)].setdefault(block, Row()).add(row)
         relative.append((key, row.relative_change))
     relative.sort(key=lambda item: -item[1])
     return DiffReport(
@@ -127,7 +119,7 @@ def report_on(pair: Pair, figures: Figures) -> DiffReport:
         tuned=pair.tuned.name,
         tally=tally,
         verdict=right_base(pair, tally),
-        kinds=kinds,
+        kinds=_by_kind(pair.architecture, figures.rows),
         largest=relative[:10],
         vae=figures.vae,
         blocks=blocks_in(pair.base),
@@ -135,6 +127,30 @@ def report_on(pair: Pair, figures: Figures) -> DiffReport:
         predictions=predictions(pair),
         spectra=_spectra(pair, figures.spectra) if figures.spectra else None,
     )
+
+
+def heat_map_of(arch: Architecture, rows: Mapping[str, Row]) -> dict[str, dict[str, float]]:
+    """As `DiffReport.heat_map`, of the rows of `Figures`, without the pair's files."""
+    return _relative(arch, _by_kind(arch, rows))
+
+
+def _by_kind(arch: Architecture, rows: Mapping[str, Row]) -> dict[str, dict[str, Row]]:
+    """Sums by kind of layer and block."""
+    kinds: dict[str, dict[str, Row]] = {kind: {} for kind in KINDS}
+    for key, row in rows.items():
+        block = block_of(arch, key)
+        if block is not None:
+            kinds[kind_of(key)].setdefault(block, Row()).add(row)
+    return kinds
+
+
+def _relative(arch: Architecture, kinds: Mapping[str, Mapping[str, Row]]) -> dict[str, dict[str, float]]:
+    labels = block_labels(arch)
+    return {
+        kind: {name: rows[name].relative_change for name in labels if name in rows and rows[name].base}
+        for kind, rows in kinds.items()
+        if any(row.offset for row in rows.values())
+    }
 
 
 def _spectra(pair: Pair, known: SpectraFigures) -> Spectra:

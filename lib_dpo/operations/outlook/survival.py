@@ -1,4 +1,4 @@
-"""How much of a change survives in the number format of a model that it is added to: from a sample of the weights, in a moment."""
+"""How much of a change survives in the number format of the model that it is added to, from some of the weights."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import bake, blind, compare, inspect, lists, markup, parts
+from lib_dpo.webui.tab import blind, compare, inspect, lists, markup, parts
+from lib_dpo.webui.tab.bake import page as bake
 from lib_dpo.webui.tab.extract import page as extract
 
 _NOT_LOOKED_YET = "The loaded model has not been looked at yet: press ↻."

@@ -250,7 +250,7 @@ def start(
     )
     if writes:
         tab.writers.append(event)
-    on(event.then, None, [], [], js=f"() => {{ window.dpoEnd && dpoEnd('{place}'); }}")
+    on(event.then, None, [], [], js=f"() => {{ window.dpoEnd && dpoEnd('{place}', {str(writes).lower()}); }}")
 
 
 def unseen(*values: Any) -> None:

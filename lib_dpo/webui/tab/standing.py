@@ -66,6 +66,7 @@ class Given:
     about: About
     why: str = ""  # what the page shows in its place: the reason why it does not hold
     key: Any = None  # what it was drawn from, where the page draws it anew
+    asked: tuple[Any, ...] | None = None  # what the page asked it with, where it is asked anew when that is other
 
 
 @dataclass(frozen=True)
@@ -101,10 +102,10 @@ def about(session: Session, *names: str | Path, model: bool = False, baked: bool
     )
 
 
-def given(html: str, of: Callable[[], About], key: Any = None) -> Given | None:
+def given(html: str, of: Callable[[], About], key: Any = None, asked: tuple[Any, ...] | None = None) -> Given | None:
     """An answer with what it is about; None where that cannot be said, because a file is gone already."""
     try:
-        return Given(html, of(), key=key)
+        return Given(html, of(), key=key, asked=asked)
     except (DpoError, OSError):
         return None
 
@@ -116,7 +117,8 @@ def looked_at(session: Session, place: Place, answer: Given | None, *values: Any
     if answer is None or session.jobs.busy:  # a job may take a bake out for its own pictures, and puts it back
         return [gr.update(), gr.update()]
     why = answer.about.changed(session)
-    if why == answer.why:
+    moved = answer.asked is not None and answer.asked != values
+    if why == answer.why and not moved:
         return [gr.update(), gr.update()]
     if place.again:
         return place.again(*values)

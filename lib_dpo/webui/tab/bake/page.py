@@ -1,4 +1,4 @@
-"""The second page: an offset into the loaded model and out again, and as a checkpoint of its own."""
+"""The controls of the page, and what its buttons do."""
 
 from __future__ import annotations
 
@@ -6,24 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lib_dpo.errors import DpoError
 from lib_dpo.hosts.base import Baked
 from lib_dpo.offsets.lora.unplaced import twin_lines, unplaced_lines
-from lib_dpo.offsets.patch import check_changes
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import markup, parts
+from lib_dpo.webui.tab.bake import blocks
+from lib_dpo.webui.tab.bake.before import foreseen_now, nothing_to_bake
 from lib_dpo.webui.tab.parts import Tab, field_options
-from lib_dpo.webui.tab.standing import Place, about, given
+from lib_dpo.webui.tab.standing import Place, about
 
-PRESETS = {
-    "Everything": "",
-    "UNet only": "TE=0",
-    "Only the way down (composition)": "ALL=0,IN=1",
-    "Only the middle": "ALL=0,MID=1",
-    "Only the way up (detail, style)": "ALL=0,OUT=1",
-    "Without the middle": "MID=0",
-    "Half on the way up": "OUT=0.5",
-}
 _HINT = "Bake adds the offset to the loaded model in memory, until Undo or until another checkpoint is loaded. No file changes."
 
 
@@ -37,32 +28,30 @@ def page(tab: Tab) -> None:
                 tab, parts.offsets, likely=parts.named_dpo, label="Offset", elem_id="dpo_bake_offset",
                 info="A LoRA, or an offset file for the exact change",
             )  # fmt: skip
+            empty = parts.unsaved(gr.HTML("", elem_id="dpo_bake_empty"))
             strength = gr.Slider(
                 minimum=-2.0, maximum=2.0, step=0.05, value=1.0, **field_options("strength"), elem_id="dpo_bake_strength"
             )
-            with gr.Row():
-                preset = gr.Dropdown(
-                    choices=list(PRESETS), value="Everything", label="Blocks", elem_id="dpo_bake_preset",
-                    info="Which parts of the model change",
-                )  # fmt: skip
-                blocks = gr.Textbox(value="", lines=1, max_lines=1, **field_options("blocks"), elem_id="dpo_bake_blocks")
+            weights, settled = blocks.controls()
             with gr.Row(elem_classes=["dpo-buttons"]):
                 go = gr.Button("Bake", variant="primary", elem_id="dpo_bake_go")
-                undo = gr.Button("Undo", elem_id="dpo_bake_undo")
+                undo = gr.Button("Undo", interactive=False, elem_id="dpo_bake_undo")
                 parts.interrupt_button(tab, "dpo_bake_interrupt")
             save_name, overwrite, save_go = _save_controls()
         with gr.Column(elem_classes=["dpo-answers"]):
             before = parts.unsaved(gr.HTML("", elem_id="dpo_bake_before"))
             foreseen = gr.State(None)
             place = parts.results(tab, "dpo_bake_result", _HINT)
-    for unsaved in (preset, blocks, save_name, overwrite):
+    for unsaved in (save_name, overwrite):
         parts.unsaved(unsaved)
-    session, chosen = tab.session, [offset, strength, blocks]
-    filled = parts.on(preset.change, PRESETS.get, [preset], [blocks], **parts.UNASKED)
-    ahead = partial(foreseen_now, session)
-    for changed in (offset.change, blocks.blur, blocks.submit, filled.then):  # not at every key: it opens the file
-        parts.on(changed, ahead, [offset, blocks], [before, foreseen], **parts.UNASKED)
-    tab.places.append(Place(before, foreseen, again=ahead, inputs=[offset, blocks]))
+    session, chosen = tab.session, [offset, strength, weights]
+    parts.follow(tab, [offset], partial(nothing_to_bake, session), [empty])
+    ahead, asked = partial(foreseen_now, session), [offset, weights, strength]
+    # not at every key or pixel, for it opens the file; what is missed is seen when the page looks at the model
+    for changed in (offset.change, strength.release, *settled):
+        parts.on(changed, ahead, asked, [before, foreseen], **parts.UNASKED)
+    tab.places.append(Place(before, foreseen, again=ahead, inputs=asked))
+    parts.on(tab.status.change, partial(undo_now, session), [], [undo], **parts.UNASKED)
     loaded = partial(about, session, model=True, baked=True)
     parts.start(tab, go, partial(bake, session), chosen, [place], about=lambda *_: loaded())
     parts.start(tab, undo, partial(unbake, session), [], [place], about=loaded)
@@ -98,39 +87,9 @@ def _save_controls() -> tuple[Any, Any, Any]:
 # ---- what happens ----
 
 
-def foreseen_now(session: Session, offset: str | None, blocks: str | None) -> list[Any]:
-    """What `foresee` says, and what that is about."""
-    html = foresee(session, offset, blocks)
-    return [html, given(html, lambda: about(session, offset or "", model=True, baked=True)) if html else None]
-
-
-def foresee(session: Session, offset: str | None, blocks: str | None) -> str:
-    """Before anything is done: whether the offset is one for the loaded model, and what baking it will cost."""
-    title = "Before you bake"
-    if not offset:
-        return ""
-    try:
-        patch = session.patch(offset, blocks=blocks or "")
-        check_changes(patch.offset, patch.blocks)
-        needed = session.host.live.bake_bytes(patch)
-    except DpoError as error:
-        return markup.card(title, session.library.names_only(str(error)), mood="bad")
-    except Exception as error:  # noqa: BLE001  # the edge
-        return parts.error_html(session, error)
-    status = session.status()
-    inside = " and ".join(map(str, status.in_file))
-    kind = "a LoRA" if patch.lora else "an offset file"
-    family = patch.architecture.title
-    return markup.card(
-        title,
-        f"{patch.name} is {kind} for {family}, as the loaded model is: it can be baked.",
-        f"Undo needs {markup.size(needed)} of memory, for the {len(patch.changed_keys()):,} weights that change.",
-        f"The loaded file has {inside} baked in already: this comes on top." if inside else "",
-        f"It takes the place of {status.baked.offset}, which is baked in now." if status.baked else "",
-        *markup.sentences(twin_lines(patch.offset.twins) + unplaced_lines(patch.offset.unmatched)),
-        "To see whether your model is near enough to the base, ask «Does it fit?» on the page Inspect.",
-        mood="doubt" if inside or patch.offset.unmatched else "good",
-    )
+def undo_now(session: Session) -> Any:
+    """The button Undo, off where there is nothing to undo."""
+    return parts.update(interactive=session.status().baked is not None)
 
 
 def bake(session: Session, task: str | None, offset: str, strength: float, blocks: str) -> str:
@@ -147,7 +106,8 @@ def unbake(session: Session, task: str | None) -> str:
     """Out of it again."""
     if not session.jobs.run("Undo", session.unbake, task_id=task):
         return markup.note("Nothing was baked: the model is as its file has it.")
-    return markup.card("Undone", "The loaded model is again what it was before, bit for bit.", mood="good")
+    proof = "Checked: a checksum over its weights is again the one that was taken before the bake."
+    return markup.card("Undone", "The loaded model is again what it was before, bit for bit.", proof, mood="good")
 
 
 def save(
