@@ -15,7 +15,7 @@ from fakes_a1111 import A1111
 from lib_dpo.errors import HostError, NoModelError
 from lib_dpo.maths.delta import Whole
 from lib_dpo.offsets.patch import Patch, open_patch
-from lib_dpo.webui.tab.bake import _baked_html
+from lib_dpo.webui.tab.bake.page import _baked_html
 
 TE_KEY = "cond_stage_model.transformer.text_model.encoder.layers.1.mlp.fc1.weight"
 

@@ -22,7 +22,9 @@ from lib_dpo.webui.api import PREFIX, add_routes
 from lib_dpo.webui.axes import add_axes
 from lib_dpo.webui.generation import Generation, wish_of
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import bake, compare, parts
+from lib_dpo.webui.tab import compare, parts
+from lib_dpo.webui.tab.bake import before
+from lib_dpo.webui.tab.bake import page as bake
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +156,7 @@ def test_an_emptied_field_is_asked_for(session: Session):
 
 
 def test_before_a_bake_blocks_that_leave_nothing_are_said(session: Session):
-    assert "leave nothing of dpo" in bake.foresee(session, "dpo", "ALL=0")
+    assert "leave nothing of dpo" in before.foresee(session, "dpo", "ALL=0")
 
 
 def test_zero_is_the_untouched_model_where_it_is_looked_at(session: Session):

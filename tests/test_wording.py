@@ -21,7 +21,9 @@ from lib_dpo.cli.words import FLAGS, with_flags
 from lib_dpo.webui.api import PREFIX, add_routes
 from lib_dpo.webui.generation import Generation
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import bake, blind, compare, inspect, lists, parts
+from lib_dpo.webui.tab import blind, compare, inspect, lists, parts
+from lib_dpo.webui.tab.bake import before
+from lib_dpo.webui.tab.bake import page as bake
 from lib_dpo.webui.tab import extract as page
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lib_dpo"
@@ -186,11 +188,11 @@ def test_the_status_line_and_the_lists_show_no_folder(session: Session):
     path, live.path = live.path, fake(session).checkpoint_dir / "broken.safetensors"
     try:
         assert "broken.safetensors" in parts.status_html(session)
-        shown = [parts.status_html(session), bake.foresee(session, "dpo", "")]
+        shown = [parts.status_html(session), before.foresee(session, "dpo", "")]
     finally:
         live.path = path
     shown.append(lists.looked(session, [parts.Listed(None, unreadable, parts.first)], [""])[0])
-    shown.append(bake.foresee(session, "broken", ""))
+    shown.append(before.foresee(session, "broken", ""))
     for html in shown:
         assert _is_clean(session, html), html
 
