@@ -22,9 +22,9 @@ from lib_dpo.webui.api import PREFIX, add_routes
 from lib_dpo.webui.generation import Generation
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import blind, compare, inspect, lists, parts
+from lib_dpo.webui.tab import extract as page
 from lib_dpo.webui.tab.bake import before
 from lib_dpo.webui.tab.bake import page as bake
-from lib_dpo.webui.tab import extract as page
 
 PACKAGE = Path(__file__).resolve().parent.parent / "lib_dpo"
 COMMAND_LINE = re.compile(r"(?<![\w-])--(?!dpo-)[a-z]|`|python -m|pip install|\bexit code")  # --dpo-… is a style's
