@@ -594,10 +594,10 @@ def test_undo_is_off_where_nothing_is_baked(with_lora: Session):
 
 
 def test_without_offsets_the_page_says_where_to_get_one(session: Session, with_lora: Session, host: FakeHost):
-    assert before.nothing_to_bake(with_lora, None) == [""]
+    assert before.nothing_to_bake(with_lora, None)[0]["visible"] is False
     for entry in with_lora.library.offsets():
         entry.path.unlink()
-    assert "Make one on the page Extract" in before.nothing_to_bake(with_lora, None)[0]
+    assert "Make one on the page Extract" in before.nothing_to_bake(with_lora, None)[0]["value"]
 
 
 @pytest.mark.parametrize(
@@ -703,21 +703,18 @@ def test_a_slider_of_a_group_writes_its_weight_and_leaves_the_others(text: str, 
 
 
 def test_presets_sliders_and_text_follow_each_other():
-    preset, *sliders = (update["value"] for update in blocks.shown("ALL=0,IN=1"))
+    preset, *sliders = blocks.shown("ALL=0,IN=1")
     assert preset == "Only the way down (composition)"
     assert dict(zip(blocks.GROUPS, sliders, strict=True)) == dict.fromkeys(blocks.GROUPS, 0) | {
         "IN": 1, "ATTN": 1, "FF": 1, "CONV": 1,
     }  # fmt: skip
-    assert blocks.shown("ALL=0,IN=0.5")[0]["value"] == blocks.OWN
-    assert blocks.chosen("Without the middle") == "MID=0"
-    for silent in (
-        *blocks.shown("IN=0.5,MI"),
-        blocks.moved("IN=0.5,MI", *[1.0] * len(blocks.GROUPS)),
-        blocks.chosen(blocks.OWN),
-    ):
+    assert blocks.shown("ALL=0,IN=0.5")[0] == blocks.OWN
+    assert blocks.chosen("Without the middle") == ["MID=0", *blocks.of_groups("MID=0")]
+    unread = "IN=0.5,MI"
+    for silent in (*blocks.shown(unread), *blocks.moved(unread, *[1.0] * len(blocks.GROUPS)), *blocks.chosen(blocks.OWN)):
         assert "value" not in silent
-    assert blocks.shown("IN=9")[1]["value"] == 2.0
-    assert blocks.moved("IN=9", *blocks.of_groups("IN=9")) == "IN=9"
+    assert blocks.shown("IN=9")[1] == 2.0
+    assert blocks.moved("IN=9", *blocks.of_groups("IN=9")) == ["IN=9", blocks.OWN]
 
 
 def test_save_says_what_became_of_the_configuration(with_lora: Session, host: FakeHost):

@@ -30,7 +30,8 @@ _NONE = (
 
 def nothing_to_bake(session: Session, _: str | None) -> list[Any]:
     """What to do where the list of offsets is empty."""
-    return ["" if parts.offsets(session) else markup.note(_NONE)]
+    empty = not parts.offsets(session)
+    return [parts.update(value=markup.note(_NONE) if empty else "", visible=empty)]
 
 
 def foreseen_now(session: Session, offset: str | None, blocks: str | None, strength: float | None) -> list[Any]:

@@ -53,24 +53,27 @@ def controls() -> tuple[Any, list[Any]]:
     for each in (preset, text, *sliders):
         parts.unsaved(each)
     # .input, not .change: what the page itself sets must not come back while its user goes on
-    filled = parts.on(preset.input, chosen, [preset], [text], **parts.UNASKED)
+    filled = parts.on(preset.input, chosen, [preset], [text, *sliders], **parts.UNASKED)
     for slider in sliders:
-        parts.on(slider.input, moved, [text, *sliders], [text], **parts.UNASKED)
-    parts.on(text.change, shown, [text], [preset, *sliders], **parts.UNASKED)
+        parts.on(slider.input, moved, [text, *sliders], [text, preset], **parts.UNASKED)
+    parts.on(text.input, shown, [text], [preset, *sliders], **parts.UNASKED)
     return text, [text.blur, text.submit, filled.then, *(slider.release for slider in sliders)]
 
 
-def chosen(preset: str) -> Any:
-    """The text of a preset."""
-    return PRESETS[preset] if preset in PRESETS else parts.update()
+def chosen(preset: str) -> list[Any]:
+    """Text and sliders of a preset."""
+    if preset not in PRESETS:
+        return [parts.update() for _ in range(1 + len(GROUPS))]
+    return [PRESETS[preset], *of_groups(PRESETS[preset])]
 
 
-def moved(text: str, *values: float) -> Any:
-    """The text with what the sliders say; as it is where it cannot be read, for then they say nothing."""
+def moved(text: str, *values: float) -> list[Any]:
+    """The text with what the sliders say, and its preset; as they are where it cannot be read, for then they say nothing."""
     try:
-        return with_groups(text, values)
+        found = with_groups(text, values)
     except SettingError:
-        return parts.update()
+        return [parts.update(), parts.update()]
+    return [found, _preset_of(found)]
 
 
 def shown(text: str) -> list[Any]:
@@ -79,8 +82,7 @@ def shown(text: str) -> list[Any]:
         values = of_groups(text)
     except SettingError:
         return [parts.update() for _ in range(1 + len(GROUPS))]
-    same = next((name for name, preset in PRESETS.items() if parse_blocks(preset) == parse_blocks(text)), OWN)
-    return [parts.update(value=same), *(parts.update(value=value) for value in values)]
+    return [_preset_of(text), *values]
 
 
 def of_groups(text: str) -> list[float]:
@@ -99,6 +101,10 @@ def with_groups(text: str, values: Sequence[float]) -> str:
         if _weight(BlockWeights(tuple(named.items())), name) != value:
             named[name] = value
     return str(BlockWeights(tuple(named.items())))
+
+
+def _preset_of(text: str) -> str:
+    return next((name for name, preset in PRESETS.items() if parse_blocks(preset) == parse_blocks(text)), OWN)
 
 
 def _weight(weights: BlockWeights, name: str) -> float:

@@ -28,7 +28,7 @@ def page(tab: Tab) -> None:
                 tab, parts.offsets, likely=parts.named_dpo, label="Offset", elem_id="dpo_bake_offset",
                 info="A LoRA, or an offset file for the exact change",
             )  # fmt: skip
-            empty = parts.unsaved(gr.HTML("", elem_id="dpo_bake_empty"))
+            empty = parts.unsaved(gr.HTML("", visible=False, elem_id="dpo_bake_empty"))
             strength = gr.Slider(
                 minimum=-2.0, maximum=2.0, step=0.05, value=1.0, **field_options("strength"), elem_id="dpo_bake_strength"
             )
