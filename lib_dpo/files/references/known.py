@@ -12,7 +12,7 @@ Form = Literal["unet", "lora", "two"]
 FORMS: dict[Form, str] = {
     "unet": "a UNet",
     "lora": "a LoRA",
-    "two": "two models, of what people prefer and of what they do not",
+    "two": "two models",
 }
 
 

@@ -41,12 +41,13 @@ class Bases:
 
 @dataclass
 class Fetching:
-    """The fetch that was started last. `fetched` and `bases` come when it is done."""
+    """The fetch that was started last. `fetched` and `bases` come when it is done; `seen`: whether a page has shown its end."""
 
     offer: Offer
     record: Record
     fetched: Fetched | None = None
     bases: Bases | None = None
+    seen: bool = False
 
 
 class References:
@@ -59,6 +60,15 @@ class References:
     def rows(self) -> list[Row]:
         """The table. Opens no file."""
         return [self._row(reference) for reference in REFERENCES]
+
+    def any_here(self) -> bool:
+        """Whether there is a reference: a model in the reference folder, or one that says it is about DPO.
+
+        Any whole checkpoint may be one, but the list of them says nothing.
+        """
+        own = self._host.reference_dir
+        found = self._library.references()
+        return any(own in entry.path.parents or "dpo" in entry.name.casefold() for entry in found)
 
     def by_hand(self, name: str) -> str:
         """Which file to put where, for a person without a network here."""

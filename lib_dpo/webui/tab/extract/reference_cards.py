@@ -10,7 +10,7 @@ from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import markup
 from lib_dpo.webui.tab.markup import Mood
 
-_HEAD = ("Reference", "Base", "Form", "Size", "Licence", "Tuned for", "State")
+_HEAD = ("Reference", "State", "Base", "Form", "Size", "Licence", "Tuned for")
 _OTHERS_NAMED = 3  # bases that fit less well
 
 
@@ -19,8 +19,8 @@ def table_html(session: Session) -> str:
     rows = "".join(_row_html(row) for row in session.references.rows())
     head = "".join(f'<th scope="col">{name}</th>' for name in _HEAD)
     return (
-        '<div class="dpo-scroll" tabindex="0"><table class="dpo-table dpo-references"><caption>What no page says of a '
-        f'reference is "{NOT_KNOWN}": the hub is asked for it before anything is fetched.</caption>'
+        markup.note(f'What no page says of a reference is "{NOT_KNOWN}": the hub is asked for it before anything is fetched.')
+        + '<div class="dpo-scroll" tabindex="0"><table class="dpo-table dpo-references">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
@@ -29,7 +29,7 @@ def _row_html(row: Row) -> str:
     reference = row.reference
     link = f'<a href="{markup.text(reference.page)}" target="_blank" rel="noreferrer">{markup.text(reference.name)}</a>'
     state = f"begun: {markup.size(row.kept)} are here" if row.state == "begun" else row.state
-    cells = (reference.base, FORMS[reference.form], _size(reference), _licence(reference), reference.tuned_for, state)
+    cells = (state, reference.base, FORMS[reference.form], _size(reference), _licence(reference), reference.tuned_for)
     mark = ' class="dpo-here"' if row.state == "here" else ""
     return f'<tr{mark}><th scope="row">{link}</th>{"".join(f"<td>{markup.text(cell)}</td>" for cell in cells)}</tr>'
 
@@ -142,9 +142,8 @@ def _bases_words(bases: Bases) -> list[str]:
     words = []
     if bases.fitting:
         name, change = bases.fitting[0]
-        words.append(
-            f"Its base is {name}: the UNets differ by {markup.percent(change)} of their size, as little as DPO changes."
-        )
+        size = markup.percent(change)
+        words.append(f"{name} fits as its base: the UNets differ by {size} of their size, as little as DPO changes.")
         others = [f"{name} ({markup.percent(change)})" for name, change in bases.fitting[1 : 1 + _OTHERS_NAMED]]
         if others:
             words.append(f"These are near, too: {', '.join(others)}.")

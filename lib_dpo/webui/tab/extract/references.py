@@ -48,8 +48,7 @@ def section(tab: Tab) -> Callable[[Any, Any], None]:
     parts.on(go.click, partial(started, session), [offer, choice], shown, queue=False)
     parts.on(stop.click, partial(cancelled, session), [choice], shown, **parts.UNASKED)
     parts.on(again.click, partial(looked, session), [choice, offer], shown, **parts.UNASKED)
-    parts.follow(tab, [], partial(looked, session), shown, beside=[choice, offer])
-    parts.follow(tab, [], partial(opened, session), [folded])
+    parts.follow(tab, [], partial(returned, session), [folded, *shown], beside=[choice, offer])
 
     def wire(base: Any, reference: Any) -> None:
         parts.on(take.click, partial(taken, session), [], [base, reference], **parts.UNASKED)
@@ -60,9 +59,12 @@ def section(tab: Tab) -> Callable[[Any, Any], None]:
 # ---- what happens ----
 
 
-def opened(session: Session) -> list[Any]:
-    """Open where there is no reference at all, and as its user left it elsewhere."""
-    return [parts.update(open=True) if not session.library.references() or _runs(session.references.last) else parts.update()]
+def returned(session: Session, name: str, offer: Offer | None) -> list[Any]:
+    """As `looked`, for somebody who comes to the page: open where there is no reference, and where a fetch has news."""
+    last = session.references.last
+    news = last is not None and not last.seen
+    is_open = parts.update(open=True) if news or not session.references.any_here() else parts.update()
+    return [is_open, *looked(session, name, offer)]
 
 
 def chosen(session: Session, name: str) -> list[Any]:
@@ -101,6 +103,7 @@ def looked(session: Session, name: str, offer: Offer | None) -> list[Any]:
         return _page(session, view=offer_html(session, offer), offer=offer)
     if last is None:
         return _page(session, view=known_html(session, name))
+    last.seen = last.record.is_over
     return _page(session, view=fetch_html(session, last))
 
 
@@ -129,7 +132,9 @@ def find_base(session: Session, task: str | None, reference: str) -> list[str]:
 
 def _page(session: Session, alert: str = "", view: str = "", offer: Offer | None = None) -> list[Any]:
     runs = _runs(session.references.last)
-    words = f"Agree and fetch {markup.size(offer.missing)}" if offer else "Agree and fetch"
+    words = "Agree and fetch"
+    if offer:
+        words = f"{words} {markup.size(offer.missing)}" if offer.missing > 0 else "Agree and check what is here"
     return [
         alert,
         view,
