@@ -53,7 +53,7 @@ def known_html(session: Session, name: str) -> str:
     if any(row.reference is reference and row.state == "here" for row in session.references.rows()):
         return markup.note(f"{session.references.place(reference)} is here already.")
     return markup.note(
-        "Ask the hub says size, licence and folder first, and fetches nothing. "
+        "«Ask the hub» says size, licence and folder first, and fetches nothing. "
         f"{session.references.by_hand(reference.name)}. {reference.remark}"
     )
 
