@@ -149,6 +149,17 @@ def test_without_a_network_it_says_what_to_put_where(session: Session, hub: File
     assert "save it as models/DPO/dpo-sd1.5.safetensors" in found[VIEW]
 
 
+@needs_library
+def test_a_file_of_that_name_is_said_before_anything_is_fetched(session: Session, hub: FilesHub):
+    own = session.host.reference_dir / "dpo-sd1.5.safetensors"
+    own.write_bytes(b"mine")
+    found = references.asked(session, "dpo-sd1.5")
+    assert "exists already, and is not replaced" in found[ALERT]
+    assert str(own.parent) not in found[ALERT]
+    assert found[GO]["visible"] is False
+    assert own.read_bytes() == b"mine"
+
+
 # ---- the fetch ----
 
 
@@ -177,6 +188,7 @@ def test_a_fetch_goes_on_when_nobody_looks_and_is_shown_on_return(session: Sessi
     assert shown[0]["open"] is True
     assert "dpo-fetching" in shown[1 + VIEW]
     assert shown[1 + CANCEL]["visible"] is True
+    assert "value" not in references.followed(session, "dpo-sd1.5", None)[TABLE], "the table moves under its reader"
     assert shown[1 + GO]["visible"] is False
     wait_for(lambda: session.references.last and session.references.last.record.is_over)
     shown = references.returned(session, "dpo-sd1.5", None)

@@ -37,6 +37,7 @@ class FilesHub(Hub):
         super().__init__()
         self.breaks: list[int] = []  # bytes after which each of the next answers breaks off
         self.slow = 0.0  # seconds for each 100 kB
+        self.etag = ""  # in the place of the SHA-256
         self.wrong = False  # whether other bytes come than were announced
         self.ranges: list[str | None] = []  # of each request for a file's bytes
 
@@ -59,7 +60,7 @@ class FilesHub(Hub):
             start = int(wanted.removeprefix("bytes=").rstrip("-").split("-")[0]) if wanted else 0
         body = (b"\0" * len(data) if self.wrong else data)[start:]
         request.send_response(206 if start else 200)
-        headers = {"X-Repo-Commit": self.commit(repo), "ETag": f'"{digest}"', "Content-Length": str(len(body))}
+        headers = {"X-Repo-Commit": self.commit(repo), "ETag": f'"{self.etag or digest}"', "Content-Length": str(len(body))}
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         for key, value in headers.items():
@@ -149,7 +150,7 @@ def process(served: FilesHub, tmp_path_factory: pytest.TempPathFactory) -> Itera
 @pytest.fixture
 def hub(served: FilesHub) -> FilesHub:
     served.repos = {DPO: {UNET_FILE: DATA, "unet/config.json": b"{}"}}
-    served.refuse, served.breaks, served.slow, served.wrong = {}, [], 0.0, False
+    served.refuse, served.breaks, served.slow, served.wrong, served.etag = {}, [], 0.0, False, ""
     served.requests.clear()
     served.ranges.clear()
     return served
@@ -279,6 +280,14 @@ def test_what_is_no_checkpoint_is_refused_even_with_the_right_hash(hub: FilesHub
     hub.repos[DPO][UNET_FILE] = b"<html>log in</html>" * 100
     assert "web page" in process.fetch("dpo-sd1.5", tmp_path)["message"]
     assert not left_in(tmp_path)
+
+
+@needs_library
+def test_a_hash_that_is_not_announced_is_shown_and_said_to_be_so(hub: FilesHub, process: Fetcher, tmp_path: Path):
+    hub.etag = "0a" * 20  # of a file that lies in git itself
+    found = process.fetch("dpo-sd1.5", tmp_path)
+    assert found["offer"][3] == ""
+    assert found["fetched"][2:] == [hashlib.sha256(DATA).hexdigest(), False]
 
 
 @needs_library

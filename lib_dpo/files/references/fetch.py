@@ -115,13 +115,15 @@ def ask(reference: Known, folder: Path) -> Offer:
         raise UnreachableError(f"{reference.repo}: does not say how large {file} is, expected a size; get it from its page")
     tag = hashlib.sha256(str(found.etag or f"{info.sha} {file}").encode()).hexdigest()[:12]
     sha256 = found.etag if found.etag and _SHA256.fullmatch(found.etag) else ""
-    licence = next((tag[8:] for tag in info.tags or () if tag.startswith("license:")), "")
+    licence = next((each[len("license:") :] for each in info.tags or () if each.startswith("license:")), "")
     licence = licence or reference.licence or NOT_KNOWN
     return Offer(reference, file, target_of(reference, folder), found.size, sha256, licence, info.sha or "main", tag)
 
 
 def check_room(offer: Offer) -> None:
     """Refuse a fetch that could not end well: a file of that name, a folder that is closed, too little space. OutputError."""
+    if os.path.lexists(offer.target):
+        raise OutputError(f"{offer.target}: exists already, and is not replaced; move it away to fetch it again")
     check_output(offer.target, overwrite=False)
     folder = next(parent for parent in offer.target.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free

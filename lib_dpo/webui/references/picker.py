@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from lib_dpo.hosts.base import Host, Job
 from lib_dpo.webui.jobs import Jobs, Record
 from lib_dpo.webui.library import Library
 from lib_dpo.webui.references.bases import BasesFound, right_bases
+
+logger = logging.getLogger(__name__)
 
 State = Literal["here", "begun", "can be fetched", "see its page"]
 
@@ -98,26 +101,22 @@ class References:
         if self.last and not self.last.record.is_over and not self.last.record.stop:
             raise BusyError(f"{self.last.offer.reference.name} is being fetched; wait for it, or cancel it")
         check_room(offer)
-        begun: list[Fetching] = []
+        record = self._jobs.register(f"Fetch {name}", beside=True)
+        self.last = last = Fetching(offer, record)
 
         def work(job: Job) -> dict[str, Any]:
             fetched = fetch(offer, job.progress)
-            if offer.reference.form == "lora":
-                self._host.refresh()
-            bases = self.bases(fetched.path) if offer.reference.form == "unet" else None
-            begun[0].fetched, begun[0].bases = fetched, bases
+            last.bases = self._settled(offer, fetched)
+            last.fetched = fetched
             found = {"file": fetched.path.name, "bytes": fetched.size, "sha256": fetched.sha256}
-            return found | {"sha256_announced": fetched.announced, "bases": bases.as_json() if bases else []}
+            return found | {"sha256_announced": fetched.announced, "bases": last.bases.as_json() if last.bases else []}
 
-        record = self._jobs.register(f"Fetch {name}", beside=True)
-        begun.append(Fetching(offer, record))
-        self.last = begun[0]
         self._jobs.go_on(record, work)
-        return begun[0]
+        return last
 
     def cancel(self) -> None:
         """Stop the fetch that is running, if any: what came of it is kept."""
-        if self.last:
+        if self.last and not self.last.record.is_over:
             self._jobs.cancel(self.last.record.id)
 
     def bases(self, reference: Path, job: Job | None = None) -> Bases:
@@ -129,6 +128,16 @@ class References:
             found.looked_at,
             tuple(names[path] for path in found.pickles),
         )
+
+    def _settled(self, offer: Offer, fetched: Fetched) -> Bases | None:
+        """The base of a reference that has come; a LoRA goes into the host's list. The file stands, whatever is said of it."""
+        try:
+            if offer.reference.form == "unet":
+                return self.bases(fetched.path)
+            self._host.refresh()
+        except Exception:
+            logger.exception("%s is here, but could not be taken up", fetched.path)
+        return None
 
     def _folder(self, reference: Known) -> Path:
         return self._host.lora_dir if reference.form == "lora" else self._host.reference_dir

@@ -11,6 +11,7 @@ from lib_dpo.webui.tab import markup
 from lib_dpo.webui.tab.markup import Mood
 
 _HEAD = ("Reference", "State", "Base", "Form", "Size", "Licence", "Tuned for")
+_ALL = 0.9999  # share of a fetch after which only the search for its base is left
 _OTHERS_NAMED = 3  # bases that fit less well
 
 
@@ -92,7 +93,9 @@ def fetch_html(session: Session, last: Fetching) -> str:
     if not record.is_over:
         share = record.share
         left = _time_words(record.seconds_left)
-        words = "Stopping" if record.stop else f"{markup.percent(share)} of {markup.size(last.offer.size)}{left}"
+        words = f"{markup.percent(share)} of {markup.size(last.offer.size)}{left}"
+        if record.stop or share >= _ALL:
+            words = "Stopping" if record.stop else "All of it is here and checked; looking for its base among the checkpoints"
         bar = f'<progress class="dpo-fetching" max="1" value="{share:.4f}" aria-label="{markup.text(words)}"></progress>'
         return markup.card(f"Fetching {name}", f"{words}. It goes on when this page is closed.", body=bar)
     if record.state == "cancelled":

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from lib_dpo.errors import DpoError
+from lib_dpo.errors import DpoError, OutputError
 from lib_dpo.files.references.fetch import Offer
 from lib_dpo.webui.references.picker import Fetching, names
 from lib_dpo.webui.session import Session
@@ -47,7 +47,7 @@ def section(tab: Tab) -> Callable[[Any, Any], None]:
     parts.on(look.click, partial(asked, session), [choice], shown, queue=False)
     parts.on(go.click, partial(started, session), [offer, choice], shown, queue=False)
     parts.on(stop.click, partial(cancelled, session), [choice], shown, **parts.UNASKED)
-    parts.on(again.click, partial(looked, session), [choice, offer], shown, **parts.UNASKED)
+    parts.on(again.click, partial(followed, session), [choice, offer], shown, **parts.UNASKED)
     parts.follow(tab, [], partial(returned, session), [folded, *shown], beside=[choice, offer])
 
     def wire(base: Any, reference: Any) -> None:
@@ -76,6 +76,8 @@ def asked(session: Session, name: str) -> list[Any]:
     """What the hub says, to be agreed to; or why it does not, and what to do by hand."""
     try:
         offer = session.references.ask(name)
+    except OutputError as error:  # the hub could have delivered it
+        return _page(session, parts.error_html(session, error), known_html(session, name))
     except DpoError as error:
         return _page(session, parts.error_html(session, error), by_hand_html(session, name))
     return _page(session, view=offer_html(session, offer), offer=offer)
@@ -105,6 +107,12 @@ def looked(session: Session, name: str, offer: Offer | None) -> list[Any]:
         return _page(session, view=known_html(session, name))
     last.seen = last.record.is_over
     return _page(session, view=fetch_html(session, last))
+
+
+def followed(session: Session, name: str, offer: Offer | None) -> list[Any]:
+    """As `looked`, every second: the table stays as it is while a fetch runs, for somebody may be reading in it."""
+    *shown, table = looked(session, name, offer)
+    return [*shown, parts.update() if _runs(session.references.last) else table]
 
 
 def taken(session: Session) -> list[Any]:
