@@ -110,6 +110,7 @@ function dpoWatch() {
         if (tick && top.offsetParent && !document.hidden) tick.click();
     }, dpoTickEvery);
     setInterval(dpoBlindLook, dpoBlindEvery);
+    setInterval(dpoFetchLook, dpoFetchEvery);
     document.addEventListener("visibilitychange", () => {
         if (top.offsetParent) dpoLook();
     });
@@ -273,6 +274,20 @@ function dpoBlindLook() {
     if (waits && !document.hidden) dpoPress("dpo_blind_look");
 }
 
+// ---- a reference that is being fetched ----
+
+const dpoFetchEvery = 1000; // ms between two looks at how far it is
+let dpoFetches = false;
+
+function dpoFetchLook() {
+    const view = dpoElement("dpo_references_view");
+    if (!view || !view.offsetParent || document.hidden) return;
+    const bar = view.querySelector(".dpo-fetching");
+    if (bar) dpoPress("dpo_references_look");
+    else if (dpoFetches) dpoPress("dpo_shown"); // a file has come: the lists are old
+    dpoFetches = bar !== null;
+}
+
 // ---- take over what txt2img has ----
 
 function dpoField(id, selector, parse) {
@@ -303,6 +318,9 @@ function dpoFromTxt2img(values) {
 
 // What a pointer that rests on a button is told.
 const dpoTitles = {
+    dpo_references_ask: "Say size, licence and folder of the chosen reference; nothing is fetched",
+    dpo_references_cancel: "Stop the fetch; what came is kept, and the next one goes on from there",
+    dpo_extract_find: "Look into the checkpoints here for the one that the reference was tuned from",
     dpo_extract_analyse: "Say whether the two files belong together and what a LoRA of each size keeps; nothing is written",
     dpo_extract_go: "Write a LoRA of the size chosen above into the LoRA folder",
     dpo_extract_dense: "Write the whole change in float32, as large as a UNet, into the reference folder",

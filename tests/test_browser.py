@@ -92,6 +92,24 @@ def test_the_line_follows_mouse_and_arrow_keys(page: Any, pair: tuple[Image.Imag
     assert line(page) == pytest.approx(0.03, abs=0.01)
 
 
+# ---- a reference that is being fetched ----
+
+
+def test_a_fetch_is_looked_at_until_it_has_ended_and_then_the_lists_are(page: Any):
+    names = ("dpo_references_look", "dpo_shown")
+    buttons = "".join(f'<button id="{name}">{name}</button>' for name in names)
+    show(page, f'<div id="dpo_references_view"><progress class="dpo-fetching"></progress></div>{buttons}')
+    page.evaluate("""() => { window.pressed = [];
+        for (const each of document.querySelectorAll("button"))
+            each.addEventListener("click", () => pressed.push(each.id)); }""")
+    page.wait_for_function("pressed.filter((id) => id === 'dpo_references_look').length >= 2", timeout=10_000)
+    page.evaluate("() => { pressed.length = 0; document.querySelector('progress').remove(); }")
+    page.wait_for_function("pressed.includes('dpo_shown')", timeout=10_000)
+    page.evaluate("() => { pressed.length = 0; }")
+    page.wait_for_timeout(2500)
+    assert page.evaluate("pressed") == []
+
+
 # ---- blind test ----
 
 

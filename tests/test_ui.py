@@ -130,7 +130,7 @@ def test_every_button_hands_over_what_its_action_takes(session: Session, monkeyp
 
     monkeypatch.setattr(parts, "start", record)
     build(session)
-    assert len(started) == 11
+    assert len(started) == 12
     for elem_id, (function, inputs, outputs) in started.items():
         signatures.signature(function).bind(None, *inputs)
         assert outputs[0].elem_id.endswith("_result"), elem_id

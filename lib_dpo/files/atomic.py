@@ -110,7 +110,7 @@ class AtomicFile:
             if self._overwrite:
                 os.replace(self.part, self.path)
             else:
-                _rename_to_new(self.part, self.path)
+                rename_to_new(self.part, self.path)
         self._made = []
         with contextlib.suppress(OSError):  # Windows and some network drives do not sync folders
             folder = os.open(self.path.parent, os.O_RDONLY)
@@ -144,7 +144,7 @@ def explained(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written ({error.strerror or error}); check the disk") from error
 
 
-def _rename_to_new(part: Path, path: Path) -> None:
+def rename_to_new(part: Path, path: Path) -> None:
     """Rename, but never over another file. Raises FileExistsError."""
     if os.name == "nt":
         os.rename(part, path)

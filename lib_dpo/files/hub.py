@@ -42,8 +42,8 @@ def resolve(spec: str | Path, *, consent: Callable[[str], bool]) -> Path:
     if not str(spec).startswith(PREFIX):
         return Path(spec)
     repo, file = _parse(str(spec))
-    hub = _library()
-    with _without_telemetry(hub):
+    hub = library("names that begin with hub: need")
+    with without_telemetry(hub):
         cached = _cached(hub, repo, file, "main") if file else None
         return cached or _remembered(hub, str(spec)) or _fetched(hub, repo, file, consent)
 
@@ -73,7 +73,7 @@ def _parse(spec: str) -> tuple[str, str | None]:
 def _fetched(hub: Any, repo: str, file: str | None, consent: Callable[[str], bool]) -> Path:
     try:
         commit, sizes = _listing(hub, repo)
-    except _UnreachableError as error:
+    except UnreachableError as error:
         if file is None and (local := _newest_cached(hub, repo)):
             logger.warning("%s; using what the cache has of it", error)
             return local
@@ -81,12 +81,12 @@ def _fetched(hub: Any, repo: str, file: str | None, consent: Callable[[str], boo
     if file and file not in sizes:
         near = nearest(file, sizes)
         advice = f"did you mean {near}?" if near else "correct the name"
-        raise BadFileError(f"{repo}: has no file {file}, expected one of {_weights_among(sizes)}; {advice}")
+        raise BadFileError(f"{repo}: has no file {file}, expected one of {weights_among(sizes)}; {advice}")
     target, wanted = (file, [file]) if file else _choose(repo, sizes)
     missing = [each for each in wanted if not _cached(hub, repo, each, commit)]
     if missing and not consent(_question(hub, repo, missing, sizes)):
         raise NotAllowedError(f"{PREFIX}{repo}: is not in the cache, and the download was not agreed to; allow it")
-    with _explained(hub, repo):
+    with hub_explained(hub, repo):
         paths = [Path(hub.hf_hub_download(repo, each, revision=commit)) for each in wanted]
     found = paths[0].parents[wanted[0].count("/")] / target
     _remember(hub, f"{PREFIX}{repo}/{file}" if file else f"{PREFIX}{repo}", found, paths)
@@ -103,7 +103,7 @@ def _choose(repo: str, names: Collection[str]) -> tuple[str, list[str]]:
         return root[0], root
     raise BadFileError(
         f"{repo}: has {len(root)} .safetensors files at its root and no unet/, expected one or the other; "
-        f"name one of {_weights_among(names)} as {PREFIX}{repo}/…"
+        f"name one of {weights_among(names)} as {PREFIX}{repo}/…"
     )
 
 
@@ -116,7 +116,8 @@ def _component_files(component: str, names: Collection[str]) -> list[str]:
     return [f"{component}/{name}" for name in (*weights, *extra)]
 
 
-def _weights_among(names: Collection[str]) -> str:
+def weights_among(names: Collection[str]) -> str:
+    """The first of the weight files among names, for people."""
     found = sorted(name for name in names if name.endswith((".safetensors", ".ckpt")))
     return ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "") or "(no weights at all)"
 
@@ -128,19 +129,19 @@ def _question(hub: Any, repo: str, missing: list[str], sizes: Mapping[str, int |
     return f"Download {what}{size} of {repo} from {hub.constants.ENDPOINT} to {hub.constants.HF_HUB_CACHE}?"
 
 
-class _UnreachableError(BadFileError):
+class UnreachableError(BadFileError):
     """The hub does not answer; what the cache has may still do."""
 
 
 def _listing(hub: Any, repo: str) -> tuple[str, dict[str, int | None]]:
     """The newest commit of a repository, and the files in it with their sizes where the hub tells them."""
-    with _explained(hub, repo):
+    with hub_explained(hub, repo):
         info = hub.HfApi().model_info(repo, files_metadata=True)
         return info.sha or "main", {each.rfilename: each.size for each in info.siblings or ()}
 
 
 @contextlib.contextmanager
-def _explained(hub: Any, repo: str) -> Iterator[None]:
+def hub_explained(hub: Any, repo: str) -> Iterator[None]:
     """Turn what huggingface_hub and the HTTP library below it raise into one line of ours."""
     place = f"{repo} at {hub.constants.ENDPOINT}"
     http_errors = hub.utils.HfHubHTTPError.__bases__  # of requests, httpx or httpx2, by its version
@@ -154,7 +155,7 @@ def _explained(hub: Any, repo: str) -> Iterator[None]:
         raise BadFileError(f"{place}: does not exist, or is private; correct the name, or log in") from error
     except (OSError, ValueError, TypeError, LookupError, hub.utils.EntryNotFoundError, *http_errors) as error:
         # ValueError, TypeError, LookupError: an answer that no hub would give, such as a log-in page
-        raise _UnreachableError(
+        raise UnreachableError(
             f"{place}: cannot be fetched ({_reason(error)}); check the network, HF_ENDPOINT, HF_HUB_OFFLINE, free space"
         ) from error
 
@@ -213,7 +214,7 @@ def _load_memory() -> dict[str, tuple[str, list[str]]]:
 
 
 @contextlib.contextmanager
-def _without_telemetry(hub: Any) -> Iterator[None]:
+def without_telemetry(hub: Any) -> Iterator[None]:
     """Requests that do not tell which libraries are installed here."""
     before = hub.constants.HF_HUB_DISABLE_TELEMETRY
     hub.constants.HF_HUB_DISABLE_TELEMETRY = True
@@ -223,13 +224,12 @@ def _without_telemetry(hub: Any) -> Iterator[None]:
         hub.constants.HF_HUB_DISABLE_TELEMETRY = before
 
 
-def _library() -> Any:
+def library(purpose: str) -> Any:
+    """huggingface_hub, imported when it is needed. Raises MissingExtraError where it is not installed."""
     try:
         import huggingface_hub
         import huggingface_hub.constants
         import huggingface_hub.utils
     except ImportError as error:
-        raise missing_extra(
-            "names that begin with hub: need", "huggingface_hub", instead="download the file yourself"
-        ) from error
+        raise missing_extra(purpose, "huggingface_hub", instead="download the file yourself") from error
     return huggingface_hub

@@ -8,11 +8,12 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lib_dpo.errors import BusyError, Cancelled, DpoError, NotFoundError, printable
-from lib_dpo.hosts.base import Host, Job
+from lib_dpo.hosts.base import Host, Job, Silent
 from lib_dpo.maths.devices import memory_in_words
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ State = Literal["waiting", "running", "done", "failed", "cancelled"]
 Result = TypeVar("Result")
 Work = Callable[[Job], Result]
 
+_AT_ONCE = 0.5  # seconds after which no work is said to have been done before
 _KEPT, _RESULTS_KEPT = 32, 4  # finished jobs that can still be asked for; results, which may be whole grids of pictures
 
 
@@ -37,6 +39,7 @@ class Record:
     error: str = ""
     kind: str = ""  # class of the error
     stop: bool = False
+    beside: bool = False  # whether the host's own work goes on meanwhile
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -80,12 +83,21 @@ class Jobs:
         record.result = None  # the caller has it
         return result
 
-    def start(self, title: str, work: Work[Any]) -> Record:
-        """Do work in a thread of its own; `get` tells how it goes. Raises BusyError as `run`."""
-        record = self.register(title)
-        thread = threading.Thread(target=self._do_quietly, args=(record, work), name=f"dpo {title}", daemon=True)
-        thread.start()
+    def start(self, title: str, work: Work[Any], *, beside: bool = False) -> Record:
+        """Do work in a thread of its own; `get` tells how it goes. Raises BusyError as `run`.
+
+        Args:
+            beside: work that needs nothing of the host, such as a download: it waits for no turn and keeps nobody waiting,
+                and `interrupt` leaves it alone.
+        """
+        record = self.register(title, beside=beside)
+        self.go_on(record, work)
         return record
+
+    def go_on(self, record: Record, work: Work[Any]) -> None:
+        """Do the work of a registered job in a thread of its own; `start` in two steps, for those who need the record first."""
+        thread = threading.Thread(target=self._do_quietly, args=(record, work), name=f"dpo {record.title}", daemon=True)
+        thread.start()
 
     def get(self, job_id: str) -> Record:
         """A job that waits, runs, or ended not long ago. Raises NotFoundError."""
@@ -102,8 +114,8 @@ class Jobs:
 
     @property
     def busy(self) -> bool:
-        """Whether a job of ours is waiting or running."""
-        return any(not record.is_over for record in self.all())
+        """Whether a job of ours is waiting for the host or running in it."""
+        return any(not record.is_over and not record.beside for record in self.all())
 
     def cancel(self, job_id: str) -> Record:
         """Ask a job to stop; it does at the next tensor or picture. Raises NotFoundError."""
@@ -112,15 +124,15 @@ class Jobs:
         return record
 
     def interrupt(self) -> None:
-        """Stop all jobs of ours, at once; what others do in the host goes on."""
-        mine = [record for record in self.all() if not record.is_over]
+        """Stop all jobs of ours in the host, at once; what others do in it goes on."""
+        mine = [record for record in self.all() if not record.is_over and not record.beside]
         for record in mine:
             record.stop = True
         if any(record.state == "running" for record in mine):
             self._host.interrupt()  # a sampler asks the host only
 
-    def register(self, title: str) -> Record:
-        """A new job that waits for its turn: its work is done by `finish`. Raises BusyError as `run`."""
+    def register(self, title: str, *, beside: bool = False) -> Record:
+        """A new job that waits for its turn: `finish` does its work. Raises BusyError as `run`. `beside` as in `start`."""
         with self._lock:
             title = printable(title)
             running = (each for each in self._records.values() if not each.is_over and not each.stop)
@@ -128,14 +140,17 @@ class Jobs:
                 raise BusyError(f"{title}: is running or waiting already; wait for it, or interrupt it")
             for old in [record.id for record in self._records.values() if record.is_over][:-_KEPT]:
                 del self._records[old]
-            record = Record(secrets.token_hex(6), title)
+            record = Record(secrets.token_hex(6), title, beside=beside)
             self._records[record.id] = record
             return record
 
     def finish(self, record: Record, work: Work[Result], task_id: str | None = None) -> Result:
         """Do the work of a registered job in this thread; `run` in two steps, for those who want the record too."""
         try:
-            with self._host.job(record.title, task_id) as job:
+            place: AbstractContextManager[Job] = (
+                nullcontext(Silent()) if record.beside else self._host.job(record.title, task_id)
+            )
+            with place as job:
                 tracked = _Tracked(record, job)
                 tracked.check()
                 record.state, record.started = "running", time.monotonic()
@@ -168,6 +183,7 @@ class _Tracked:
     def __init__(self, record: Record, job: Job) -> None:
         self._record, self._job = record, job
         self._cells = self._cell = 0
+        self._there: float | None = None  # the share that was done before: of a download that goes on
 
     def progress(self, done: int, total: int, key: str) -> None:
         self.check()
@@ -189,4 +205,7 @@ class _Tracked:
     def _note(self, share: float) -> None:
         record, elapsed = self._record, time.monotonic() - self._record.started
         record.share = share
-        record.seconds_left = elapsed * (1 - share) / share if share > 0 else None
+        if self._there is None:
+            self._there = share if elapsed < _AT_ONCE else 0.0
+        done = share - self._there
+        record.seconds_left = elapsed * (1 - share) / done if done > 0 else None

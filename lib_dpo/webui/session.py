@@ -29,6 +29,7 @@ from lib_dpo.webui.blind import Blind
 from lib_dpo.webui.figures import Key, KnownFigures, known_key
 from lib_dpo.webui.jobs import Jobs
 from lib_dpo.webui.library import Library
+from lib_dpo.webui.references.picker import References
 from lib_dpo.webui.results import Analysis, Extracted, Status
 
 if TYPE_CHECKING:  # the maths is imported when it is needed: a WebUI starts without it
@@ -60,6 +61,7 @@ class Session:
         self.library = Library(host)
         self.jobs = Jobs(host)
         self.blind = Blind(host, self.jobs, self.to_add, self.request)
+        self.references = References(host, self.jobs, self.library)
         self.figures = KnownFigures(lambda: host.cache_dir)
         self._compats: dict[tuple[Any, ...], CompatReport] = {}
         self._patches: OrderedDict[tuple[Any, ...], Patch] = OrderedDict()

@@ -94,6 +94,11 @@ def folded(summary: str, body: str, *, is_open: bool = False) -> str:
     return f"<details{' open' if is_open else ''}><summary>{text(summary)}</summary>{body}</details>"
 
 
+def door(press: str, label: str, title: str) -> str:
+    """A button inside of an answer that presses one of the page's, by its id; dpo.js does it."""
+    return f'<button type="button" data-dpo-press="{text(press)}" title="{text(title)}">{text(label)}</button>'
+
+
 def preformatted(content: str) -> str:
     """Text with its own lines."""
     lines = "\n".join(text(line) for line in content.splitlines())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lib_dpo.families.blocks import block_labels
+from lib_dpo.files.references.known import REFERENCES
 from lib_dpo.pictures.curve import heat_map, spectrum_curve
 from lib_dpo.settings import DEFAULT_RANK
 from lib_dpo.webui.results import Analysis, Extracted
@@ -20,10 +21,6 @@ _MOODS: dict[str, Mood] = {
     "fits": "good", "base": "good", "doubtful": "doubt", "weaker": "doubt", "contained": "doubt", "other": "doubt",
     "wrong": "bad",
 }  # fmt: skip
-_PUBLISHED = (
-    ("mhdang/dpo-sd1.5-text2image-v1", "dpo-sd1.5", "3.4 GB"),
-    ("mhdang/dpo-sdxl-text2image-v1", "dpo-sdxl", "10.3 GB"),
-)
 _NEARLY_ALL, _MUCH = 0.9, 0.5  # of the change, from which on a LoRA of the default rank does for all, or for most uses
 
 
@@ -32,8 +29,9 @@ def first_view(session: Session, reference: str | None) -> str:
     folder = session.host.reference_dir
     place = f"{folder.parent.name}/{folder.name}"
     chosen = f"Chosen: {reference}. Others go into {place}."
+    none = f"A model after DPO. Fetch one below, or put a file into {place} and press ↻ beside the list."
     steps = [
-        ("Get a reference", chosen if reference else f"A model after DPO. Put it into {place}, then press ↻ beside the list."),
+        ("Get a reference", chosen if reference else none),
         ("Extract", "Analyse the pair, choose a size on the curve, and write the LoRA."),
         ("Compare", "See pictures with and without it. Then use it in prompts, or bake it into a model."),
     ]
@@ -48,11 +46,15 @@ def first_view(session: Session, reference: str | None) -> str:
 def _where_from(place: str) -> str:
     """The published references, and what to call their files here."""
     rows = "".join(
-        f'<li><a href="https://huggingface.co/{name}" target="_blank" rel="noreferrer">{name}</a> has '
-        f"unet/diffusion_pytorch_model.safetensors ({size}): save that as {place}/{own}.safetensors</li>"
-        for name, own, size in _PUBLISHED
+        f'<li><a href="{each.page}" target="_blank" rel="noreferrer">{each.repo}</a> has {each.file} '
+        f"({markup.size(each.size)}): save that as {place}/{each.name}.safetensors</li>"
+        for each in REFERENCES
+        if each.file and each.size
     )
-    return f'<p class="dpo-note">There is no reference yet. The published ones:</p><ul>{rows}</ul>'
+    return (
+        '<p class="dpo-note">There is no reference yet. «Get a reference» below fetches one; or get one of these by hand:</p>'
+        f"<ul>{rows}</ul>"
+    )
 
 
 def analysis_html(session: Session, found: Analysis) -> str:
@@ -199,7 +201,5 @@ def _doors(tag: str = "") -> str:
         ("dpo_extract_to_compare", "Compare", "See pictures with and without it"),
         ("dpo_extract_to_bake", "Bake", "Add it to the loaded model"),
     ]
-    buttons = "".join(
-        f'<button type="button" data-dpo-press="{press}" title="{title}">{label}</button>' for press, label, title in doors
-    )
+    buttons = "".join(markup.door(press, label, title) for press, label, title in doors)
     return f'<div class="dpo-doors">{prompt}{buttons}</div>'

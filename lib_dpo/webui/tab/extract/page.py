@@ -10,7 +10,7 @@ from lib_dpo.errors import DpoError
 from lib_dpo.settings import DEFAULT_RANK, FIELDS, LORA_PRECISIONS, METHODS, PROFILES, ExtractSettings, Method
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import markup, parts
-from lib_dpo.webui.tab.extract import outlook
+from lib_dpo.webui.tab.extract import outlook, references
 from lib_dpo.webui.tab.extract.cards import analysis_html, extracted_html, first_view, offset_html
 from lib_dpo.webui.tab.extract.outlook import BY_ENERGY, BY_RANK, BY_SIZE, EXACT, PRESETS, policy_of
 from lib_dpo.webui.tab.parts import Tab, field_options
@@ -29,6 +29,7 @@ def page(tab: Tab) -> None:
 
     with parts.page("Extract", "dpo_extract"):
         intro = parts.unsaved(gr.HTML("", elem_id="dpo_extract_first"))
+        wire_references = references.section(tab)
         with gr.Row(elem_classes=["dpo-page"]):
             with gr.Column(elem_classes=["dpo-controls"]):
                 base = parts.file_dropdown(
@@ -39,7 +40,9 @@ def page(tab: Tab) -> None:
                     tab, parts.references, likely=parts.named_dpo, label="DPO reference", elem_id="dpo_extract_reference",
                     info="The model after DPO: a checkpoint, or a UNet alone in models/DPO",
                 )  # fmt: skip
-                look = gr.Button("Analyse", elem_id="dpo_extract_analyse")
+                with gr.Row(elem_classes=["dpo-buttons"]):
+                    find = gr.Button("Find its base", elem_id="dpo_extract_find")
+                    look = gr.Button("Analyse", elem_id="dpo_extract_analyse")
                 (by, rank, size, energy), exact, presets = _size_controls()
                 curve, known = parts.unsaved(gr.HTML("", elem_id="dpo_extract_outlook")), gr.State(None)
                 conv_rank, settings = _advanced_controls()
@@ -59,7 +62,8 @@ def page(tab: Tab) -> None:
             with gr.Column(elem_classes=["dpo-answers"]):
                 place = parts.results(tab, "dpo_extract_result", "")
                 pair_place = parts.results(tab, "dpo_extract_pair_result", "")
-                written = gr.State("")
+                written, found = gr.State(""), gr.State("")
+                take = gr.Button("Use this base", elem_id="dpo_extract_take_base", elem_classes=["dpo-hidden"])
                 doors = {
                     name: gr.Button(f"To {name}", elem_id=f"dpo_extract_to_{name}", elem_classes=["dpo-hidden"])
                     for name in _DOORS
@@ -71,6 +75,9 @@ def page(tab: Tab) -> None:
 
     def of_pair(base: str, reference: str, *_: Any) -> About:
         return about(session, parts.checkpoint_name(base), library.reference(reference), model=True)
+
+    def of_reference(reference: str) -> About:
+        return about(session, library.reference(reference))
 
     def of_lora(base: str, reference: str, name: str, *_: Any) -> About:
         return about(session, library.new_lora(_name(name, reference, "lora")), model=True)
@@ -92,6 +99,9 @@ def page(tab: Tab) -> None:
     for which, button in presets.items():
         parts.on(button.click, partial(outlook.preset, session, which), [known], numbers, **parts.UNASKED)
     # ---- work ----
+    parts.start(tab, find, partial(references.find_base, session), [reference], [pair_place, found], about=of_reference)
+    parts.on(take.click, partial(_based, session), [found], [base], **parts.UNASKED)
+    wire_references(base, reference)
     named = [*pair, name, overwrite]
     parts.start(
         tab, look, partial(analyse, session), [*pair, *controls], [pair_place, curve, known, *ends], about=of_pair
@@ -112,6 +122,12 @@ def hand_over(tab: Tab) -> None:
             button.click, partial(_chosen, tab.session, listed), [written], [listed.component], **parts.UNASKED
         )  # fmt: skip
         parts.on(event.then, None, [], [], js=f"() => {{ window.dpoOpen && dpoOpen('dpo_{page}', '{target}'); }}")
+
+
+def _based(session: Session, found: str) -> Any:
+    """The list of bases with the one that was found; as it is where that is gone."""
+    choices = parts.checkpoints(session)
+    return parts.update(choices=choices, value=found) if found in choices else parts.update()
 
 
 def _chosen(session: Session, listed: parts.Listed, written: str) -> Any:
