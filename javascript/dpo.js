@@ -51,12 +51,21 @@ function dpoBringIntoView(element) {
 
 // ---- from the card of a new file to where it is used ----
 
+const dpoPages = ["dpo_extract", "dpo_bake", "dpo_compare", "dpo_blind", "dpo_inspect"]; // in the order of the tab
+
+// By its id, where gradio gives it one, or else by its place: its words may be in another language.
+function dpoPageButton(pageId) {
+    const pages = dpoElement("dpo_pages");
+    if (!pages) return null;
+    const own = [...pages.querySelectorAll(`[id="${pageId}-button"]`)];
+    const all = [...pages.querySelectorAll(".tab-nav > button")];
+    return own.find((button) => button.offsetParent) || own[0] || all[dpoPages.indexOf(pageId)] || null;
+}
+
 // Called when the list of another page of the tab has the file in it.
 function dpoOpen(pageId, listId) {
-    const name = pageId.replace("dpo_", "");
-    const buttons = [...dpoElement("dpo_pages").querySelectorAll('button[role="tab"]')];
-    const own = buttons.find((button) => button.innerText.trim().toLowerCase() === name && button.offsetParent);
-    if (own) own.click();
+    const button = dpoPageButton(pageId);
+    if (button) button.click();
     setTimeout(() => {
         const list = dpoElement(listId);
         if (list) dpoBringIntoView(list);
