@@ -16,6 +16,7 @@ from lib_dpo.families.model import Model
 from lib_dpo.files.checkpoint import Checkpoint, open_checkpoint
 from lib_dpo.files.foreign import foreign_kind
 from lib_dpo.offsets.coverage import LeftOut, contents, ema_text
+from lib_dpo.offsets.lora.card import Card, read_card
 from lib_dpo.offsets.lora.file import LoraFile, read_lora
 from lib_dpo.offsets.lora.keys import is_lora
 from lib_dpo.offsets.lora.scale import ADAPTER_CONFIG, ADAPTER_METADATA, Scale, unused_config
@@ -61,6 +62,7 @@ class Inspection:
     scales: tuple[Scale, ...] = ()  # of a LoRA's pairs: each value and source once
     twins: tuple[str, ...] = ()  # keys of a LoRA that say again what others say
     energy_kept: float | None = None  # share of the change it was made from, as its metadata says
+    card: Card | None = None  # what lies beside a LoRA for the lists of WebUIs
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -81,6 +83,7 @@ class Inspection:
             "scales": [{"value": scale.value, "from": scale.source} for scale in self.scales],
             "twins": list(self.twins),
             "energy_kept_of_change": self.energy_kept,
+            "card": self.card and self.card.as_json(),
             "unmatched": list(self.unmatched),
             "notes": list(self.notes),
             "baked_in": [asdict(ingredient) for ingredient in self.baked_in],
@@ -277,4 +280,5 @@ def _describe(
         scales=scales,
         twins=twins,
         energy_kept=energy_claimed(checkpoint.metadata),
+        card=read_card(checkpoint.path) if kind == "lora" else None,
     )
