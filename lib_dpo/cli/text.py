@@ -187,6 +187,7 @@ def inspect_text(found: Inspection) -> str:
         lines.append(f"beside it for the lists of WebUIs: {found.card.text}")
     lines += [f"an offset was baked in, says its metadata: {ingredient}" for ingredient in found.baked_in]
     lines += [f"note: {note}" for note in found.notes]
+    lines += [f"for offsets: {breed.text}" for breed in found.breeds]
     lines += found.unplaced()
     lines += [f"  {_short(key)}: {_short(text)}" for key, text in sorted(found.metadata.items())]
     lines.append(f"sha256 {found.sha256}")
