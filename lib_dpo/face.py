@@ -80,6 +80,7 @@ def extract(
     seed: int = 0,
     form: str = "low-rank",
     overwrite: bool = False,
+    card: bool = True,
     progress: Progress | None = None,
 ) -> ExtractReport:
     """Write the LoRA of a pair (kohya's names): the best of its rank, by SVD; see maths/lowrank.py.
@@ -90,6 +91,7 @@ def extract(
         conv_rank: another rank for 3x3 convolutions, beside `rank`.
         method: auto, exact or randomized. profile: portable, webui or full. precision: fp16, bf16, fp32 or fp8.
         form: low-rank, or exact: the whole change in int8, without a rank; see operations/forms.py.
+        card: write NAME.json beside it too, which the LoRA lists of WebUIs read; never over one that is not this tool's.
         progress: as in `diff`.
 
     Raises:
@@ -101,7 +103,8 @@ def extract(
     with _pair(base, tuned) as pair:
         files = pair.base.checkpoint, pair.tuned.checkpoint
         _check_apart(output, *files)
-        return extract_opened(pair, output, settings, overwrite=overwrite, source=_hashes(*files), on_progress=progress)
+        source = _hashes(*files)
+        return extract_opened(pair, output, settings, overwrite=overwrite, card=card, source=source, on_progress=progress)
 
 
 def write_offset(
@@ -200,6 +203,7 @@ def resize(
     conv_rank: int | None = None,
     precision: str = "keep",
     overwrite: bool = False,
+    card: bool = True,
     progress: Progress | None = None,
 ) -> ResizeReport:
     """Write a LoRA with smaller ranks; what it means at a strength stays.
@@ -207,6 +211,7 @@ def resize(
     Args:
         rank, energy, size_mb, conv_rank: as in `extract`, but one must be given.
         precision: keep, fp16, bf16, fp32 or fp8.
+        card: as in `extract`.
         progress: as in `diff`.
 
     Raises:
@@ -220,7 +225,9 @@ def resize(
     check_safetensors_output(output, overwrite=overwrite)
     with open_checkpoint(lora) if isinstance(lora, (str, Path)) else nullcontext(lora.checkpoint) as checkpoint:
         _check_apart(output, checkpoint)
-        return resize_opened(checkpoint, output, policy, precision=precision, overwrite=overwrite, on_progress=progress)
+        return resize_opened(
+            checkpoint, output, policy, precision=precision, overwrite=overwrite, card=card, on_progress=progress
+        )
 
 
 def inspect(file: str | Path) -> Inspection:

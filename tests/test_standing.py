@@ -224,11 +224,11 @@ def test_inspections_go_with_their_files(page: Page, host: FakeHost):
     touched(host.lora_dir / "mine.safetensors")
     assert "mine.safetensors has changed" in page.after_a_while("inspect_result")
     page.put(inspect_target="other.safetensors", inspect_base="base.safetensors", inspect_reference="dpo-sd1")
-    assert "Does it fit?" in page.press("inspect_fit")
+    assert "Does it fit your model?" in page.press("inspect_fit")
     other(host)  # it was not about the loaded one
-    assert "Does it fit?" in page.after_a_while("inspect_result")
+    assert "Does it fit your model?" in page.after_a_while("inspect_result")
     page.put(inspect_target=parts.LOADED)
-    assert "Does it fit?" in page.press("inspect_fit")
+    assert "Does it fit your model?" in page.press("inspect_fit")
     host.live.load(host.checkpoint_dir / "base.safetensors")
     assert "base is loaded now" in page.after_a_while("inspect_result")
 

@@ -897,7 +897,8 @@ def test_names_and_metadata_never_become_elements(with_lora: Session, host: Fake
     host.live.loaded = lambda: type(loaded)(name, loaded.path, name, name)  # type: ignore[method-assign]
     allowed = {
         "p", "span", "section", "h4", "dl", "dt", "dd", "details", "summary", "table", "caption", "tbody", "thead", "tr",
-        "th", "td", "div", "code", "ul", "li", "b", "img", "input", "button",
+        "th", "td", "div", "code", "ul", "li", "b", "img", "input", "button", "figure",
+        "figcaption", "svg", "path", "rect", "title",
     }  # fmt: skip
     shown = [
         lists.foot_html(with_lora),

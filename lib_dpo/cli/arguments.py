@@ -71,6 +71,7 @@ def _add_extraction(command: Command, runs: Runs) -> None:
     sub.add_argument("--precision", **among(LORA_PRECISIONS), default="fp16", help=FIELDS["lora_precision"].help)
     sub.add_argument("--device", default="auto", help=FIELDS["device"].help)
     sub.add_argument("--seed", type=number(int), default=0, help=FIELDS["seed"].help)
+    _card_argument(sub)
 
     sub = command("offset", runs["offset"], "write the offset file: the whole change of the UNet, tuned minus base")
     _pair_arguments(sub)
@@ -99,6 +100,7 @@ def _add_use(command: Command, runs: Runs) -> None:
     _rank_arguments(sub, "of the smaller LoRA")
     sub.add_argument("--conv-rank", type=number(int), metavar="N", help=FIELDS["conv_rank"].help)
     sub.add_argument("--precision", **among(("keep", *LORA_PRECISIONS)), default="keep", help=FIELDS["lora_precision"].help)
+    _card_argument(sub)
 
     sub = command("inspect", runs["inspect"], "say what files are")
     sub.add_argument("file", nargs="+", metavar="FILE", help=_INSPECTED)
@@ -130,6 +132,12 @@ def _pair_arguments(sub: argparse.ArgumentParser) -> None:
 
 def _output_arguments(sub: argparse.ArgumentParser, name: str) -> None:
     sub.add_argument("-o", "--output", required=True, type=output_file, metavar=name, help="the file to write")
+
+
+def _card_argument(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--no-card", dest="card", action="store_false", help="write no L.json beside it, which the LoRA lists of WebUIs read"
+    )
 
 
 def _rank_arguments(sub: argparse.ArgumentParser, rank: str = FIELDS["rank"].help) -> None:

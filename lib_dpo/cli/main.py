@@ -158,6 +158,7 @@ def _extract(args: argparse.Namespace) -> Result:
             seed=args.seed,
             form=args.form,
             overwrite=args.overwrite,
+            card=_wants_card(args),
             progress=tell,
         )
     return report.as_json(), extract_text(report)
@@ -224,8 +225,21 @@ def _resize(args: argparse.Namespace) -> Result:
     check_safetensors_output(args.output, overwrite=args.overwrite)
     lora = input_file(args, args.lora)
     with progress_bar("resizing") as tell:
-        report = lib_dpo.resize(lora, args.output, **ranks, precision=args.precision, overwrite=args.overwrite, progress=tell)
+        report = lib_dpo.resize(
+            lora,
+            args.output,
+            **ranks,
+            precision=args.precision,
+            overwrite=args.overwrite,
+            card=_wants_card(args),
+            progress=tell,
+        )
     return report.as_json(), resize_text(report)
+
+
+def _wants_card(args: argparse.Namespace) -> bool:
+    """Whether the LoRA is to have a card, and its name is free: a report may be asked for under that."""
+    return args.card and not (args.json and args.json.absolute() == args.output.with_suffix(".json").absolute())
 
 
 def _inspect(args: argparse.Namespace) -> Result:

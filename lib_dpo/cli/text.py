@@ -72,7 +72,7 @@ def extract_text(report: ExtractReport) -> str:
             f"{report.capped} of {report.layers} layers at a lower rank than asked for: a LoRA of a "
             "higher rank would be larger than these layers"
         )
-    lines += [text for text in (report.exhausted_text, report.wider_text) if text]
+    lines += [text for text in (report.exhausted_text, report.wider_text, report.card_text) if text]
     if report.fallbacks:
         lines.append("fell back: " + ", ".join(f"{reason} {count} x" for reason, count in report.fallbacks.items()))
     return "\n".join(lines)
@@ -149,7 +149,7 @@ def resize_text(report: ResizeReport) -> str:
         f"wrote {report.path}  ({report.file_bytes / 1e6:.1f} MB, {report.layers} layers, rank {before} -> {after})\n"
         f"keeps {_percent(report.energy_kept)} of the LoRA's energy"
         + _of_the_change(report.energy_of_change)
-        + "".join(f"\n{line}" for line in (*_exhausted(report), *_twins(report.twins)))
+        + "".join(f"\n{line}" for line in (*_exhausted(report), *_twins(report.twins), *filter(None, [report.card_text])))
     )
 
 
@@ -183,8 +183,11 @@ def inspect_text(found: Inspection) -> str:
         lines.append(f"{_ranks(*found.ranks)}, scale {found.scale_text}")
     if found.energy_kept is not None:
         lines.append(f"holds {_percent(found.energy_kept)} of the change it was made from, says its metadata")
+    if found.card and found.card.text:
+        lines.append(f"beside it for the lists of WebUIs: {found.card.text}")
     lines += [f"an offset was baked in, says its metadata: {ingredient}" for ingredient in found.baked_in]
     lines += [f"note: {note}" for note in found.notes]
+    lines += [f"for offsets: {breed.text}" for breed in found.breeds]
     lines += found.unplaced()
     lines += [f"  {_short(key)}: {_short(text)}" for key, text in sorted(found.metadata.items())]
     lines.append(f"sha256 {found.sha256}")

@@ -271,11 +271,17 @@ def _show(shape: Shape) -> str:
 
 def licence(pair: Pair) -> str:
     """The licence entries of the two files, or a reminder that both count."""
+    said = stated_licence(pair).get("modelspec.license")
+    return said or "that of the base and the tuned model (the published DPO models: CreativeML Open RAIL++-M)"
+
+
+def stated_licence(pair: Pair) -> dict[str, str]:
+    """`modelspec.license` as the metadata of one of the two files says it, the tuned one first; empty where neither does."""
     for model in (pair.tuned, pair.base):
         for name in ("modelspec.license", "license"):
-            if model.checkpoint.metadata.get(name):
-                return model.checkpoint.metadata[name]
-    return "that of the base and the tuned model (the published DPO models: CreativeML Open RAIL++-M)"
+            if said := model.checkpoint.metadata.get(name):
+                return {"modelspec.license": said}
+    return {}
 
 
 def is_offset_file(model: Model) -> bool:

@@ -60,6 +60,10 @@ class _Sums:
         return math.sqrt(self.drift / self.base) if self.base else 0.0
 
     @property
+    def relative_offset(self) -> float:
+        return math.sqrt(self.offset / self.base) if self.base else 0.0
+
+    @property
     def cosine(self) -> float:
         """Between drift and offset; 0 where either is zero."""
         product = math.sqrt(self.drift * self.offset)
@@ -71,7 +75,12 @@ class _Sums:
         return self.both / self.offset if self.offset else 0.0
 
     def as_json(self) -> dict[str, float]:
-        return {"drift": self.relative_drift, "cosine": self.cosine, "strength_inside": self.strength}
+        return {
+            "drift": self.relative_drift,
+            "offset": self.relative_offset,
+            "cosine": self.cosine,
+            "strength_inside": self.strength,
+        }
 
 
 Level = Literal["fits", "weaker", "contained", "base", "other"]
@@ -93,6 +102,7 @@ class CompatReport:
     no_place: tuple[str, ...] = ()  # tensors of the offset that a pruned target does not have
     left_out: tuple[LeftOut, ...] = ()
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
+    itself: bool = False  # the target was given as the base too
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -231,6 +241,7 @@ def _judge(
     if doubt := _pair_doubt(pair):
         text = f"{doubt} As they are: {text}"
     return CompatReport(
+        itself=target.path.resolve() == pair.base.path.resolve(),
         architecture=pair.architecture.name,
         level=level,
         text=text,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.coverage import LeftOut, nothing_changed
 from lib_dpo.offsets.coverage import left_out as tensors_left_out
 from lib_dpo.offsets.layers import Layer, plan_layers
+from lib_dpo.offsets.lora.card import CardFate, fate_text, write_card
 from lib_dpo.offsets.lora.metadata import METADATA_BYTES, kohya_metadata
-from lib_dpo.offsets.offset import Pair, licence
+from lib_dpo.offsets.offset import Pair, licence, stated_licence
 from lib_dpo.operations.decompose import Decomposer
 from lib_dpo.operations.forms import Exact, Form, LowRank, Prepared, check_fits
 from lib_dpo.operations.measure import Tally, measure
@@ -55,6 +56,7 @@ class ExtractReport:
     capped: int  # layers whose rank is below the one asked for, since larger factors outgrow the layer
     exhausted: int  # layers that were to get more components than their change has, and got all of those
     wider: int  # layers of an exact LoRA that int8 did not do for
+    card: CardFate = "none"  # of what WebUIs show of it
 
     @property
     def exhausted_text(self) -> str:
@@ -71,6 +73,11 @@ class ExtractReport:
         return (
             f"{self.wider} of {self.layers} layers hold a few values far above the others, and take two bytes or more a weight"
         )
+
+    @property
+    def card_text(self) -> str:
+        """That the LoRA has no card of this tool, for people; empty where it has."""
+        return fate_text(self.card, self.path)
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -96,6 +103,7 @@ class ExtractReport:
             "methods": dict(self.methods),
             "fallbacks": dict(self.fallbacks),
             "left_out": [row.as_json() for row in self.left_out],
+            "card": self.card,
         }
 
 
@@ -105,12 +113,14 @@ def extract(
     settings: ExtractSettings,
     *,
     overwrite: bool = False,
+    card: bool = True,
     source: Callable[[], Mapping[str, str]] = dict,
     on_progress: Progress | None = None,
 ) -> ExtractReport:
     """Write the LoRA of a pair; energy kept is measured on the numbers as they are written, and the file is read again.
 
     Args:
+        card: whether the LoRA gets a card for the lists of WebUIs.
         source: called once, last; entries for the metadata, such as names and hashes of the two files.
         on_progress: called after each layer; raising in it cancels and leaves nothing behind.
 
@@ -139,7 +149,8 @@ def extract(
             steps = Steps(passes * sum(layer.numel for layer in layers), on_progress)
             form = LowRank(pair, layers, components, settings, decomposer, steps)
         run = _Run(pair, Path(output), settings, profile, components, layers, form, decomposer, steps)
-        return run.write(encoders, overwrite=overwrite, source=source, device=device)
+        report = run.write(encoders, overwrite=overwrite, source=source, device=device)
+    return replace(report, card=write_card(report.path)) if card else report
 
 
 def _measure_text_encoders(pair: Pair) -> Tally:
@@ -285,6 +296,9 @@ class _Run:
             is_lokr=self.settings.form == "exact",
         )
         return kohya | {
+            "ss_output_name": self.output.stem,
+            "ss_sd_model_name": self.pair.base.path.name,
+            **stated_licence(self.pair),
             "sshs_model_hash": self.digest.hexdigest(),
             "sshs_legacy_hash": LEGACY_HASH,
             "dpo.kind": "lora",

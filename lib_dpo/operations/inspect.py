@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,10 @@ from lib_dpo.families.arch import ARCHITECTURES
 from lib_dpo.families.model import Model
 from lib_dpo.files.checkpoint import Checkpoint, open_checkpoint
 from lib_dpo.files.foreign import foreign_kind
+from lib_dpo.offsets.breeds import Breed, breeds_of
 from lib_dpo.offsets.coverage import LeftOut, contents, ema_text
+from lib_dpo.offsets.lora.card import Card, read_card
+from lib_dpo.offsets.lora.energies import energy_by_block
 from lib_dpo.offsets.lora.file import LoraFile, read_lora
 from lib_dpo.offsets.lora.keys import is_lora
 from lib_dpo.offsets.lora.scale import ADAPTER_CONFIG, ADAPTER_METADATA, Scale, unused_config
@@ -61,6 +64,10 @@ class Inspection:
     scales: tuple[Scale, ...] = ()  # of a LoRA's pairs: each value and source once
     twins: tuple[str, ...] = ()  # keys of a LoRA that say again what others say
     energy_kept: float | None = None  # share of the change it was made from, as its metadata says
+    rank_counts: dict[int, int] = field(default_factory=dict)  # layers of a LoRA by their rank, rising
+    block_shares: dict[str, float] = field(default_factory=dict)  # of a LoRA's change by block: energies that add up to 1
+    breeds: tuple[Breed, ...] = ()  # what a model is beside its architecture, and what that means for an offset
+    card: Card | None = None  # what lies beside a LoRA for the lists of WebUIs
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -80,7 +87,11 @@ class Inspection:
             "left_out": [row.as_json() for row in self.left_out],
             "scales": [{"value": scale.value, "from": scale.source} for scale in self.scales],
             "twins": list(self.twins),
+            "rank_counts": {str(rank): count for rank, count in self.rank_counts.items()},
+            "energy_by_block": self.block_shares,
             "energy_kept_of_change": self.energy_kept,
+            "breeds": [asdict(breed) for breed in self.breeds],
+            "card": self.card and self.card.as_json(),
             "unmatched": list(self.unmatched),
             "notes": list(self.notes),
             "baked_in": [asdict(ingredient) for ingredient in self.baked_in],
@@ -142,7 +153,8 @@ def _inspect_lora(checkpoint: Checkpoint) -> Inspection:
     except MismatchError as error:
         return _describe(checkpoint, kind="lora", architecture=None, layout=_lora_layout(checkpoint), notes=(str(error),))
     ranks = [layer.form.rank or 0 for layer in lora.layers if layer.form and layer.form.name == "LoRA"]
-    return _describe(
+    energies = energy_by_block(lora)
+    found = _describe(
         checkpoint,
         kind="lora",
         architecture=None if lora.candidates else lora.architecture.name,
@@ -155,6 +167,11 @@ def _inspect_lora(checkpoint: Checkpoint) -> Inspection:
         candidates=tuple(row.name for row in lora.candidates),
         scales=tuple(sorted(set(lora.scales()), key=lambda scale: (scale.source, scale.value))),
         twins=lora.twins,
+    )
+    return replace(
+        found,
+        rank_counts=dict(sorted(Counter(ranks).items())),
+        block_shares={block: energy / sum(energies.values()) for block, energy in energies.items()},
     )
 
 
@@ -201,7 +218,7 @@ def _inspect_model(checkpoint: Checkpoint) -> Inspection:
     found = contents(model)
     odd = [row for row in found.beside if row.kind.weights]
     ema = ema_text(model)
-    return _describe(
+    described = _describe(
         checkpoint,
         kind=kind,
         architecture=model.architecture.name,
@@ -218,6 +235,7 @@ def _inspect_model(checkpoint: Checkpoint) -> Inspection:
             *(f"it holds {row.text}" for row in odd),
         ),
     )
+    return described if kind == "offset" else replace(described, breeds=breeds_of(model))
 
 
 def _structure(model: Model, kind: str) -> tuple[str, ...]:
@@ -277,4 +295,5 @@ def _describe(
         scales=scales,
         twins=twins,
         energy_kept=energy_claimed(checkpoint.metadata),
+        card=read_card(checkpoint.path) if kind == "lora" else None,
     )

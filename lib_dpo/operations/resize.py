@@ -23,6 +23,7 @@ from lib_dpo.maths.precision import dtype_of, full_precision, narrowed
 from lib_dpo.maths.ranks import Spectrum, allocate
 from lib_dpo.maths.threads import side_by_side
 from lib_dpo.offsets.lora.alphas import encoder_of, readable_alphas
+from lib_dpo.offsets.lora.card import CardFate, fate_text, write_card
 from lib_dpo.offsets.lora.file import FileModules, read_modules
 from lib_dpo.offsets.lora.metadata import ENTRY_BYTES
 from lib_dpo.offsets.lora.offset import read_decomposed, read_factors
@@ -54,6 +55,12 @@ class ResizeReport:
     energy_of_change: float | None = None
     twins: tuple[str, ...] = ()  # keys that said again what others say: not written
     exhausted: int = 0  # layers at a lower rank than was asked for and they had, whose other components carry nothing
+    card: CardFate = "none"  # of what WebUIs show of it
+
+    @property
+    def card_text(self) -> str:
+        """That the LoRA has no card of this tool, for people; empty where it has."""
+        return fate_text(self.card, self.path)
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -67,6 +74,7 @@ class ResizeReport:
             "energy_kept_of_change": self.energy_of_change,
             "twins_left_out": list(self.twins),
             "exhausted_layers": self.exhausted,
+            "card": self.card,
         }
 
 
@@ -91,9 +99,13 @@ def resize(
     *,
     precision: str = "keep",
     overwrite: bool = False,
+    card: bool = True,
     on_progress: Progress | None = None,
 ) -> ResizeReport:
     """Write the LoRA with new ranks; alpha / rank * up @ down approximates what it was, so strengths mean the same.
+
+    Args:
+        card: whether the LoRA gets a card for the lists of WebUIs.
 
     Raises:
         MismatchError: no LoRA pairs in the file, or other decompositions.
@@ -132,6 +144,7 @@ def resize(
         energy_of_change=None if claimed is None else claimed * kept,
         twins=found.twins,
         exhausted=sum(ranks[name] < _own(policy, lora, core) and ranks[name] < core.rank for name, core in cores.items()),
+        card=write_card(output, source=lora.path) if card else "none",
     )
 
 

@@ -62,6 +62,7 @@ def resized_metadata(lora: Checkpoint, policy: RankPolicy, title: str, kept: flo
     if claimed is not None:
         metadata[_ENERGY] = json.dumps(claimed * kept)
     return metadata | {
+        "ss_output_name": title,
         "ss_network_dim": _one(pair.rank for pair in linear),
         "ss_network_alpha": _one(pair.alpha for pair in linear),
         "ss_network_args": _arguments(lora.metadata.get("ss_network_args"), [pair for pair in pairs if pair.is_convolution]),

@@ -64,7 +64,7 @@ def heat_map(rows: Mapping[str, Mapping[str, float]], columns: Iterable[str], ca
     """Shares by kind of layer (rows) and block (columns) as a table of shades; blocks without that kind stay empty."""
     columns = list(columns)
     most = max((value for row in rows.values() for value in row.values()), default=0.0) or 1.0
-    head = "".join(f'<th scope="colgroup" colspan="{count}">{escape(name)}</th>' for name, count in _groups(columns))
+    head = "".join(f'<th scope="colgroup" colspan="{count}">{escape(name)}</th>' for name, count in groups(columns))
     lines = "".join(
         f'<tr><th scope="row">{escape(kind)}</th>{"".join(_cell(kind, name, row.get(name), most) for name in columns)}</tr>'
         for kind, row in rows.items()
@@ -82,7 +82,7 @@ def _cell(kind: str, block: str, value: float | None, most: float) -> str:
     return f'<td class="dpo-shade" style="--dpo-heat:{100 * value / most:.0f}%" title="{words}"></td>'
 
 
-def _groups(columns: Sequence[str]) -> list[tuple[str, int]]:
+def groups(columns: Sequence[str]) -> list[tuple[str, int]]:
     """Blocks whose names differ in their number alone, as one heading."""
     found: list[tuple[str, int]] = []
     for name in columns:

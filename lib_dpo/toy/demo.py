@@ -150,7 +150,7 @@ def _diff(pair: Pair, picture: Path, say: Say) -> dict[str, Any]:
 
 
 def _extract(pair: Pair, path: Path, rank: int, say: Say) -> dict[str, Any]:
-    report = extract(pair, path, ExtractSettings(RankPolicy(rank=rank), device="cpu"))
+    report = extract(pair, path, ExtractSettings(RankPolicy(rank=rank), device="cpu"), card=False)
     with open_offset(path) as offset:
         again = verify(offset, pair).tally.total.energy_kept
     kept = report.tally.total.energy_kept

@@ -110,6 +110,16 @@ class Blind:
         return self._host.output_dir / FOLDER
 
     @property
+    def offset(self) -> str:
+        """The offset that is tested, by the name it was asked for. Raises NotFoundError without a test."""
+        return self._running().offset
+
+    @property
+    def blocks(self) -> str:
+        """The block weights that it is tested with. Raises NotFoundError without a test."""
+        return self._running().blocks
+
+    @property
     def problem(self) -> str:
         """Why no more pairs are drawn; empty while they are."""
         record = self._drawing

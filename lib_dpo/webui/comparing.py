@@ -11,6 +11,7 @@ from lib_dpo.errors import HostError, NotFoundError, SettingError
 from lib_dpo.hosts.base import Job, Request
 from lib_dpo.offsets.patch import Patch
 from lib_dpo.pictures.plan import Cell, Images, Plan, Variant, parse_seeds, parse_strengths, run, strength_variants
+from lib_dpo.webui.cards import give_previews
 from lib_dpo.webui.results import Comparison, Status
 from lib_dpo.webui.session import Session, sendable
 
@@ -122,6 +123,7 @@ def compare(session: Session, job: Job, asked: Asked, tell: Told | None = None) 
         note=f"{report.text} {report.caveat}",
     )
     remarks = _remarks(session.status(), report, plan, patches)
+    remarks += give_previews(plan, columns, patches, made)
     found = Comparison(plan, made, grid, report, tuple(patch.offset for patch in patches), remarks)
     if whole is None:
         return found

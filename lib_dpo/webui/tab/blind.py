@@ -6,10 +6,10 @@ import base64
 from functools import partial
 from typing import Any
 
-from lib_dpo.errors import NotFoundError, SettingError
+from lib_dpo.errors import DpoError, NotFoundError, SettingError
 from lib_dpo.pictures.votes.ballots import Vote
 from lib_dpo.settings import FIELDS
-from lib_dpo.webui import blind
+from lib_dpo.webui import blind, cards
 from lib_dpo.webui.blind import Asked, Figures
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import markup, parts
@@ -68,7 +68,9 @@ def page(tab: Tab) -> None:
             buttons = {choice: gr.Button(label, elem_id=f"dpo_blind_{choice}") for choice, label in _BUTTONS}
         figures = parts.unsaved(gr.HTML("", elem_id="dpo_blind_figures"))
         with gr.Row(elem_classes=["dpo-buttons"]):
+            keep = gr.Button("Keep as this LoRA's preferred weight", visible=False, elem_id="dpo_blind_keep")
             export = gr.Button("Votes as a file", elem_id="dpo_blind_export", elem_classes=["dpo-interrupt"])
+        kept = parts.unsaved(gr.HTML("", elem_id="dpo_blind_kept"))
         file = parts.unsaved(gr.HTML("", elem_id="dpo_blind_file"))
         looks = gr.Button("Look for the next pair", elem_id="dpo_blind_look", elem_classes=["dpo-hidden"])  # by dpo.js
         pair = gr.State("")
@@ -83,6 +85,8 @@ def page(tab: Tab) -> None:
     for choice, button in buttons.items():
         parts.on(button.click, partial(vote, session, choice), [pair], shown, **parts.UNASKED)
     parts.on(looks.click, partial(look, session), [pair], shown, **parts.UNASKED)
+    parts.on(figures.change, partial(offer, session), [], [keep, kept], **parts.UNASKED)
+    parts.on(keep.click, partial(keep_weight, session), [], [kept], **parts.UNASKED)
     parts.on(export.click, partial(votes_file, session), [], [file], **parts.UNASKED)
     taken = [prompts, how[0], seeds, how[3], how[4], how[2], how[5], how[6]]
     own = f"values.slice(0, {len(taken)})"
@@ -153,6 +157,25 @@ def look(session: Session, pair: str) -> list[Any]:
         return [parts.update(), parts.update(), parts.update()]
     except Exception as error:  # noqa: BLE001  # the edge
         return [parts.error_html(session, error), parts.update(), parts.update()]
+
+
+def offer(session: Session) -> list[Any]:
+    """The button that keeps the best strength, where there is one; what it said of an earlier one goes."""
+    try:
+        best = cards.best_strength(session)
+    except DpoError:  # no test, or its file is gone: nothing to keep
+        best = None
+    if best is None:
+        return [parts.update(visible=False), ""]
+    return [parts.update(value=f"Keep {best:g} as this LoRA's preferred weight", visible=True), ""]
+
+
+def keep_weight(session: Session) -> str:
+    """Put the best strength into the card of the LoRA."""
+    try:
+        return markup.note(cards.keep_best(session))
+    except Exception as error:  # noqa: BLE001  # the edge
+        return parts.error_html(session, error)
 
 
 def votes_file(session: Session) -> str:

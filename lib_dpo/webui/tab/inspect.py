@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lib_dpo.pictures.bars import block_columns, rank_columns, strength_line
 from lib_dpo.settings import in_digits
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import markup, parts
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from lib_dpo.operations.compat import CompatReport
     from lib_dpo.operations.inspect import Inspection
 
-_MOODS: dict[str, Mood] = {"base": "doubt", "fits": "good", "weaker": "doubt", "contained": "doubt", "other": "doubt"}
 _HINT = "Choose a file to see what it is, or three to see whether the offset of a pair fits a model."
 _COMPONENTS = {
     "unet": "UNet", "te": "text encoder", "te1": "text encoder 1", "te2": "text encoder 2", "vae": "VAE",
@@ -30,12 +30,14 @@ def page(tab: Tab) -> None:
 
     with parts.page("Inspect", "dpo_inspect"), gr.Row(elem_classes=["dpo-page"]):
         with gr.Column(elem_classes=["dpo-controls"]):
+            gr.HTML(markup.headed("What is this file?", "Kind, family, what it was made from, and what it says of itself."))
             file = parts.file_dropdown(
                 tab, everything, likely=parts.first, label="File", elem_id="dpo_inspect_file",
                 info="A checkpoint, reference, LoRA or offset file",
             )  # fmt: skip
             with gr.Row(elem_classes=["dpo-buttons"]):
                 look = gr.Button("What is it?", elem_id="dpo_inspect_look")
+            gr.HTML(markup.headed("Does it fit my model?", "How far your model is from the base, and whether DPO is in it."))
             target = parts.file_dropdown(
                 tab, parts.checkpoints, likely=parts.first, label="Your model", value=parts.LOADED,
                 elem_id="dpo_inspect_target", info="Any finetune or merge, Pony too",
@@ -92,25 +94,7 @@ def does_it_fit(session: Session, task: str | None, target: str, base: str, refe
 
 def _inspection_html(found: Inspection) -> str:
     family = found.family or "an unknown architecture"
-    rows: list[tuple[str, Any]] = [
-        ("Layout", found.layout),
-        ("Holds", ", ".join(_COMPONENTS.get(name, name) for name in found.components) or "nothing that is known here"),
-        ("Size", f"{markup.size(found.file_bytes)}, {found.tensors:,} tensors, {found.parameters / 1e6:,.1f} M values"),
-        ("Numbers", ", ".join(f"{count:,} × {dtype}" for dtype, count in found.dtypes.items())),
-    ]
-    if found.beside:
-        rows.insert(2, ("Beside them", found.beside))
-    if found.ranks:
-        low, high = found.ranks
-        rows.append(("Ranks", low if low == high else f"{low} to {high}"))
-        rows.append(("Scale", found.scale_text))
-    if found.energy_kept is not None:
-        rows.append(("Keeps", f"{markup.percent(found.energy_kept)} of the change it was made from, as its metadata says"))
-    if found.baked_in:
-        rows.append(("Baked in", ", ".join(map(str, found.baked_in)) + ", as its metadata says"))
-    rows.append(("SHA-256", found.sha256))
-    notes = [*found.notes, *found.unplaced()]
-    known = "plain" if found.kind != "unknown" else "doubt"
+    known: Mood = "plain" if found.kind != "unknown" else "doubt"
     answer = (
         f"It is {found.title}."
         if found.what
@@ -118,29 +102,91 @@ def _inspection_html(found: Inspection) -> str:
         if found.kind != "unknown"
         else f"Not a model that is known here: {family}."
     )
-    html = markup.card(found.path.name, answer, mood=known, body=markup.facts(rows))  # type: ignore[arg-type]
-    html += "".join(markup.card("Note", words) for words in notes)
+    body = markup.facts([*_origin(found), *_facts(found)]) + _pictures(found)
+    html = markup.card(f"What is {found.path.name}?", answer, mood=known, body=body)
+    if found.breeds:
+        html += markup.card("Will an offset do the same on it?", *(_sentence(b.text) for b in found.breeds), mood="doubt")
+    html += "".join(markup.card("Note", words) for words in (*found.notes, *found.unplaced()))
     if found.metadata:
         entries = [(key, _short(value)) for key, value in sorted(found.metadata.items())]
         html += markup.folded(f"Metadata ({len(entries)})", markup.facts(entries))
     return html
 
 
+def _origin(found: Inspection) -> list[tuple[str, object]]:
+    """What a LoRA or offset file was made from, and what it keeps of that: what people look for first."""
+    said = found.metadata
+    rows: list[tuple[str, object]] = [
+        (title, said[key]) for title, key in (("Base", "dpo.base"), ("DPO reference", "dpo.tuned")) if said.get(key)
+    ]
+    if found.energy_kept is not None:
+        rows.append(("Keeps", f"{markup.percent(found.energy_kept)} of the change it was made from, as its metadata says"))
+    if found.baked_in:
+        rows.append(("Baked in", ", ".join(map(str, found.baked_in)) + ", as its metadata says"))
+    return rows
+
+
+def _facts(found: Inspection) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = []
+    if found.ranks:
+        low, high = found.ranks
+        rows += [("Ranks", low if low == high else f"{low} to {high}"), ("Scale", found.scale_text)]
+    rows.append(("Holds", ", ".join(_COMPONENTS.get(name, name) for name in found.components) or "nothing that is known here"))
+    if found.beside:
+        rows.append(("Beside them", found.beside))
+    rows += [
+        ("Size", f"{markup.size(found.file_bytes)}, {found.tensors:,} tensors, {found.parameters / 1e6:,.1f} M values"),
+        ("Numbers", ", ".join(f"{count:,} × {dtype}" for dtype, count in found.dtypes.items())),
+        ("Layout", found.layout),
+    ]
+    if found.card and found.card.text:
+        rows.append(("Its card", found.card.text))
+    rows.append(("SHA-256", found.sha256))
+    return rows
+
+
+def _pictures(found: Inspection) -> str:
+    """Where a LoRA changes the model, and its ranks where they differ."""
+    html = ""
+    if found.block_shares:
+        shares = {block: (share,) for block, share in found.block_shares.items()}
+        html += block_columns(shares, ["share"], "Where it changes the model: shares of its energy by block")
+    if len(found.rank_counts) > 1:
+        html += rank_columns(found.rank_counts, "How many layers have which rank")
+    return html
+
+
+def fit_mood(report: CompatReport) -> Mood:
+    """The mark of the verdict; a model that was held against itself was not judged."""
+    return "doubt" if report.itself else markup.LEVELS[report.level]
+
+
 def _fit_html(report: CompatReport) -> str:
     inside = f"{in_digits(report.strength_inside, '+.2f')} ± {report.strength_error:.2f}"
-    body = markup.facts([
+    body = strength_line(
+        report.strength_inside, report.strength_error, f"DPO in it already: {inside} (0 none, 1 all of it)"
+    ) + markup.facts([
         ("Strength to start with", f"{report.suggested_strength:.2g}"),
         ("Distance from the base", f"{markup.percent(report.drift)} of the weights' size"),
-        ("DPO in it already", f"at strength {inside}"),
         ("Direction shared with the offset", f"{report.cosine:+.3f} (cosine: 1 the same, 0 unrelated)"),
     ])  # fmt: skip
-    card = markup.card("Does it fit?", report.text, mood=_MOODS[report.level], body=body)
+    if report.blocks:
+        both = {name: (row.relative_drift, row.relative_offset) for name, row in report.blocks.items()}
+        body += block_columns(both, ["your model", "the offset"], "Distance from the base by block, of the weights' size")
+    card = markup.card("Does it fit your model?", report.text, mood=fit_mood(report), body=body)
     rows = [
-        (name, markup.percent(row.relative_drift), in_digits(row.strength, "+.2f"), f"{row.cosine:+.3f}")
+        (
+            name, markup.percent(row.relative_drift), markup.percent(row.relative_offset), in_digits(row.strength, "+.2f"),
+            f"{row.cosine:+.3f}",
+        )
         for name, row in report.blocks.items()
-    ]
-    head = ("Block", "Distance from the base", "DPO inside", "Shared direction")
+    ]  # fmt: skip
+    head = ("Block", "Distance from the base", "Size of the offset", "DPO inside", "Shared direction")
     return card + markup.folded("By block", markup.table(head, rows))
+
+
+def _sentence(words: str) -> str:
+    return f"{words[:1].upper()}{words[1:]}."
 
 
 def _short(value: str) -> str:

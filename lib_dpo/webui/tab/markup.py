@@ -12,6 +12,11 @@ Mood = Literal["good", "doubt", "bad", "plain"]
 
 # A verdict is never told by colour alone.
 _SIGNS: Mapping[Mood, str] = {"good": "✓", "doubt": "!", "bad": "✗", "plain": ""}
+# The one mark of each verdict, on all pages.
+LEVELS: Mapping[str, Mood] = {
+    "fits": "good", "base": "good", "doubtful": "doubt", "weaker": "doubt", "contained": "doubt", "other": "doubt",
+    "wrong": "bad",
+}  # fmt: skip
 _SHARES: tuple[tuple[float, str], ...] = (
     (0.995, "all"),
     (0.9, "nearly all"),

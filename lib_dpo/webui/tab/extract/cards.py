@@ -157,8 +157,7 @@ def extracted_html(session: Session, found: Extracted) -> str:
     ]  # fmt: skip
     if report.form == "exact":
         sentences.append("WebUIs and ComfyUI read it in prompts as any LoRA; diffusers does not.")
-    if report.wider_text:
-        sentences.append(report.wider_text + ".")
+    sentences += [f"{text}." for text in (report.wider_text, report.card_text) if text]
     mood: Mood = "good"
     if found.matched is None:
         rows.append(("Loaded model", "of another family: the LoRA is not for it"))
