@@ -497,6 +497,8 @@ NOISE = np.random.default_rng(0).uniform(0, 255, (64, 64, 3))
         ({0.5: 20.0, 1.0: 5.0}, "does not grow steadily"),
         ({0.5: 8.0, 1.0: 16.0, 2.0: 15.0}, "In these pictures the effect grows up to 1 and no further; start with 1."),
         ({1.0: 20.0}, "The effect of strength 1 is strong; compare it with others, such as 0.5."),
+        ({1.0: 4.0}, "The effect of strength 1 is subtle; compare it with others, such as 2."),
+        ({0.5: 8.0, 1.0: 9.0, 1.5: 17.0}, "The effect grows up to 1.5; start with 1."),
         ({-1.0: 20.0, -2.0: 30.0}, "largest with strength -2 (30.0 grey levels on average) and smallest with strength -1"),
         ({0.5: 0.2, 1.0: 0.5, 2.0: NOISE}, "No visible effect up to strength 1; the pictures fall apart from 2 on"),
     ],

@@ -30,6 +30,7 @@ NOISE, NOISE_GROWTH = 60.0, 3.0  # mean |Laplacian| of the brightness; a sharp p
 BURNT, BURNT_GROWTH = 0.5, 0.3  # share of values that are 0 or 255; a photo at twice its contrast has 0.6
 
 JUMP = 3.0  # an effect that grows so many times faster than before jumps
+_EVEN = 2.0  # growth per strength that differs by more than so many times is not steady
 _UNEVEN = 0.9  # a mean difference that falls below this share of an earlier one does not grow
 
 Level = Literal["none", "subtle", "strong", "broken"]
@@ -258,7 +259,8 @@ def _strengths(found: list[Effect]) -> tuple[str, Variant | None]:
     if not visible:  # nothing is to be seen before the jump
         return f"{text}; compare strengths between the two.", None
     if len(rising) == 1:
-        return f"{text}; compare it with others, such as {rising[0].variant.value / 2:g}.", None
+        times = 0.5 if rising[0].level == "strong" else 2  # of a subtle effect more may be wanted
+        return f"{text}; compare it with others, such as {rising[0].variant.value * times:g}.", None
     start = min(visible, key=lambda effect: (abs(effect.variant.value - 1), effect.variant.value)).variant
     return f"{text}; start with {start.value:g}.", start
 
@@ -270,6 +272,7 @@ def _growth(sound: list[Effect]) -> tuple[str, list[Effect]]:
     if len(sound) == 1:
         return f"The effect of strength {sound[0].variant.value:g} is {sound[0].level}", sound
     strength, so_far, slope, top = 0.0, 0.0, 0.0, 0.0
+    slopes: list[float] = []
     for i, effect in enumerate(sound):
         step, gain = effect.variant.value - strength, effect.difference - so_far
         if effect.difference < _UNEVEN * so_far:
@@ -278,7 +281,9 @@ def _growth(sound: list[Effect]) -> tuple[str, list[Effect]]:
             return f"The effect jumps between {strength:g} and {effect.variant.value:g}", sound[:i]
         if effect.difference > so_far:
             top = effect.variant.value
+        slopes.append(gain / step)
         strength, so_far, slope = effect.variant.value, max(so_far, effect.difference), effect.difference / effect.variant.value
     if top < strength:
         return f"In these pictures the effect grows up to {top:g} and no further", sound
-    return f"The effect grows steadily up to {strength:g}", sound
+    steadily = "steadily " if max(slopes) <= _EVEN * min(slopes) else ""
+    return f"The effect grows {steadily}up to {strength:g}", sound
