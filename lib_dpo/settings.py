@@ -87,6 +87,12 @@ _PACKAGE = Path(__file__).resolve().parent
 ASSETS = _PACKAGE / "assets" if (_PACKAGE / "assets").is_dir() else _PACKAGE.parent
 BUNDLED_MODEL = ASSETS / "models" / "bundled"  # the small model that ships with the project
 BUNDLED_BASE = "toy-shapes.safetensors"
+BUNDLED_CFG = 3.0  # what it draws well at
+BUNDLED_WORDS = (
+    "The bundled toy draws coloured shapes and knows few words: one, two or three; red, yellow, green, blue, purple or black; "
+    "circle, square, triangle or cross; on the left, on the right, at the top or at the bottom. "
+    "Such as: two red circles on the left."
+)
 BUNDLED_PROMPTS = (
     "two red circles on the left",
     "one blue cross at the top",

@@ -143,3 +143,12 @@ def test_a_fifth_of_the_scenes_is_held_out_and_every_pair_of_values_is_still_sho
     for one, other in itertools.combinations(PROPERTIES, 2):
         pairs = {(getattr(scene, one), getattr(scene, other)) for scene in all_scenes()}
         assert {(getattr(scene, one), getattr(scene, other)) for scene in shown} == pairs
+
+
+def test_the_app_names_the_words_that_the_toy_knows():
+    from lib_dpo.settings import BUNDLED_CFG, BUNDLED_WORDS
+    from lib_dpo.toy.generate import GUIDANCE
+    from lib_dpo.toy.pictures import VALUES
+
+    assert not [word for words in VALUES.values() for word in words if word not in BUNDLED_WORDS]
+    assert BUNDLED_CFG == GUIDANCE

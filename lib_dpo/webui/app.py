@@ -12,8 +12,9 @@ from typing import Any
 
 from lib_dpo.errors import BadFileError, OutputError, missing_extra
 from lib_dpo.hosts.standalone import Standalone
-from lib_dpo.settings import ASSETS, BUNDLED_MODEL
+from lib_dpo.settings import ASSETS, BUNDLED_BASE, BUNDLED_MODEL, BUNDLED_WORDS
 from lib_dpo.webui.session import Session
+from lib_dpo.webui.tab import markup
 
 logger = logging.getLogger(__name__)
 
@@ -110,12 +111,18 @@ def own_models() -> Path:
 
 
 def load(session: Session, name: str) -> str:
-    """Open another checkpoint of the list. Returns what the page says of it: nothing, the status line does."""
+    """Open another checkpoint of the list. Returns what the page says of it beside the status line."""
     host = session.host
     assert isinstance(host, Standalone), "the app runs on the standalone host"
     path = session.library.checkpoint(name)
     session.jobs.run(f"Load {name}", lambda job: host.live.load(path))
-    return ""
+    return _words_of(host)
+
+
+def _words_of(host: Standalone) -> str:
+    """Which words the loaded model knows, where these are so few that one has to be told."""
+    loaded = host.live.loaded()
+    return markup.note(BUNDLED_WORDS) if loaded and loaded.path.name == BUNDLED_BASE else ""
 
 
 def build(session: Session) -> Any:
@@ -132,7 +139,7 @@ def build(session: Session) -> Any:
         with gr.Column(elem_id="dpo_app_top"), gr.Row():
             choice = gr.Dropdown(_names(host), value=_loaded_name(host), label="Checkpoint", scale=1)
             refresh = gr.Button("↻", elem_id="dpo_app_refresh", scale=0, min_width=48)
-        answer = gr.HTML("")
+        answer = gr.HTML(_words_of(host))
         tab.build(session)
         parts.on(
             choice.input,

@@ -24,7 +24,7 @@ from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel, Request
 from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.offsets.patch import Patch, check_changes, open_patch
 from lib_dpo.offsets.recipe import Ingredient, baked_in
-from lib_dpo.settings import ExtractSettings, check, one_of, strength_to_bake
+from lib_dpo.settings import BUNDLED_BASE, BUNDLED_CFG, ExtractSettings, check, one_of, strength_to_bake
 from lib_dpo.webui.blind import Blind
 from lib_dpo.webui.figures import Key, KnownFigures, known_key
 from lib_dpo.webui.jobs import Jobs
@@ -243,6 +243,12 @@ class Session:
         return report
 
     # ---- what pictures need ----
+
+    @property
+    def cfg_scale(self) -> float:
+        """The CFG scale to begin with."""
+        loaded = self.host.live.loaded()
+        return BUNDLED_CFG if loaded and loaded.path.name == BUNDLED_BASE else Request("").cfg_scale
 
     def to_add(self, offset: str, blocks: str, rank: int | None, *, bound: bool = False) -> Patch:
         """As `patch`, of which the blocks leave something."""

@@ -135,7 +135,9 @@ def sampling_controls(session: Session, prefix: str, of: str = "") -> list[Any]:
     )  # fmt: skip
     with gr.Row():
         steps = gr.Slider(minimum=1, maximum=150, step=1, value=20, label=f"Steps{of}", elem_id=f"{prefix}_steps")
-        cfg = gr.Slider(minimum=1.0, maximum=30.0, step=0.5, value=7.0, label=f"CFG scale{of}", elem_id=f"{prefix}_cfg")
+        cfg = gr.Slider(
+            minimum=1.0, maximum=30.0, step=0.5, value=session.cfg_scale, label=f"CFG scale{of}", elem_id=f"{prefix}_cfg"
+        )
     with gr.Row():
         width, height = (
             gr.Slider(
