@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lib_dpo.offsets.kinds import labelled, plain_name
 from lib_dpo.pictures.bars import block_columns, rank_columns, strength_line
 from lib_dpo.settings import in_digits
 from lib_dpo.webui.session import Session
@@ -61,20 +63,22 @@ def page(tab: Tab) -> None:
         chosen = [parts.checkpoint_name(name) for name in (target, base)]
         return about(session, *chosen, session.library.reference(reference), model=not all(chosen))
 
-    parts.start(tab, look, partial(what_is, session), [file], [place], about=partial(about, session))
+    parts.start(tab, look, partial(what_is, session), [file], [place], about=lambda name: about(session, plain_name(name)))
     parts.start(tab, fit, partial(does_it_fit, session), [target, base, reference], [place], about=of_three)
 
 
 def everything(session: Session) -> list[str]:
-    """The names of all lists, each once."""
+    """The names of all lists, each once, and what each file is."""
     library = session.library
-    names = [entry.name for entry in (*library.references(), *library.checkpoints(), *library.offsets())]
-    return list(dict.fromkeys(names))
+    files: dict[str, Path] = {}
+    for entry in (*library.references(), *library.checkpoints(), *library.offsets()):
+        files.setdefault(entry.name, entry.path)
+    return labelled(files.items())
 
 
 def what_is(session: Session, task: str | None, name: str) -> str:
     """A file in plain words, its figures, and what its metadata says."""
-    return _inspection_html(session.inspect(name or ""))  # no job: it may be asked while pictures are made
+    return _inspection_html(session.inspect(plain_name(name or "")))  # no job: it may be asked while pictures are made
 
 
 def does_it_fit(session: Session, task: str | None, target: str, base: str, reference: str) -> str:
