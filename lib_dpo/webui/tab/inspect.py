@@ -32,14 +32,18 @@ def page(tab: Tab) -> None:
 
     with parts.page("Inspect", "dpo_inspect"), gr.Row(elem_classes=["dpo-page"]):
         with gr.Column(elem_classes=["dpo-controls"]):
-            gr.HTML(markup.headed("What is this file?", "Kind, family, what it was made from, and what it says of itself."))
+            _heading(
+                "What is this file?", "Kind, family, what it was made from, and what it says of itself.", "dpo_inspect_what"
+            )
             file = parts.file_dropdown(
                 tab, everything, likely=parts.first, label="File", elem_id="dpo_inspect_file",
                 info="A checkpoint, reference, LoRA or offset file",
             )  # fmt: skip
             with gr.Row(elem_classes=["dpo-buttons"]):
                 look = gr.Button("What is it?", elem_id="dpo_inspect_look")
-            gr.HTML(markup.headed("Does it fit my model?", "How far your model is from the base, and whether DPO is in it."))
+            _heading(
+                "Does it fit my model?", "How far your model is from the base, and whether DPO is in it.", "dpo_inspect_fits"
+            )
             target = parts.file_dropdown(
                 tab, parts.checkpoints, likely=parts.first, label="Your model", value=parts.LOADED,
                 elem_id="dpo_inspect_target", info="Any finetune or merge, Pony too",
@@ -65,6 +69,12 @@ def page(tab: Tab) -> None:
 
     parts.start(tab, look, partial(what_is, session), [file], [place], about=lambda name: about(session, plain_name(name)))
     parts.start(tab, fit, partial(does_it_fit, session), [target, base, reference], [place], about=of_three)
+
+
+def _heading(question: str, sentence: str, elem_id: str) -> None:
+    import gradio as gr
+
+    parts.unsaved(gr.HTML(markup.headed(question, sentence), elem_id=elem_id))
 
 
 def everything(session: Session) -> list[str]:
