@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import lib_dpo
 from lib_dpo.families.arch import ARCHITECTURES
 from lib_dpo.families.blocks import block_of
 from lib_dpo.families.model import open_model
+from lib_dpo.offsets import kinds
 from lib_dpo.offsets.breeds import breeds_of
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.pictures.bars import block_columns, rank_columns, strength_line
@@ -193,3 +195,44 @@ def test_a_model_that_holds_the_bases_unet_fits(session: Session):
     assert inspect.fit_mood(found) == "good"  # type: ignore[arg-type]
     found.itself = True
     assert inspect.fit_mood(found) == "doubt"  # type: ignore[arg-type]
+
+
+# ---- kinds in the list ----
+
+
+def test_the_list_says_what_each_file_is_and_takes_names_without_that(session: Session):
+    tiny.save(session.host.lora_dir / "broken.safetensors", {"a": torch.zeros(2)})
+    for _ in range(200):  # the rest of a list is read in the background
+        choices = set(inspect.everything(session))
+        if "xl · LoRA, SDXL" in choices:
+            break
+        time.sleep(0.05)
+    assert {"dpo · LoRA, SD 1.x", "xl · LoRA, SDXL", "exact.safetensors · offset, SD 1.x", "broken · not a model"} <= choices
+    for choice in ("dpo · LoRA, SD 1.x", "dpo"):
+        assert "It is a LoRA" in inspect.what_is(session, None, choice)
+    for name in ("a · b", "my · LoRAs", "x · LoRA of mine"):
+        assert kinds.plain_name(name) == name
+        assert kinds.plain_name(f"{name} · UNet, SD 1.x with one resnet a level") == name
+
+
+def test_two_hundred_files_are_listed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    one = tiny.save(tmp_path / "0.safetensors", tiny.only_unet(tiny.base("sdxl")), torch.float16)
+    files = [(f"{n}", tmp_path / f"{n}.safetensors") for n in range(200)]
+    for _, path in files[1:]:
+        path.hardlink_to(one)
+    monkeypatch.setattr(kinds, "_known", {})
+    started = time.perf_counter()
+    first = kinds.labelled(files)
+    assert time.perf_counter() - started < 0.5  # 0.25 s and the file that it was at then, on a busy machine
+    assert first[0] == "0 · UNet, SDXL"
+    assert first[-1] == "199"
+    for _ in range(1200):  # read on in the background
+        if kinds.labelled(files, seconds=0)[-1] == "199 · UNet, SDXL" and not kinds._reading.locked():
+            break
+        time.sleep(0.05)
+    monkeypatch.setattr(kinds, "read_header", None)  # nothing is opened again
+    started = time.perf_counter()
+    assert all(label.endswith("UNet, SDXL") for label in kinds.labelled(files))
+    assert time.perf_counter() - started < 0.3
+    one.unlink()
+    assert kinds.labelled(files)[0] == "0"

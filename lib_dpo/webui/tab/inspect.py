@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lib_dpo.offsets.kinds import labelled, plain_name
 from lib_dpo.pictures.bars import block_columns, rank_columns, strength_line
 from lib_dpo.settings import in_digits
 from lib_dpo.webui.session import Session
@@ -30,14 +32,18 @@ def page(tab: Tab) -> None:
 
     with parts.page("Inspect", "dpo_inspect"), gr.Row(elem_classes=["dpo-page"]):
         with gr.Column(elem_classes=["dpo-controls"]):
-            gr.HTML(markup.headed("What is this file?", "Kind, family, what it was made from, and what it says of itself."))
+            _heading(
+                "What is this file?", "Kind, family, what it was made from, and what it says of itself.", "dpo_inspect_what"
+            )
             file = parts.file_dropdown(
                 tab, everything, likely=parts.first, label="File", elem_id="dpo_inspect_file",
                 info="A checkpoint, reference, LoRA or offset file",
             )  # fmt: skip
             with gr.Row(elem_classes=["dpo-buttons"]):
                 look = gr.Button("What is it?", elem_id="dpo_inspect_look")
-            gr.HTML(markup.headed("Does it fit my model?", "How far your model is from the base, and whether DPO is in it."))
+            _heading(
+                "Does it fit my model?", "How far your model is from the base, and whether DPO is in it.", "dpo_inspect_fits"
+            )
             target = parts.file_dropdown(
                 tab, parts.checkpoints, likely=parts.first, label="Your model", value=parts.LOADED,
                 elem_id="dpo_inspect_target", info="Any finetune or merge, Pony too",
@@ -61,20 +67,28 @@ def page(tab: Tab) -> None:
         chosen = [parts.checkpoint_name(name) for name in (target, base)]
         return about(session, *chosen, session.library.reference(reference), model=not all(chosen))
 
-    parts.start(tab, look, partial(what_is, session), [file], [place], about=partial(about, session))
+    parts.start(tab, look, partial(what_is, session), [file], [place], about=lambda name: about(session, plain_name(name)))
     parts.start(tab, fit, partial(does_it_fit, session), [target, base, reference], [place], about=of_three)
 
 
+def _heading(question: str, sentence: str, elem_id: str) -> None:
+    import gradio as gr
+
+    parts.unsaved(gr.HTML(markup.headed(question, sentence), elem_id=elem_id))
+
+
 def everything(session: Session) -> list[str]:
-    """The names of all lists, each once."""
+    """The names of all lists, each once, and what each file is."""
     library = session.library
-    names = [entry.name for entry in (*library.references(), *library.checkpoints(), *library.offsets())]
-    return list(dict.fromkeys(names))
+    files: dict[str, Path] = {}
+    for entry in (*library.references(), *library.checkpoints(), *library.offsets()):
+        files.setdefault(entry.name, entry.path)
+    return labelled(files.items())
 
 
 def what_is(session: Session, task: str | None, name: str) -> str:
     """A file in plain words, its figures, and what its metadata says."""
-    return _inspection_html(session.inspect(name or ""))  # no job: it may be asked while pictures are made
+    return _inspection_html(session.inspect(plain_name(name or "")))  # no job: it may be asked while pictures are made
 
 
 def does_it_fit(session: Session, task: str | None, target: str, base: str, reference: str) -> str:
