@@ -16,11 +16,6 @@ from lib_dpo.webui.tab.markup import Mood
 if TYPE_CHECKING:
     from lib_dpo.operations.diff import DiffReport, Spectra
     from lib_dpo.operations.write_offset import OffsetReport
-
-_MOODS: dict[str, Mood] = {
-    "fits": "good", "base": "good", "doubtful": "doubt", "weaker": "doubt", "contained": "doubt", "other": "doubt",
-    "wrong": "bad",
-}  # fmt: skip
 _NEARLY_ALL, _MUCH = 0.9, 0.5  # of the change, from which on a LoRA of the default rank does for all, or for most uses
 
 
@@ -62,7 +57,7 @@ def analysis_html(session: Session, found: Analysis) -> str:
     report = found.diff
     verdict = report.verdict
     cards = [
-        markup.card("Is it the right base?", verdict.text, mood=_MOODS[verdict.level]),
+        markup.card("Is it the right base?", verdict.text, mood=markup.LEVELS[verdict.level]),
         _fit_card(session, found),
         markup.card("LoRA or bake?", *_lora_or_bake(report.spectra)),
         markup.card("Which strength to start with?", _strength(found)),
@@ -75,7 +70,7 @@ def analysis_html(session: Session, found: Analysis) -> str:
 def _fit_card(session: Session, found: Analysis) -> str:
     title = "Does it fit the loaded model?"
     if found.compat:
-        return markup.card(title, found.compat.text, mood=_MOODS[found.compat.level])
+        return markup.card(title, found.compat.text, mood=markup.LEVELS[found.compat.level])
     status = session.status()
     if status.model is None:
         return markup.card(title, "No checkpoint is loaded, so this cannot be said yet.")
@@ -171,7 +166,7 @@ def extracted_html(session: Session, found: Extracted) -> str:
     body += _doors(f"<lora:{found.name}:1>" if in_webui else "")
     cards = markup.card(f"{found.name} is written", *sentences, mood=mood, body=body)
     if report.verdict.level != "fits":
-        cards = markup.card("Look at the base first", report.verdict.text, mood=_MOODS[report.verdict.level]) + cards
+        cards = markup.card("Look at the base first", report.verdict.text, mood=markup.LEVELS[report.verdict.level]) + cards
     return cards
 
 
@@ -186,7 +181,7 @@ def offset_html(session: Session, found: OffsetReport) -> str:
         "It holds all of what DPO changed.", left_out, mood="good", body=body + _doors(),
     )  # fmt: skip
     if found.verdict.level != "fits":
-        cards = markup.card("Look at the base first", found.verdict.text, mood=_MOODS[found.verdict.level]) + cards
+        cards = markup.card("Look at the base first", found.verdict.text, mood=markup.LEVELS[found.verdict.level]) + cards
     return cards
 
 
