@@ -11,8 +11,6 @@ from lib_dpo.errors import Cancelled, DpoError, NothingToDoError
 from lib_dpo.families.model import open_model
 from lib_dpo.maths.precision import full_precision
 from lib_dpo.offsets.offset import Pair, open_pair
-from lib_dpo.operations.measure import Tally, measure
-from lib_dpo.operations.verdict import right_base
 from lib_dpo.progress import Progress
 
 _SAMPLE = 40  # matrices of each component that are read
@@ -67,6 +65,10 @@ def right_bases(reference: Path, candidates: Sequence[Path], *, on_progress: Pro
 
 def _change(reference: Path, base: Path) -> float | None:
     """The relative size of the difference where the verdict on the sample is good, else None."""
+    # the maths is imported when it is needed: a WebUI starts without it
+    from lib_dpo.operations.measure import Tally, measure
+    from lib_dpo.operations.verdict import right_base
+
     with ExitStack() as stack:
         pair = open_pair(stack.enter_context(open_model(base)), stack.enter_context(open_model(reference)))
         tally = Tally(pair.architecture)
