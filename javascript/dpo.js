@@ -37,6 +37,7 @@ function dpoEnd(placeId, wrote) {
     if (wrote) [...dpoScriptLists, ...dpoHostLists].forEach(dpoPress); // a file may have been written
     if (!place) return;
     place.setAttribute("aria-busy", "false");
+    setTimeout(dpoNamePictures, 500);
     setTimeout(() => dpoBringIntoView(dpoElement(`${placeId}_place`) || place), 100); // when the answer is drawn
     const bar = place.previousElementSibling;
     if (bar && bar.classList.contains("progressDiv")) bar.style.display = "none";
@@ -348,6 +349,14 @@ function dpoName() {
     for (const button of dpoElement("dpo_tab").querySelectorAll("button.dpo-tool")) {
         button.title = "Look for new files";
         button.setAttribute("aria-label", button.title);
+    }
+}
+
+// Gradio's pictures are buttons without a name.
+function dpoNamePictures() {
+    for (const picture of dpoElement("dpo_tab").querySelectorAll("button img")) {
+        const button = picture.closest("button");
+        if (!button.getAttribute("aria-label")) button.setAttribute("aria-label", picture.alt || "Open the picture");
     }
 }
 

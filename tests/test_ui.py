@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lib_dpo.errors import Cancelled, HostError
-from lib_dpo.hosts.base import Check, FileEntry
+from lib_dpo.hosts.base import Check, FileEntry, Request
 from lib_dpo.offsets.kinds import plain_name
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import build, compare, comparison, inspect, lists, markup, parts
@@ -797,6 +797,30 @@ def test_the_function_kept_is_said_with_what_it_was_measured_against(with_lora: 
     html = run(with_lora, compare.compare, *values, outputs=9)[0]
     assert "of the function" in html
     assert "Of what dense changes in this model" in html
+
+
+@pytest.mark.parametrize(
+    ("storage", "strengths", "blocks", "reason"),
+    [
+        ("float8_e4m3fn", "1", "", "about 32% of mine survives rounding to the model's numbers (float8_e4m3fn)"),
+        ("float32", "0.1, 0.2", "", "no strength is above 0.2: try 1"),
+        ("float32", "1", "ALL=0.1", "the block weights leave at most 0.1 of mine"),
+        ("float32", "1", "", ""),
+    ],
+)
+def test_a_reason_for_no_effect_is_said_where_it_is_known(
+    with_lora: Session, host: FakeHost, monkeypatch: pytest.MonkeyPatch, storage: str, strengths: str, blocks: str, reason: str
+):
+    from lib_dpo.webui.comparing import Asked, compare
+
+    loaded = replace(with_lora.loaded(), storage=storage)
+    monkeypatch.setattr(host.live, "loaded", lambda: loaded)
+    picture = host.generate(Request("a cat", width=64, height=64, steps=1), None, 0.0)
+    monkeypatch.setattr(host, "generate", lambda *_: picture)
+    asked = Asked("mine", ["a cat"], strengths=strengths, seeds="1", steps=1, width=64, height=64, blocks=blocks)
+    found = with_lora.jobs.run("compare", lambda job: compare(with_lora, job, asked))
+    assert found.report.level == "none"
+    assert [remark for remark in found.remarks if "the card of" not in remark] == ([reason] if reason else [])
 
 
 def test_undo_and_compare_is_offered_where_something_is_baked(with_lora: Session, host: FakeHost):

@@ -39,14 +39,29 @@ def main(name: str, *args: str) -> None:
         known = ", ".join(sorted(file.stem for file in REQUIREMENTS.glob("*.txt")))
         sys.exit(f"error: no pin set {name!r} in requirements/; there are: {known}")
     version, base = find_python(name)
-    key = hashlib.sha256(pins.read_bytes() + version.encode()).hexdigest()[:12]
-    env = CACHE / f"{name}-{key}"
+    env = place_of(pins, version)
     python = env / "bin" / "python"
     if not is_complete(env):
         build(env, base=base, pins=pins, title=f"{name} (Python {version})")
     if args:
         os.execv(python, [str(python), *args])
     print(python)
+
+
+def built(name: str) -> Path | None:
+    """The Python of an environment that was built before; None where it was not."""
+    pins = REQUIREMENTS / f"{name}.txt"
+    try:
+        env = place_of(pins, find_python(name)[0])
+    except SystemExit:
+        return None
+    return env / "bin" / "python" if is_complete(env) else None
+
+
+def place_of(pins: Path, version: str) -> Path:
+    """Where the environment of a pin set lies."""
+    key = hashlib.sha256(pins.read_bytes() + version.encode()).hexdigest()[:12]
+    return CACHE / f"{pins.stem}-{key}"
 
 
 def find_python(name: str) -> tuple[str, str]:

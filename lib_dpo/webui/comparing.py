@@ -12,7 +12,7 @@ from lib_dpo.hosts.base import Job, Request
 from lib_dpo.offsets.patch import Patch
 from lib_dpo.pictures.plan import Cell, Images, Plan, Variant, parse_seeds, parse_strengths, run, strength_variants
 from lib_dpo.webui.cards import give_previews
-from lib_dpo.webui.results import Comparison, Status
+from lib_dpo.webui.results import Comparison
 from lib_dpo.webui.session import Session, sendable
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Told = Callable[[Plan, Images], None]  # called with all pictures that are made so far
 _WEAK = 0.5  # a strength below which an effect may well be too small to see
+_ROUNDED_AWAY = 0.5  # of the change: less than this survives a model's coarse numbers
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def compare(session: Session, job: Job, asked: Asked, tell: Told | None = None) 
         settings=settings,
         note=f"{report.text} {report.caveat}",
     )
-    remarks = _remarks(session.status(), report, plan, patches)
+    remarks = _remarks(session, report, plan, patches)
     remarks += give_previews(plan, columns, patches, made)
     found = Comparison(plan, made, grid, report, tuple(patch.offset for patch in patches), remarks)
     if whole is None:
@@ -199,10 +200,10 @@ def _whole(session: Session, offset: str) -> Patch:
     return session.patch(entry.name)
 
 
-def _remarks(status: Status, report: EffectReport, plan: Plan, patches: Sequence[Patch]) -> tuple[str, ...]:
+def _remarks(session: Session, report: EffectReport, plan: Plan, patches: Sequence[Patch]) -> tuple[str, ...]:
     """What is known of the reasons for what is seen."""
     found = []
-    for ingredient in status.in_file:
+    for ingredient in session.status().in_file:
         found.append(f"the untouched model's file holds {ingredient} already: what you see comes on top of it")
     if report.level != "none":
         return tuple(found)
@@ -215,6 +216,10 @@ def _remarks(status: Status, report: EffectReport, plan: Plan, patches: Sequence
             found.append(f"the block weights leave at most {max(map(abs, weights)):g} of {patch.name}")
         if len(patch.offset.unmatched) > len(patch.offset.shapes):
             found.append(f"most keys of {patch.name} have no place in this model")
+        share, storage = session.survives(patch, max(strengths, key=abs)) if strengths else (None, "")
+        if share is not None and share < _ROUNDED_AWAY:
+            left = f"about {share:.0%}" if share > 0 else "nothing"
+            found.append(f"{left} of {patch.name} survives rounding to the model's numbers ({storage})")
     return tuple(found)
 
 

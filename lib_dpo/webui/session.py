@@ -256,6 +256,25 @@ class Session:
         check_changes(patch.offset, patch.blocks)
         return patch
 
+    def survives(self, patch: Patch, strength: float) -> tuple[float | None, str]:
+        """The share of strength x offset that the loaded model's numbers can hold, and their format.
+
+        None where nothing is rounded, as in quantised models, to which it is added in every step, or nothing would change.
+
+        Raises:
+            NoModelError, BadFileError, BadTensorError.
+        """
+        import torch
+
+        from lib_dpo.operations.outlook.survival import survival
+
+        model = self.loaded()
+        dtype = getattr(torch, model.storage, None)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            return None, model.storage
+        with open_model(model.path) as target:
+            return survival(target, patch, strength, dtype), model.storage
+
     def picture_size(self, width: int, height: int) -> tuple[int, int]:
         """Of the pictures to make; what the loaded model was made for in the place of 0."""
         from lib_dpo.hosts.pipeline import made_for

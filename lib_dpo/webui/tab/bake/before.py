@@ -8,7 +8,6 @@ import torch
 
 from lib_dpo.errors import DpoError
 from lib_dpo.families.blocks import block_labels
-from lib_dpo.families.model import open_model
 from lib_dpo.offsets.lora.unplaced import twin_lines, unplaced_lines
 from lib_dpo.offsets.patch import Patch, check_changes
 from lib_dpo.pictures.curve import heat_map
@@ -78,22 +77,18 @@ def foresee(session: Session, offset: str | None, blocks: str | None, strength: 
 
 def _survives(session: Session, patch: Patch, strength: float | None) -> tuple[float, str]:
     """The share of the change that the loaded model's number format can hold, and a sentence; 1 where nothing is to be said."""
-    from lib_dpo.operations.outlook.survival import survival
-
     try:
         asked = strength_to_bake(strength)
     except DpoError:  # of no strength there is nothing to say; the click will say what is wrong
         return 1.0, ""
-    model = session.loaded()
-    dtype = getattr(torch, model.storage, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        return 1.0, f"The model is stored as {model.storage}: nothing is rounded away, the change is added in every step."
-    with open_model(model.path) as target:
-        share = survival(target, patch, asked, dtype)
+    share, storage = session.survives(patch, asked)
+    dtype = getattr(torch, storage, None)
+    if not isinstance(dtype, torch.dtype):
+        return 1.0, f"The model is stored as {storage}: nothing is rounded away, the change is added in every step."
     if share is None:
         return 1.0, ""
     held = f"About {markup.percent(share)} of the change survives" if share > 0 else "Nothing of the change survives"
-    sentence = f"{held} rounding to the model's numbers ({model.storage}) at strength {asked:g}."
+    sentence = f"{held} rounding to the model's numbers ({storage}) at strength {asked:g}."
     return share, f"{sentence} {_advice(dtype)}" if share < _MUCH else sentence
 
 
