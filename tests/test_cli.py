@@ -532,7 +532,7 @@ def test_an_existing_output_is_kept_or_replaced_as_told(sd1: Layouts, tmp_path: 
     assert tiny.run("extract", *pair(sd1), "-o", lora, "--rank", 1, "--overwrite") == 0
     with safe_open(str(lora), framework="pt") as file:
         assert file.metadata()["dpo.rank_policy"] == "rank 1"
-    assert tiny.snapshot(tmp_path).keys() == {"lora.safetensors"}
+    assert tiny.snapshot(tmp_path).keys() == {"lora.safetensors", "lora.json"}
 
 
 @pytest.mark.parametrize("command", ["extract", "offset", "bake", "resize"])
@@ -564,7 +564,7 @@ def test_an_other_sidecar_is_refused_before_anything_is_fetched(
 
 def test_missing_folders_are_made(sd1: Layouts, tmp_path: Path):
     assert tiny.run("extract", *pair(sd1), "-o", tmp_path / "a" / "b" / "lora.safetensors", "--rank", 1) == 0
-    assert tiny.snapshot(tmp_path).keys() == {"a", "a/b", "a/b/lora.safetensors"}
+    assert tiny.snapshot(tmp_path).keys() == {"a", "a/b", "a/b/lora.safetensors", "a/b/lora.json"}
 
 
 def test_the_sidecar_is_copied_and_an_other_one_is_kept(sd1: Layouts, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,0 +1,302 @@
+"""The tab in a real browser, on the gradio of each kind of WebUI, used as a person would use it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_browser import CHROMIUM, ROOT
+
+from tools import env
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium"),
+    pytest.mark.skipif(os.name == "nt", reason="environments of the hosts' versions are built on Linux and macOS"),
+]
+SERVER = Path(__file__).with_name("serve_tab.py")
+PAGES = {"extract": "Extract", "bake": "Bake", "compare": "Compare", "blind": "Blind test", "inspect": "Inspect"}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair, another model, and a LoRA of the pair."""
+    folder = tmp_path_factory.mktemp("pages")
+    base = tiny.save(folder / "Stable-diffusion" / "base.safetensors", tiny.base(), torch.float16)
+    tiny.save(folder / "Stable-diffusion" / "other.safetensors", tiny.base(seed=5), torch.float16)
+    tuned = tiny.in_diffusers("sd1", tiny.only_unet(tiny.tuned(rms=1e-3)))
+    reference = tiny.save(folder / "DPO" / "dpo-sd1" / "unet" / "diffusion_pytorch_model.safetensors", tuned)
+    lora = folder / "Lora" / "dpo-mine.safetensors"
+    assert tiny.run("extract", "--base", base, "--tuned", reference, "-o", lora, "--rank", 4) == 0
+    for file in folder.rglob("*.safetensors"):
+        os.utime(file, (1e9, 1e9))  # hashes of files of the last two seconds are not remembered
+    return folder
+
+
+GRADIOS = ["newest", "forge", "a1111"] if os.environ.get("DPO_ALL_GRADIOS") else ["newest"]  # .ci/run sets it
+
+
+@pytest.fixture(scope="module", params=GRADIOS)
+def address(request: pytest.FixtureRequest, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of the tab on the newest gradio, and on those of Forge (4.40) and AUTOMATIC1111 (3.41) where these are built."""
+    python = Path(sys.executable) if request.param == "newest" else env.built(request.param)
+    if python is None:
+        pytest.skip(f"the environment {request.param} is not built; see tools/env.py")
+    models = tmp_path_factory.mktemp(request.param) / "models"
+    shutil.copytree(files, models)
+    with _serving(python, models) as found:
+        yield found
+
+
+@contextmanager
+def _serving(python: Path, models: Path) -> Iterator[str]:
+    variables = {"GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
+    command = [str(python), str(SERVER), str(models)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | variables) as server:
+        try:
+            assert server.stdout is not None
+            lines = iter(server.stdout.readline, "")
+            line = next((line for line in lines if line.startswith("serving")), "")
+            assert line, "the server did not start"
+            yield line.split()[1]
+        finally:
+            server.kill()
+
+
+@pytest.fixture
+def opened(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
+    """Open the tab, with a width and dark or light."""
+    contexts = []
+
+    def open_tab(width: int = 1280, scheme: str = "light") -> Any:
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.set_default_timeout(60_000)
+        page.goto(f"{address}?__theme={scheme}")
+        page.wait_for_selector("#dpo_tab")
+        page.add_style_tag(path=str(ROOT / "style.css"))
+        page.add_script_tag(path=str(ROOT / "javascript" / "dpo.js"))
+        page.wait_for_function("() => document.querySelector('#dpo_status').innerText.includes('base')")
+        page.wait_for_function("() => document.querySelector('#dpo_bake_before, #dpo_foot')")
+        return page
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+
+
+def to(page: Any, name: str) -> None:
+    page.locator("#dpo_pages").get_by_role("tab", name=PAGES[name], exact=True).or_(
+        page.locator("#dpo_pages .tab-nav").get_by_role("button", name=PAGES[name], exact=True)
+    ).first.click()
+    page.locator(f"#dpo_{name}").wait_for()
+
+
+def choose(page: Any, elem_id: str, value: str) -> None:
+    """From a list; the tab fills its lists a moment after it was shown."""
+    field = page.locator(f"#{elem_id} input").first
+    for _ in range(20):
+        if field.input_value() == value:
+            return
+        field.click()
+        field.fill(value[:-1])
+        page.wait_for_timeout(400)
+        option = (
+            page.get_by_role("option").filter(has_text=value).or_(page.locator("ul.options li").filter(has_text=value)).first
+        )
+        if option.count():
+            option.click()
+        else:
+            field.press("Escape")
+        page.wait_for_timeout(400)
+    raise AssertionError(f"{elem_id} does not offer {value}")
+
+
+def fill(page: Any, elem_id: str, value: str) -> None:
+    field = page.locator(f"#{elem_id}").locator("textarea, input[type=number], input[type=text], input:not([type])").first
+    field.fill(value)
+    field.press("Tab")
+
+
+def said(page: Any, elem_id: str, words: str) -> None:
+    """Wait until a place says these words. Gradio 3.41 gives the id of an HTML to two elements."""
+    page.locator(f"#{elem_id}").first.filter(has_text=words).wait_for()
+
+
+def press(page: Any, elem_id: str, place: str, words: str) -> None:
+    page.locator(f"#{elem_id}").first.click()
+    said(page, place, words)
+
+
+def test_a_lora_is_extracted_and_leads_on(opened: Callable[..., Any]):
+    page = opened()
+    choose(page, "dpo_extract_reference", "dpo-sd1")
+    press(page, "dpo_extract_analyse", "dpo_extract_pair_result", "Is it the right base?")
+    page.locator("#dpo_extract_outlook .dpo-chart").wait_for()
+    fill(page, "dpo_extract_rank", "2")
+    said(page, "dpo_extract_outlook", "Rank 2 →")
+    fill(page, "dpo_extract_name", "new-one")
+    press(page, "dpo_extract_go", "dpo_extract_result", "new-one is written")
+    assert "Is it the right base?" in page.locator("#dpo_extract_pair_result").first.inner_text()
+    page.locator("#dpo_extract_result .dpo-doors").get_by_role("button", name="Bake").click()
+    page.locator("#dpo_bake_go").wait_for()
+    said(page, "dpo_bake_before", "new-one is a LoRA")
+
+
+def test_bake_and_undo(opened: Callable[..., Any]):
+    page = opened()
+    to(page, "bake")
+    choose(page, "dpo_bake_offset", "dpo-mine")
+    said(page, "dpo_bake_before", "it can be baked")
+    assert page.locator("#dpo_bake_undo").is_disabled()
+    page.locator("#dpo_bake_groups").get_by_text("Each part by itself").click()
+    fill(page, "dpo_bake_group_mid", "0.5")
+    page.wait_for_function(
+        "() => document.querySelector('#dpo_bake_blocks textarea, #dpo_bake_blocks input').value === 'MID=0.5'"
+    )
+    press(page, "dpo_bake_go", "dpo_bake_result", "MID=0.5")
+    page.wait_for_function("() => !document.querySelector('#dpo_bake_undo').disabled")
+    assert "baked: dpo-mine × 1 (MID=0.5)" in page.locator("#dpo_status").first.inner_text()
+    press(page, "dpo_bake_undo", "dpo_bake_result", "bit for bit")
+    page.wait_for_function("() => document.querySelector('#dpo_bake_undo').disabled")
+
+
+def test_compare_shows_cells_that_can_be_enlarged(opened: Callable[..., Any]):
+    page = opened()
+    to(page, "compare")
+    choose(page, "dpo_compare_offset", "dpo-mine")
+    fill(page, "dpo_compare_prompts", "a cat")
+    fill(page, "dpo_compare_strengths", "0.5, 1")
+    said(page, "dpo_compare_forecast", "pictures")
+    press(page, "dpo_compare_go", "dpo_compare_result", "effect")
+    assert page.locator("#dpo_compare_cells .dpo-cell").count() == 6  # two seeds, untouched and two strengths
+    page.locator("#dpo_compare_cells .dpo-cell").nth(1).click()
+    page.locator("dialog.dpo-large").wait_for()
+    page.keyboard.press("Escape")
+    page.wait_for_function("() => !document.querySelector('dialog.dpo-large')")
+
+
+def test_votes_by_keyboard_are_counted(opened: Callable[..., Any]):
+    page = opened()
+    to(page, "blind")
+    choose(page, "dpo_blind_offset", "dpo-mine")
+    fill(page, "dpo_blind_prompts", "a cat\na dog")
+    press(page, "dpo_blind_go", "dpo_blind_figures", "No votes yet")
+    page.locator("#dpo_blind_view .dpo-blind img").first.wait_for()
+    page.locator("body").press("ArrowLeft")
+    page.wait_for_function("() => !document.querySelector('#dpo_blind_figures').innerText.includes('No votes yet')")
+    page.locator("#dpo_blind_view .dpo-blind img").first.wait_for()
+
+
+def test_inspect_answers_both_questions(opened: Callable[..., Any]):
+    page = opened()
+    to(page, "inspect")
+    press(page, "dpo_inspect_look", "dpo_inspect_result", "SD 1.x")
+    choose(page, "dpo_inspect_target", "other.safetensors")
+    choose(page, "dpo_inspect_base", "base.safetensors")
+    choose(page, "dpo_inspect_reference", "dpo-sd1")
+    page.locator("#dpo_inspect_fit").click()
+    said(page, "dpo_inspect", "Strength to start with")
+
+
+def test_a_bake_by_keyboard_alone(opened: Callable[..., Any]):
+    """From the page's own top, with Tab, arrows and Enter; the focus is always to be seen."""
+    page = opened()
+    to(page, "bake")
+    choose(page, "dpo_bake_offset", "dpo-mine")
+    page.locator("#dpo_bake_offset input").first.focus()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        focused = page.evaluate("""() => {
+            const at = document.activeElement, look = getComputedStyle(at), box = getComputedStyle(at.parentElement);
+            const seen = (each) => each.outlineStyle !== "none" || each.boxShadow !== "none";
+            const own = at.closest("[id^=dpo_]");
+            return [own ? own.id : "", seen(look) || seen(box) || look.borderColor !== "rgb(0, 0, 0)"];
+        }""")
+        assert focused[1], focused
+        if focused[0] == "dpo_bake_go":
+            break
+    assert focused[0] == "dpo_bake_go"
+    page.keyboard.press("Enter")
+    said(page, "dpo_bake_result", "Baked into the loaded model")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_is_cut_or_wider_than_a_narrow_page(opened: Callable[..., Any], scheme: str):
+    page = opened(width=420, scheme=scheme)
+    for name in PAGES:
+        to(page, name)
+        page.wait_for_timeout(400)
+        wide = page.evaluate("""() => [...document.querySelectorAll("#dpo_tab *")].filter((each) => {
+            if (!each.offsetParent || each.closest(".dpo-scroll, dialog, svg")) return false;
+            const box = each.getBoundingClientRect();
+            return box.width > 1 && (box.right > document.documentElement.clientWidth + 1 || box.left < -1);
+        }).map((each) => each.closest("[id]").id + " " + each.className)""")
+        assert not wide, name
+        cut = page.evaluate("""() => [...document.querySelectorAll("#dpo_tab button:not(.label-wrap), #dpo_tab label > span")].filter((each) =>
+            each.offsetParent && each.scrollWidth > each.clientWidth + 2 && getComputedStyle(each).display !== "inline"
+        ).map((each) => each.innerText)""")
+        assert not cut, name
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(opened: Callable[..., Any], scheme: str):
+    """Names for screen readers, contrast of 4.5, roles: by axe-core, on every page with its answers on it."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
+    page = opened(scheme=scheme)
+    choose(page, "dpo_extract_reference", "dpo-sd1")
+    press(page, "dpo_extract_analyse", "dpo_extract_pair_result", "Is it the right base?")
+    found = _serious(axe, page, "extract")
+    to(page, "bake")
+    choose(page, "dpo_bake_offset", "dpo-mine")
+    said(page, "dpo_bake_before", "it can be baked")
+    page.locator("#dpo_bake_groups").get_by_text("Each part by itself").click()
+    press(page, "dpo_bake_go", "dpo_bake_result", "Baked into the loaded model")
+    found += _serious(axe, page, "bake")
+    press(page, "dpo_bake_undo", "dpo_bake_result", "bit for bit")
+    to(page, "compare")
+    choose(page, "dpo_compare_offset", "dpo-mine")
+    fill(page, "dpo_compare_prompts", "a cat")
+    fill(page, "dpo_compare_strengths", "1")
+    press(page, "dpo_compare_go", "dpo_compare_result", "effect")
+    found += _serious(axe, page, "compare")
+    page.locator("#dpo_compare_cells .dpo-cell").nth(1).click()
+    page.locator("dialog.dpo-large").wait_for()
+    found += _serious(axe, page, "large picture")
+    page.keyboard.press("Escape")
+    to(page, "blind")
+    choose(page, "dpo_blind_offset", "dpo-mine")
+    press(page, "dpo_blind_go", "dpo_blind_figures", "otes")
+    page.locator("#dpo_blind_view .dpo-blind img").first.wait_for()
+    found += _serious(axe, page, "blind")
+    to(page, "inspect")
+    press(page, "dpo_inspect_look", "dpo_inspect_result", "SD 1.x")
+    found += _serious(axe, page, "inspect")
+    assert not found
+
+
+def _serious(axe: Any, page: Any, name: str) -> list[str]:
+    page.wait_for_timeout(1500)  # what was pale while it waited has its colour
+    response = axe.run(page, context="#dpo_tab").response
+    return [
+        f"{name}: {each['id']}: {node['html'][:120]}"
+        for each in response["violations"] if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]  # fmt: skip
