@@ -250,7 +250,9 @@ def test_nothing_is_cut_or_wider_than_a_narrow_page(opened: Callable[..., Any], 
             return box.width > 1 && (box.right > document.documentElement.clientWidth + 1 || box.left < -1);
         }).map((each) => each.closest("[id]").id + " " + each.className)""")
         assert not wide, name
-        cut = page.evaluate("""() => [...document.querySelectorAll("#dpo_tab button:not(.label-wrap), #dpo_tab label > span")].filter((each) =>
+        cut = page.evaluate("""() => [
+            ...document.querySelectorAll("#dpo_tab button:not(.label-wrap), #dpo_tab label > span")
+        ].filter((each) =>
             each.offsetParent && each.scrollWidth > each.clientWidth + 2 && getComputedStyle(each).display !== "inline"
         ).map((each) => each.innerText)""")
         assert not cut, name
