@@ -136,7 +136,7 @@ def _compare(page: Any, tour: Tour) -> None:
     _fill(page, "dpo_compare_cfg", "3")
     _press(page, "dpo_compare_go", "dpo_compare_result", "effect")
     page.wait_for_timeout(3000)
-    tour.append(_frame(page, "3  Compare: your prompts, without and with it", at="dpo_status"))
+    tour.append(_frame(page, "3  Compare: your prompts, without and with it", at="dpo_compare_cells"))
 
 
 def _blind(page: Any, tour: Tour) -> None:
