@@ -58,9 +58,11 @@ const dpoPages = ["dpo_extract", "dpo_bake", "dpo_compare", "dpo_blind", "dpo_in
 function dpoPageButton(pageId) {
     const pages = dpoElement("dpo_pages");
     if (!pages) return null;
-    const own = [...pages.querySelectorAll(`[id="${pageId}-button"]`)];
-    const all = [...pages.querySelectorAll(".tab-nav > button")];
-    return own.find((button) => button.offsetParent) || own[0] || all[dpoPages.indexOf(pageId)] || null;
+    const named = (id) => pages.querySelector(`[id="${id}-button"]`);
+    if (named(pageId)) return named(pageId);
+    const more = [...pages.querySelectorAll(".overflow-dropdown button")]; // gradio 6: those for which a narrow page has no room
+    if (more.length) return more[dpoPages.filter((id) => !named(id)).indexOf(pageId)] || null;
+    return pages.querySelectorAll(".tab-nav > button")[dpoPages.indexOf(pageId)] || null;
 }
 
 // Called when the list of another page of the tab has the file in it.

@@ -103,9 +103,16 @@ def opened(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
 
 
 def to(page: Any, name: str) -> None:
-    page.locator("#dpo_pages").get_by_role("tab", name=PAGES[name], exact=True).or_(
-        page.locator("#dpo_pages .tab-nav").get_by_role("button", name=PAGES[name], exact=True)
-    ).first.click()
+    pages = page.locator("#dpo_pages")
+    own = pages.get_by_role("tab", name=PAGES[name], exact=True)
+    button = own.or_(pages.locator(".tab-nav").get_by_role("button", name=PAGES[name], exact=True)).first
+    if not button.count():  # gradio 6 puts what has no room behind a button
+        assert pages.get_by_role("button", name="More tabs").is_visible()
+        pages.locator(".overflow-dropdown button").filter(has_text=PAGES[name]).dispatch_event(
+            "click"
+        )  # its menu closes by itself
+    else:
+        button.click()
     page.locator(f"#dpo_{name}").wait_for()
 
 
@@ -238,6 +245,13 @@ def test_a_bake_by_keyboard_alone(opened: Callable[..., Any]):
     said(page, "dpo_bake_result", "Baked into the loaded model")
 
 
+def test_the_doors_of_a_card_open_on_a_narrow_page_too(opened: Callable[..., Any]):
+    page = opened(width=420)
+    for name in ("inspect", "bake", "blind", "extract", "compare"):
+        page.evaluate("(id) => dpoOpen(id, 'dpo_foot')", f"dpo_{name}")
+        page.locator(f"#dpo_{name}").wait_for()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_cut_or_wider_than_a_narrow_page(opened: Callable[..., Any], scheme: str):
     page = opened(width=420, scheme=scheme)
@@ -285,7 +299,7 @@ def test_axe_finds_nothing_serious(opened: Callable[..., Any], scheme: str):
     page.keyboard.press("Escape")
     to(page, "blind")
     choose(page, "dpo_blind_offset", "dpo-mine")
-    press(page, "dpo_blind_go", "dpo_blind_figures", "otes")
+    page.locator("#dpo_blind_go").click()
     page.locator("#dpo_blind_view .dpo-blind img").first.wait_for()
     found += _serious(axe, page, "blind")
     to(page, "inspect")
