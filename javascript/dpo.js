@@ -348,9 +348,18 @@ function dpoName() {
         const button = dpoElement(id);
         if (button) button.title = title;
     }
+    dpoNameInputs();
     for (const button of dpoElement("dpo_tab").querySelectorAll("button.dpo-tool")) {
         button.title = "Look for new files";
         button.setAttribute("aria-label", button.title);
+    }
+}
+
+// The numbers and ranges of sliders have no names in older gradio; their block says it.
+function dpoNameInputs() {
+    for (const input of dpoElement("dpo_tab").querySelectorAll('input[type="number"], input[type="range"]')) {
+        const words = input.closest(".block") && input.closest(".block").querySelector('[data-testid="block-info"], label span');
+        if (words && !input.getAttribute("aria-label")) input.setAttribute("aria-label", words.innerText.trim());
     }
 }
 
