@@ -19,7 +19,7 @@ import lib_dpo
 from lib_dpo.families.arch import ARCHITECTURES
 from lib_dpo.families.blocks import block_of
 from lib_dpo.families.model import open_model
-from lib_dpo.offsets import kinds
+from lib_dpo.offsets import file_kinds
 from lib_dpo.offsets.breeds import breeds_of
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.pictures.bars import block_columns, rank_columns, strength_line
@@ -56,7 +56,7 @@ def test_energy_by_block_is_that_of_the_dense_change(form: str, tmp_path: Path):
     tuned = tiny.save(tmp_path / "tuned.safetensors", tiny.tuned(rms=1e-3))
     ranks = {"energy": 0.6} if form == "low-rank" else {}
     lora = tmp_path / "l.safetensors"
-    lib_dpo.extract(base, tuned, lora, form=form, **ranks)  # type: ignore[arg-type]
+    lib_dpo.extract(base, tuned, lora, form=form, **ranks)  # type: ignore[arg-type]  # mypy cannot tell which keyword is which
     dense: dict[str, float] = Counter()
     with open_offset(lora) as offset:
         for key in offset.shapes:
@@ -103,7 +103,7 @@ def test_the_size_of_the_offset_by_block(tmp_path: Path):
 
 def _boxes(html: str) -> list[tuple[float, float, float, float]]:
     found = re.findall(r'<rect [^>]*x="(.*?)" y="(.*?)" width="(.*?)" height="(.*?)"', html)
-    return [tuple(float(value) for value in row) for row in found]  # type: ignore[misc]
+    return [tuple(float(value) for value in row) for row in found]  # type: ignore[misc]  # four numbers, by the pattern
 
 
 def test_columns_stand_on_the_ground_as_high_as_their_share():
@@ -192,9 +192,9 @@ def test_the_answers_are_on_the_page_and_on_the_command_line(
 
 def test_a_model_that_holds_the_bases_unet_fits(session: Session):
     found = SimpleNamespace(level="base", itself=False)
-    assert inspect.fit_mood(found) == "good"  # type: ignore[arg-type]
+    assert inspect.fit_mood(found) == "good"  # type: ignore[arg-type]  # all that it reads
     found.itself = True
-    assert inspect.fit_mood(found) == "doubt"  # type: ignore[arg-type]
+    assert inspect.fit_mood(found) == "doubt"  # type: ignore[arg-type]  # all that it reads
 
 
 # ---- kinds in the list ----
@@ -211,8 +211,8 @@ def test_the_list_says_what_each_file_is_and_takes_names_without_that(session: S
     for choice in ("dpo · LoRA, SD 1.x", "dpo"):
         assert "It is a LoRA" in inspect.what_is(session, None, choice)
     for name in ("a · b", "my · LoRAs", "x · LoRA of mine"):
-        assert kinds.plain_name(name) == name
-        assert kinds.plain_name(f"{name} · UNet, SD 1.x with one resnet a level") == name
+        assert file_kinds.plain_name(name) == name
+        assert file_kinds.plain_name(f"{name} · UNet, SD 1.x with one resnet a level") == name
 
 
 def test_two_hundred_files_are_listed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -220,19 +220,19 @@ def test_two_hundred_files_are_listed_at_once(tmp_path: Path, monkeypatch: pytes
     files = [(f"{n}", tmp_path / f"{n}.safetensors") for n in range(200)]
     for _, path in files[1:]:
         path.hardlink_to(one)
-    monkeypatch.setattr(kinds, "_known", {})
+    monkeypatch.setattr(file_kinds, "_known", {})
     started = time.perf_counter()
-    first = kinds.labelled(files)
+    first = file_kinds.labelled(files)
     assert time.perf_counter() - started < 0.5  # 0.25 s and the file that it was at then, on a busy machine
     assert first[0] == "0 · UNet, SDXL"
     assert first[-1] == "199"
     for _ in range(1200):  # read on in the background
-        if kinds.labelled(files, seconds=0)[-1] == "199 · UNet, SDXL" and not kinds._reading.locked():
+        if file_kinds.labelled(files, seconds=0)[-1] == "199 · UNet, SDXL" and not file_kinds._reading.locked():
             break
         time.sleep(0.05)
-    monkeypatch.setattr(kinds, "read_header", None)  # nothing is opened again
+    monkeypatch.setattr(file_kinds, "read_header", None)  # nothing is opened again
     started = time.perf_counter()
-    assert all(label.endswith("UNet, SDXL") for label in kinds.labelled(files))
+    assert all(label.endswith("UNet, SDXL") for label in file_kinds.labelled(files))
     assert time.perf_counter() - started < 0.3
     one.unlink()
-    assert kinds.labelled(files)[0] == "0"
+    assert file_kinds.labelled(files)[0] == "0"

@@ -26,7 +26,7 @@ from lib_dpo.families.keymap import (
     vae_from_diffusers,
     vae_to_diffusers,
 )
-from lib_dpo.families.kinds import KINDS, kind_of
+from lib_dpo.families.layer_kinds import KINDS, kind_of
 from lib_dpo.families.shapes import checkpoint_shapes, small, unet_diffusers_config, unet_name_pairs
 from lib_dpo.offsets.lora.aliases import lora_aliases
 

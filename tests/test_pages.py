@@ -152,6 +152,12 @@ def press(page: Any, elem_id: str, place: str, words: str) -> None:
     said(page, place, words)
 
 
+def ready_to_bake(page: Any) -> None:
+    to(page, "bake")
+    choose(page, "dpo_bake_offset", "dpo-mine")
+    said(page, "dpo_bake_before", "it can be baked")
+
+
 def test_a_lora_is_extracted_and_leads_on(opened: Callable[..., Any]):
     page = opened()
     choose(page, "dpo_extract_reference", "dpo-sd1")
@@ -169,9 +175,7 @@ def test_a_lora_is_extracted_and_leads_on(opened: Callable[..., Any]):
 
 def test_bake_and_undo(opened: Callable[..., Any]):
     page = opened()
-    to(page, "bake")
-    choose(page, "dpo_bake_offset", "dpo-mine")
-    said(page, "dpo_bake_before", "it can be baked")
+    ready_to_bake(page)
     assert page.locator("#dpo_bake_undo").is_disabled()
     page.locator("#dpo_bake_groups").get_by_text("Each part by itself").click()
     fill(page, "dpo_bake_group_mid", "0.5")
@@ -226,8 +230,7 @@ def test_inspect_answers_both_questions(opened: Callable[..., Any]):
 def test_a_bake_by_keyboard_alone(opened: Callable[..., Any]):
     """From the page's own top, with Tab, arrows and Enter; the focus is always to be seen."""
     page = opened()
-    to(page, "bake")
-    choose(page, "dpo_bake_offset", "dpo-mine")
+    ready_to_bake(page)
     page.locator("#dpo_bake_offset input").first.focus()
     for _ in range(40):
         page.keyboard.press("Tab")
@@ -273,18 +276,14 @@ def test_nothing_is_cut_or_wider_than_a_narrow_page(opened: Callable[..., Any], 
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(opened: Callable[..., Any], scheme: str, request: pytest.FixtureRequest):
+def test_axe_finds_nothing_serious(opened: Callable[..., Any], scheme: str):
     """Names for screen readers, contrast of 4.5, roles: by axe-core, on every page with its answers on it."""
-    if request.node.callspec.params["address"] != "newest":
-        pytest.skip("older gradio has inputs of its own without names; the pages are the same")
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe-playwright-python").Axe()
     page = opened(scheme=scheme)
     choose(page, "dpo_extract_reference", "dpo-sd1")
     press(page, "dpo_extract_analyse", "dpo_extract_pair_result", "Is it the right base?")
     found = _serious(axe, page, "extract")
-    to(page, "bake")
-    choose(page, "dpo_bake_offset", "dpo-mine")
-    said(page, "dpo_bake_before", "it can be baked")
+    ready_to_bake(page)
     page.locator("#dpo_bake_groups").get_by_text("Each part by itself").click()
     press(page, "dpo_bake_go", "dpo_bake_result", "Baked into the loaded model")
     found += _serious(axe, page, "bake")

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 from lib_dpo.errors import Cancelled, HostError
 from lib_dpo.hosts.base import Check, FileEntry, Request
-from lib_dpo.offsets.kinds import plain_name
+from lib_dpo.offsets.file_kinds import plain_name
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import build, compare, comparison, inspect, lists, markup, parts
 from lib_dpo.webui.tab.bake import before, blocks
@@ -618,6 +618,13 @@ def test_what_survives_the_models_numbers_is_said_before_the_click(
     assert words in before.foresee(with_lora, "mine", "", strength)
     assert "survives" not in before.foresee(with_lora, "mine", "", 0.0)
     assert "survives" not in before.foresee(with_lora, "mine", "", None)
+
+
+def test_a_pickle_is_not_loaded_to_say_what_would_survive(with_lora: Session, host: FakeHost, monkeypatch: pytest.MonkeyPatch):
+    patch = with_lora.patch("mine")
+    loaded = replace(with_lora.loaded(), path=host.checkpoint_dir / "of-ten-gigabytes.ckpt")
+    monkeypatch.setattr(host.live, "loaded", lambda: loaded)
+    assert with_lora.survives(patch, 1.0) == (None, "float32")
 
 
 def test_bake_and_undo(with_lora: Session):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from lib_dpo.errors import SettingError, did_you_mean
 from lib_dpo.families.arch import Architecture
 from lib_dpo.families.keymap import UNET, component_of
-from lib_dpo.families.kinds import KINDS, kind_of
+from lib_dpo.families.layer_kinds import KINDS, kind_of
 
 
 def block_of(arch: Architecture, key: str) -> str | None:
@@ -45,7 +45,7 @@ class BlockWeights:
 
     What is not named has weight 1. Blocks: a group name (IN, OUT, TE, UNET, ALL) sets all its blocks; the more exact name wins,
     whatever the order. `OUT` is the group of OUT00.. together with the output layer itself. Kinds of layer: those of
-    `kinds.KINDS`; ATTN is both of attention.
+    `layer_kinds.KINDS`; ATTN is both of attention.
     """
 
     weights: tuple[tuple[str, float], ...] = ()

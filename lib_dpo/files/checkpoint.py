@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "vae")
-_PICKLES = (".ckpt", ".pt", ".pth")
+PICKLES = (".ckpt", ".pt", ".pth")  # to look into one is to load all of it
 # model.safetensors, model.fp16.safetensors, model-00001-of-00002.safetensors, model.fp16-00001-of-00002.safetensors,
 # model-00001-of-00002.fp16.safetensors, model.safetensors.index.json, model.safetensors.index.fp16.json
 _WEIGHTS = re.compile(
@@ -133,10 +133,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
         return Checkpoint(path, "safetensors", [_whole(_MappedFile(path))])
-    if suffix in _PICKLES:
+    if suffix in PICKLES:
         return Checkpoint(path, "ckpt", [_whole(PickledFile(path))])
     raise BadFileError(
-        f"{path}: is {suffix or 'without a suffix'}, expected .safetensors, {', '.join(_PICKLES)} "
+        f"{path}: is {suffix or 'without a suffix'}, expected .safetensors, {', '.join(PICKLES)} "
         "or a diffusers folder; choose another file"
     )
 
@@ -258,7 +258,7 @@ def _component_parts(folder: Path, prefix: str) -> list[_Part]:
         return _sharded_parts(folder, index, prefix)
     if any(re.search(r"-\d+-of-\d+", name) for name in files):
         raise damaged(folder / files[0], "it is one of several shards, and their .safetensors.index.json is missing")
-    pickles = [name for name in names if name.endswith((".bin", *_PICKLES))]
+    pickles = [name for name in names if name.endswith((".bin", *PICKLES))]
     if pickles and not files:
         raise BadFileError(
             f"{folder}: holds its weights as a pickle only ({pickles[0]}), expected .safetensors; "

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lib_dpo.families.arch import Architecture
 from lib_dpo.families.blocks import block_labels, block_of
-from lib_dpo.families.kinds import KINDS, kind_of
+from lib_dpo.families.layer_kinds import KINDS, kind_of
 from lib_dpo.families.pruning import Blocks
 from lib_dpo.maths.ranks import Spectrum, break_even_rank, size_curve
 from lib_dpo.offsets.coverage import LeftOut, left_out

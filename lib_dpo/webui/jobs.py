@@ -83,14 +83,9 @@ class Jobs:
         record.result = None  # the caller has it
         return result
 
-    def start(self, title: str, work: Work[Any], *, beside: bool = False) -> Record:
-        """Do work in a thread of its own; `get` tells how it goes. Raises BusyError as `run`.
-
-        Args:
-            beside: work that needs nothing of the host, such as a download: it waits for no turn and keeps nobody waiting,
-                and `interrupt` leaves it alone.
-        """
-        record = self.register(title, beside=beside)
+    def start(self, title: str, work: Work[Any]) -> Record:
+        """Do work in a thread of its own; `get` tells how it goes. Raises BusyError as `run`."""
+        record = self.register(title)
         self.go_on(record, work)
         return record
 
@@ -132,7 +127,12 @@ class Jobs:
             self._host.interrupt()  # a sampler asks the host only
 
     def register(self, title: str, *, beside: bool = False) -> Record:
-        """A new job that waits for its turn: `finish` does its work. Raises BusyError as `run`. `beside` as in `start`."""
+        """A new job that waits for its turn: `finish` or `go_on` does its work. Raises BusyError as `run`.
+
+        Args:
+            beside: work that needs nothing of the host, such as a download: it waits for no turn and keeps nobody waiting,
+                and `interrupt` leaves it alone.
+        """
         with self._lock:
             title = printable(title)
             running = (each for each in self._records.values() if not each.is_over and not each.stop)

@@ -17,7 +17,7 @@ from typing import Literal
 
 from lib_dpo.errors import DpoError, NotFoundError, nearest, printable
 from lib_dpo.families.model import Model
-from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.files.checkpoint import PICKLES, open_checkpoint
 from lib_dpo.files.names import output_path
 from lib_dpo.hosts.base import FileEntry, Host
 from lib_dpo.offsets.lora.keys import is_lora
@@ -31,7 +31,6 @@ FileKind = Literal["lora", "offset", "model", "other"]
 _MODEL_SUFFIXES = (".safetensors", ".ckpt")
 _FOLDER_MARKS = ("unet", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
 _LARGER_THAN_A_LORA = 1_000_000_000  # bytes from which a file among the LoRAs is looked at: a UNet of SD 1.5 in fp16 has 1.7 GB
-_PICKLES = (".ckpt",)
 _FOLDERS = re.compile(
     r"(?<![\w./\\:])(?:[A-Za-z]:[\\/]|[\\/])(?:[^\s\\/:;,'\"()]+[\\/])+(?=[^\s\\/:;,'\"()])"
 )  # of an absolute path
@@ -225,7 +224,7 @@ def _walk(folder: Path, root: Path, depth: int) -> Iterable[FileEntry]:
 
 
 def _kind(path: Path) -> FileKind:
-    if path.suffix.lower() in _PICKLES:  # gigabytes to look into, and nobody publishes offsets so
+    if path.suffix.lower() in PICKLES:  # gigabytes to look into, and nobody publishes offsets so
         return "model"
     try:
         with open_checkpoint(path) as checkpoint:

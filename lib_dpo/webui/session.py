@@ -19,7 +19,7 @@ from lib_dpo.families.arch import ARCHITECTURES, Architecture
 from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.families.model import Model, open_model
 from lib_dpo.files.atomic import check_output
-from lib_dpo.files.checkpoint import sha256_in_background
+from lib_dpo.files.checkpoint import PICKLES, sha256_in_background
 from lib_dpo.hosts.base import Baked, Host, Job, LoadedModel, Request
 from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.offsets.patch import Patch, check_changes, open_patch
@@ -259,7 +259,8 @@ class Session:
     def survives(self, patch: Patch, strength: float) -> tuple[float | None, str]:
         """The share of strength x offset that the loaded model's numbers can hold, and their format.
 
-        None where nothing is rounded, as in quantised models, to which it is added in every step, or nothing would change.
+        None where nothing is rounded, as in quantised models, to which it is added in every step, or nothing would change;
+        and where the model's file is a pickle, all of which would have to be loaded.
 
         Raises:
             NoModelError, BadFileError, BadTensorError.
@@ -270,7 +271,7 @@ class Session:
 
         model = self.loaded()
         dtype = getattr(torch, model.storage, None)
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        if not isinstance(dtype, torch.dtype) or model.path.suffix.lower() in PICKLES:
             return None, model.storage
         with open_model(model.path) as target:
             return survival(target, patch, strength, dtype), model.storage

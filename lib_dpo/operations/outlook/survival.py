@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +38,8 @@ def survival(target: Model, patch: Patch, strength: float, dtype: torch.dtype) -
             if source is None or len(source.keys) > 1 or source.transpose:
                 continue
             whole = flat(target.checkpoint.read(source.keys[0]))
-            if tuple(whole.shape) != _flat_shape(patch.offset.shapes[key]):
+            shape = patch.offset.shapes[key]
+            if len(whole) != shape[0] or whole.numel() != math.prod(shape):  # a first convolution of more channels
                 continue
             count = min(len(whole), max(1, _VALUES // max(1, whole.shape[1])))
             first = number * 7919 % (len(whole) - count + 1)  # somewhere else in each tensor
@@ -46,10 +48,6 @@ def survival(target: Model, patch: Patch, strength: float, dtype: torch.dtype) -
             wanted += found.wanted * len(whole) / count
             lost += found.lost * len(whole) / count
     return 1 - lost / wanted if wanted else None
-
-
-def _flat_shape(shape: Sequence[int]) -> tuple[int, int]:
-    return tuple(flat(torch.empty(tuple(shape), device="meta")).shape)  # type: ignore[return-value]  # two, always
 
 
 def _rows(terms: Sequence[Term], first: int, count: int) -> list[Term]:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from lib_dpo.errors import Cancelled, DpoError, NothingToDoError
 from lib_dpo.families.model import open_model
+from lib_dpo.files.checkpoint import PICKLES
 from lib_dpo.maths.precision import full_precision
 from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.progress import Progress
 
 _SAMPLE = 40  # matrices of each component that are read
-_PICKLES = (".ckpt", ".pt", ".pth")  # to look into one is to load all of it
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def right_bases(reference: Path, candidates: Sequence[Path], *, on_progress: Pro
         BadFileError: the reference cannot be read.
     """
     found: list[BaseFound] = []
-    wanted = [path for path in candidates if path.suffix.lower() not in _PICKLES]
+    wanted = [path for path in candidates if path.suffix.lower() not in PICKLES]
     with open_model(reference):  # says what is wrong with it, once
         pass
     for number, path in enumerate(wanted):
@@ -59,7 +59,7 @@ def right_bases(reference: Path, candidates: Sequence[Path], *, on_progress: Pro
         if change is not None:
             found.append(BaseFound(path, change))
     found.sort(key=lambda each: each.change)
-    pickles = tuple(path for path in candidates if path.suffix.lower() in _PICKLES)
+    pickles = tuple(path for path in candidates if path.suffix.lower() in PICKLES)
     return BasesFound(tuple(found), len(wanted), pickles)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib_dpo.offsets.kinds import labelled, plain_name
+from lib_dpo.offsets.file_kinds import labelled, plain_name
 from lib_dpo.pictures.bars import block_columns, rank_columns, strength_line
 from lib_dpo.settings import in_digits
 from lib_dpo.webui.session import Session

@@ -7,7 +7,7 @@ from typing import Any
 
 from lib_dpo.errors import SettingError
 from lib_dpo.families.blocks import BlockWeights, parse_blocks
-from lib_dpo.families.kinds import KINDS
+from lib_dpo.families.layer_kinds import KINDS
 from lib_dpo.webui.tab import parts
 from lib_dpo.webui.tab.parts import field_options
 

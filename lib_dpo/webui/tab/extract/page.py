@@ -89,16 +89,10 @@ def page(tab: Tab) -> None:
     shown = {rank: BY_RANK, conv_rank: BY_RANK, size: BY_SIZE, energy: BY_ENERGY, exact: EXACT}
     parts.follow(tab, [by], lambda choice: [parts.update(visible=name == choice) for name in shown.values()], list(shown))
     parts.follow(tab, [reference], lambda chosen: [first_view(session, chosen)], [intro])
-    # ---- the curve follows the pair, and the controls ----
     controls, ends = [*numbers, *settings[1:]], [rank, conv_rank]
-    ahead = partial(outlook.outlook, session)
-    for each in pair:
-        parts.on(each.change, ahead, [*pair, *controls], [curve, known, *ends], **parts.UNASKED)
-    tab.places.append(Place(curve, known, again=lambda *values: ahead(*values)[:2], inputs=[*pair, *controls]))
-    parts.follow(tab, controls, partial(outlook.moved, session), [curve], beside=[known])
+    _curve_follows(tab, pair, controls, (curve, known), ends)
     for which, button in presets.items():
         parts.on(button.click, partial(outlook.preset, session, which), [known], numbers, **parts.UNASKED)
-    # ---- work ----
     parts.start(tab, find, partial(references.find_base, session), [reference], [pair_place, found], about=of_reference)
     parts.on(take.click, partial(_based, session), [found], [base], **parts.UNASKED)
     wire_references(base, reference)
@@ -111,6 +105,19 @@ def page(tab: Tab) -> None:
     )  # fmt: skip
     parts.start(tab, dense, partial(write_offset, session), named, [place, written], about=of_offset, writes=True)
     tab.doors.extend((button, _DOORS[name], written, name) for name, button in doors.items())
+
+
+def _curve_follows(tab: Tab, pair: list[Any], controls: list[Any], curve: tuple[Any, Any], ends: list[Any]) -> None:
+    """Draw the curve anew for another pair, and move its mark with the controls.
+
+    Args:
+        curve: where it is shown, and what is kept of it. ends: sliders that end where the pair's layers do.
+    """
+    ahead = partial(outlook.outlook, tab.session)
+    for each in pair:
+        parts.on(each.change, ahead, [*pair, *controls], [*curve, *ends], **parts.UNASKED)
+    tab.places.append(Place(*curve, again=lambda *values: ahead(*values)[:2], inputs=[*pair, *controls]))
+    parts.follow(tab, controls, partial(outlook.moved, tab.session), [curve[0]], beside=[curve[1]])
 
 
 def hand_over(tab: Tab) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lib_dpo.errors import DpoError
 from lib_dpo.families.arch import ARCHITECTURES, recognise
+from lib_dpo.files.checkpoint import PICKLES
 from lib_dpo.files.header import Header, read_header
 from lib_dpo.offsets.lora.keys import is_lora
 
@@ -69,7 +70,7 @@ def _kind(path: Path, *, look: bool) -> str:
 
 
 def _read(path: Path) -> str:
-    if path.suffix.lower() == ".ckpt":  # gigabytes to look into
+    if path.suffix.lower() in PICKLES:  # gigabytes to look into
         return "checkpoint"
     try:
         header = read_header(path)
