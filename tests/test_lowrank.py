@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -166,6 +167,23 @@ def test_full_precision_restores_what_it_changes() -> None:
             assert not torch.is_grad_enabled()
         assert torch.get_float32_matmul_precision() == "high"
         assert torch.backends.cudnn.allow_tf32  # torch's own choice
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_full_precision_is_put_back_by_the_last_of_two_threads() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        one, other = full_precision(), full_precision()
+        with ThreadPoolExecutor(1) as elsewhere:
+            one.__enter__()
+            elsewhere.submit(other.__enter__).result()
+            one.__exit__(None, None, None)
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not torch.backends.cudnn.allow_tf32
+            elsewhere.submit(other.__exit__, None, None, None).result()
+        assert torch.get_float32_matmul_precision() == "high"
+        assert torch.backends.cudnn.allow_tf32
     finally:
         torch.set_float32_matmul_precision("highest")
 

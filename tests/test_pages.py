@@ -144,7 +144,10 @@ def fill(page: Any, elem_id: str, value: str) -> None:
 
 def said(page: Any, elem_id: str, words: str) -> None:
     """Wait until a place says these words. Gradio 3.41 gives the id of an HTML to two elements."""
-    page.locator(f"#{elem_id}").first.filter(has_text=words).wait_for()
+    try:
+        page.locator(f"#{elem_id}").first.filter(has_text=words).wait_for()
+    except sync_api.TimeoutError:
+        raise AssertionError(f"{elem_id} does not say '{words}':\n{page.locator('#dpo_tab').inner_text()}") from None
 
 
 def press(page: Any, elem_id: str, place: str, words: str) -> None:

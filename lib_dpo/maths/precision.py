@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -54,9 +55,39 @@ def round_once(exact: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """No autocast, no TF32, in products and convolutions, and no autograd inside: hosts switch the first two on."""
-    with _products(), _convolutions(), _plain():
+    """No autocast, no TF32, in products and convolutions, and no autograd inside: hosts switch the first two on.
+
+    TF32 is a setting of the whole process: threads may be inside at once, and the last one out puts it back.
+    """
+    with _WITHOUT_TF32.held(), _plain():
         yield
+
+
+class _Held:
+    """The process's settings for whoever is inside: set by the first in, put back by the last out."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                with ExitStack() as settings:
+                    settings.enter_context(_products())
+                    settings.enter_context(_convolutions())
+                    self._before = settings.pop_all()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._before.close()
+
+
+_WITHOUT_TF32 = _Held()
 
 
 @contextmanager
