@@ -94,7 +94,7 @@ def opened(browser: Any, address: str) -> Iterator[Callable[..., Any]]:
         page.add_style_tag(path=str(ROOT / "style.css"))
         page.add_script_tag(path=str(ROOT / "javascript" / "dpo.js"))
         page.wait_for_function("() => document.querySelector('#dpo_status').innerText.includes('base')")
-        page.wait_for_function("() => document.querySelector('#dpo_bake_before, #dpo_foot')")
+        said(page, "dpo_extract_first", "Chosen: dpo-sd1")  # the lists are filled, and nothing moves any more
         return page
 
     yield open_tab

@@ -509,6 +509,9 @@ def test_lora_or_bake_follows_from_the_figures(session: Session):
 
 
 def test_the_first_view_says_which_file_to_put_where(session: Session):
+    assert "choose one in the list" in first_view(session, "")
+    assert "mhdang" not in first_view(session, "")  # the list below is filled in a moment
+    shutil.rmtree(session.host.reference_dir / "dpo-sd1")
     html = first_view(session, "")
     for words in ("Get a reference", "Extract", "Compare", "mhdang/dpo-sd1.5-text2image-v1", "DPO/dpo-sd1.5.safetensors"):
         assert words in html

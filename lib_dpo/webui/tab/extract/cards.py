@@ -10,7 +10,7 @@ from lib_dpo.pictures.curve import heat_map, spectrum_curve
 from lib_dpo.settings import DEFAULT_RANK
 from lib_dpo.webui.results import Analysis, Extracted
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import markup
+from lib_dpo.webui.tab import markup, parts
 from lib_dpo.webui.tab.markup import Mood
 
 if TYPE_CHECKING:
@@ -20,13 +20,15 @@ _NEARLY_ALL, _MUCH = 0.9, 0.5  # of the change, from which on a LoRA of the defa
 
 
 def first_view(session: Session, reference: str | None) -> str:
-    """What the tab does and the way through it; where no reference is chosen, which file to put where."""
+    """What the tab does and the way through it; where there is no reference, which file to put where."""
     folder = session.host.reference_dir
     place = f"{folder.parent.name}/{folder.name}"
     chosen = f"Chosen: {reference}. Others go into {place}."
+    there = bool(reference or parts.named_dpo(parts.references(session)))  # the list is filled a moment after the page is shown
     none = f"A model after DPO. Fetch one below, or put a file into {place} and press ↻ beside the list."
+    choose = f"A model after DPO: choose one in the list. Others go into {place}."
     steps = [
-        ("Get a reference", chosen if reference else none),
+        ("Get a reference", chosen if reference else choose if there else none),
         ("Extract", "Analyse the pair, choose a size on the curve, and write the LoRA."),
         ("Compare", "See pictures with and without it. Then use it in prompts, or bake it into a model."),
     ]
@@ -34,7 +36,7 @@ def first_view(session: Session, reference: str | None) -> str:
     return (
         '<section class="dpo-first">'
         "<p>This tab takes what preference tuning (DPO) changed in a model, and gives it to you as a LoRA for other models of "
-        f"the same family.</p><ol>{rows}</ol>{'' if reference else _where_from(place)}</section>"
+        f"the same family.</p><ol>{rows}</ol>{'' if there else _where_from(place)}</section>"
     )
 
 
