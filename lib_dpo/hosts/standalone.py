@@ -21,7 +21,7 @@ from lib_dpo.families.arch import Architecture
 from lib_dpo.families.keymap import UNET
 from lib_dpo.families.model import open_model
 from lib_dpo.files.hashes import user_cache
-from lib_dpo.hosts import checksums, inplace
+from lib_dpo.hosts import checksums, inplace, prompts
 from lib_dpo.hosts.base import Baked, Check, FileEntry, LoadedModel, Picture, Request
 from lib_dpo.hosts.picture_folder import check_picture_folder, pictures_check
 from lib_dpo.hosts.pipeline import Weights, check_whole, open_pipeline
@@ -261,8 +261,7 @@ class Standalone:
         size = f"a picture of {request.width}x{request.height}"
         with memory_in_words(size, "make it smaller, or close other programs"), torch.inference_mode():
             found = pipeline(
-                prompt=request.prompt,
-                negative_prompt=request.negative,
+                **prompts.arguments(pipeline, request.prompt, request.negative),
                 num_inference_steps=request.steps,
                 guidance_scale=request.cfg_scale,
                 width=request.width,
