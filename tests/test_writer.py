@@ -334,13 +334,30 @@ def test_a_file_that_reads_back_differently_is_not_kept(
     assert left_in(tmp_path) == []
 
 
-def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path: Path):
-    old, fresh, other = ".out.safetensors.0123abcd.part", ".out.safetensors.1123abcd.part", ".in.safetensors.0123abcd.part"
-    for name, age in ((old, 90_000), (fresh, 3600), (other, 90_000)):
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path: Path):
+    left, of_another_output = ".out.safetensors.0123abcd.part", ".in.safetensors.0123abcd.part"
+    for name in (left, of_another_output):
+        (tmp_path / name).write_bytes(b"")
+    with writing(tmp_path / "out.safetensors") as other:  # two write one name: the second refuses to replace the first
+        save(tmp_path / "out.safetensors", TENSORS, {})
+        assert left_in(tmp_path) == sorted(["out.safetensors", of_another_output, other._output.part.name])
+        with pytest.raises(OutputError, match="exists already"):
+            other.finish({})
+    assert left_in(tmp_path) == sorted(["out.safetensors", of_another_output])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open, and needs no locks for that")
+def test_where_files_cannot_be_locked_a_day_must_have_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    old, fresh = ".out.safetensors.0123abcd.part", ".out.safetensors.1123abcd.part"
+    for name, age in ((old, 90_000), (fresh, 3600)):
         (tmp_path / name).write_bytes(b"")
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     save(tmp_path / "out.safetensors", TENSORS, {})
-    assert left_in(tmp_path) == sorted(["out.safetensors", fresh, other])
+    assert left_in(tmp_path) == sorted(["out.safetensors", fresh])
 
 
 # refusals

@@ -105,11 +105,17 @@ class Tab:
         field.press("Tab")
 
     def choose(self, elem_id: str, value: str) -> None:
-        """Choose from a list by typing; Enter alone would take the first that holds these letters."""
+        """Choose from a list by typing; Enter alone would take the first that holds these letters.
+
+        Some lists say what a file is behind its name.
+        """
         field = self.page.locator(f"#{elem_id}").first.locator("input").first
         field.click()
         field.fill(value)
-        self.page.locator(f"#{elem_id} [aria-label='{value}'], ul.options [aria-label='{value}']").first.click()
+        named = (
+            f"{of} [aria-label{name}']" for of in (f"#{elem_id}", "ul.options") for name in (f"='{value}", f"^='{value} ·")
+        )
+        self.page.locator(", ".join(named)).first.click()
         field.press("Tab")
 
     def click(self, elem_id: str) -> None:

@@ -6,8 +6,8 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from conftest import EXACT, LORA
-from files import REFERENCE
+from conftest import EXACT, LORA, Report, choose
+from files import BASE, OTHER, REFERENCE
 from page import Tab, browser
 from pictures import PROMPT, Offset, distance, draw, known, request, same
 from playwright.sync_api import Browser
@@ -32,13 +32,14 @@ def tab(chromium: Browser, server: Server) -> Iterator[Tab]:
     assert not errors
 
 
-def test_four_pages_and_a_true_status(tab: Tab, server: Server) -> None:
+def test_five_pages_and_a_true_status(tab: Tab, server: Server) -> None:
     tab.dpo()
-    assert tab.pages() == ["Extract", "Bake", "Compare", "Inspect"]
+    pages = ["Extract", "Bake", "Compare", "Blind test", "Inspect"]
+    assert tab.pages() == pages
     assert server.get("status")["text"] in tab.text("dpo_status")
-    for name in ("Bake", "Compare", "Inspect", "Extract"):
+    for name in pages:
         tab.dpo(name)
-        assert tab.page.locator(f"#dpo_{name.lower()}").first.is_visible()
+        assert tab.page.locator(f"#dpo_{name.split()[0].lower()}").first.is_visible()
     assert "everything that DPO needs was found" in tab.text("dpo_foot")
 
 
@@ -79,6 +80,39 @@ def test_analyse_by_a_click(tab: Tab) -> None:
     assert "Is it the right base?" in tab.wait_for_text("dpo_extract_pair_result", "LoRA or bake?")
 
 
+def test_analysed_again_and_a_point_that_moves(tab: Tab, report: Report) -> None:
+    """Spectra are remembered by the files' hashes; the mark on the curve follows a slider."""
+    tab.dpo("Extract")
+    for what in ("first", "again"):
+        seconds = tab.page.evaluate(_SECONDS_OF_A_JOB, ["dpo_extract_analyse", "dpo_extract_pair_result"])
+        report.measure(f"Analyse by a click, {what}", seconds, "s")
+    tab.wait_for_text("dpo_extract_outlook", "→")
+    tab.fill("dpo_extract_rank", "2")
+    tab.wait_for_text("dpo_extract_outlook", "Rank 2 →")
+    took = tab.page.evaluate(_MILLISECONDS_OF_A_MOVE, "dpo_extract_rank")
+    report.measure("from a slider to the moved point", took, "ms")
+    tab.wait_for_text("dpo_extract_outlook", "Rank 3 →")
+
+
+_SECONDS_OF_A_JOB = """([button, place]) => new Promise((done) => {
+    const busy = () => document.getElementById(place).getAttribute("aria-busy"), began = performance.now();
+    document.getElementById(button).click();
+    const watch = setInterval(() => {
+        if (busy() === "false") { clearInterval(watch); done((performance.now() - began) / 1000); }
+    }, 5);
+})"""
+_MILLISECONDS_OF_A_MOVE = """(slider) => new Promise((done) => {
+    const place = document.getElementById("dpo_extract_outlook");
+    const field = document.querySelector(`#${slider} input[type=range]`);
+    const before = place.innerHTML, began = performance.now();
+    const watch = setInterval(() => {
+        if (place.innerHTML !== before) { clearInterval(watch); done(performance.now() - began); }
+    }, 2);
+    field.value = "3";
+    field.dispatchEvent(new Event("input", {bubbles: true}));
+})"""
+
+
 def test_bake_and_undo_by_clicks(tab: Tab, server: Server, exact: dict) -> None:
     before, plain = known_fingerprint(server), known(server)
     tab.dpo("Bake")
@@ -94,6 +128,52 @@ def test_bake_and_undo_by_clicks(tab: Tab, server: Server, exact: dict) -> None:
     tab.wait_for_text("dpo_status", "clean")
     assert fingerprint(server) == before
     assert same(draw(server), plain)
+
+
+def test_a_part_of_the_unet_at_half_strength(tab: Tab, server: Server, lora: dict) -> None:
+    """By a slider of its own; Undo is off where nothing is baked."""
+    plain = known(server)
+    tab.dpo("Bake")
+    tab.choose("dpo_bake_offset", LORA)
+    tab.wait_for_text("dpo_bake_before", "it can be baked")
+    assert tab.page.locator("#dpo_bake_undo").first.is_disabled()
+    tab.page.locator("#dpo_bake_groups").get_by_text("Each part by itself").first.click()
+    tab.fill("dpo_bake_group_mid", "0.5")
+    tab.until(lambda: tab.field("dpo_bake_blocks").input_value() == "MID=0.5", "the block weights say so")
+    tab.click("dpo_bake_go")
+    tab.wait_for_text("dpo_bake_result", "MID=0.5")
+    as_script = draw(server, offset=Offset(LORA, 1.0, "MID=0.5"))
+    tab.until(lambda: tab.page.locator("#dpo_bake_undo").first.is_enabled(), "Undo is on")
+    assert distance(draw(server), plain) > 0
+    tab.click("dpo_bake_undo")
+    tab.wait_for_text("dpo_bake_result", "bit for bit")
+    assert distance(as_script, plain) > 0
+    assert same(draw(server), plain)
+
+
+def test_a_saved_checkpoint_is_in_the_hosts_list(tab: Tab, server: Server, lora: dict) -> None:
+    """Without a refresh by hand, and chosen there it draws other pictures."""
+    plain = known(server)
+    tab.dpo("Bake")
+    tab.choose("dpo_bake_offset", LORA)
+    tab.fill("dpo_bake_save_name", "saved-by-a-click")
+    tab.page.locator("#dpo_bake_save_overwrite input").first.check()
+    tab.click("dpo_bake_save_go")
+    tab.wait_for_text("dpo_bake_result", "saved-by-a-click is saved")
+    try:
+        _choose_in_the_hosts_list(tab, "saved-by-a-click")
+        tab.until(lambda: not same(draw(server), plain), "pictures are those of the new checkpoint")
+        tab.wait_for_text("dpo_status", "saved-by-a-click")
+    finally:
+        choose(server, BASE)
+
+
+def _choose_in_the_hosts_list(tab: Tab, name: str) -> None:
+    """The list of checkpoints above all tabs."""
+    field = tab.page.locator("#setting_sd_model_checkpoint input").first
+    field.click()
+    field.fill(name)
+    tab.page.locator("ul.options li, [role=option]").filter(has_text=name).first.click()
 
 
 def test_compare_by_a_click(tab: Tab, lora: dict) -> None:
@@ -132,7 +212,7 @@ def test_a_cell_opens_large_over_the_untouched_picture(tab: Tab, lora: dict) -> 
 def test_undo_and_compare_is_offered_where_something_is_baked(tab: Tab, server: Server, lora: dict) -> None:
     server.do("bake", offset=LORA, strength=1)
     _compare(tab)
-    tab.wait_for_text("dpo_compare_result", "undo it first")
+    tab.wait_for_text("dpo_compare_result_alert", "undo it first")
     tab.click("dpo_compare_undo")
     _pictures_are_shown(tab)
     assert server.get("status")["baked"] is None
@@ -171,6 +251,25 @@ def test_inspect_by_a_click(tab: Tab, lora: dict) -> None:
     tab.choose("dpo_inspect_file", LORA)
     tab.click("dpo_inspect_look")
     assert "LoRA" in tab.wait_for_text("dpo_inspect_result", "SHA-256")
+
+
+def test_does_it_fit_by_a_click(tab: Tab) -> None:
+    """The pair on another checkpoint."""
+    tab.dpo("Inspect")
+    tab.choose("dpo_inspect_target", OTHER)
+    tab.choose("dpo_inspect_base", BASE)
+    tab.choose("dpo_inspect_reference", REFERENCE)
+    tab.click("dpo_inspect_fit")
+    tab.until(lambda: "Strength to start with" in tab.text("dpo_inspect"), "a strength to start with")
+
+
+def test_a_reference_to_fetch_without_a_network(tab: Tab) -> None:
+    """The server runs without one: what can be fetched is listed, and where to put files by hand is said."""
+    tab.dpo("Extract")
+    tab.page.locator("#dpo_references .label-wrap").first.click()
+    tab.until(lambda: "mhdang" in tab.text("dpo_references"), "the published references")
+    tab.click("dpo_references_ask")
+    tab.until(lambda: "models/DPO" in tab.text("dpo_references_view") + tab.text("dpo_references_alert"), "where to put it")
 
 
 def test_pasting_switches_the_script_on_and_off(tab: Tab, server: Server, lora: dict) -> None:

@@ -12,7 +12,8 @@ from test_xyz import OURS
 ACCOUNT = ("someone", "password")
 ROUTES = {
     "/status", "/checkpoints", "/analyse", "/extract", "/offset", "/bake", "/unbake", "/save", "/compare", "/inspect",
-    "/compat", "/jobs", "/jobs/{job_id}", "/jobs/{job_id}/cancel",
+    "/compat", "/jobs", "/jobs/{job_id}", "/jobs/{job_id}/cancel", "/blind/start", "/blind/pair", "/blind/vote",
+    "/blind/figures", "/blind/votes",
 }  # fmt: skip
 
 

@@ -9,12 +9,16 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from lib_dpo.errors import OutputError
+
+if sys.platform != "win32":
+    import fcntl
 
 logger = logging.getLogger(__name__)
 
@@ -76,9 +80,11 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
 class AtomicFile:
     """A file under a temporary name beside its own, until `publish` or `discard`."""
 
+    file: BinaryIO
+    part: Path  # the temporary name
+
     def __init__(self, path: Path, *, overwrite: bool, needed: int) -> None:
         self.path = path
-        self.part = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.part")
         self._overwrite = overwrite
         self._made: list[Path] = []
         try:
@@ -88,7 +94,7 @@ class AtomicFile:
                 free = shutil.disk_usage(path.parent).free
                 if free < needed:
                     raise OutputError(f"{path}: needs {megabytes(needed)}, {megabytes(free)} are free; free some space")
-                self.file = open(self.part, "x+b")  # noqa: SIM115  closed by publish and discard
+                self.file, self.part = _create(path)
         except BaseException:
             self.discard()
             raise
@@ -106,11 +112,14 @@ class AtomicFile:
     def publish(self) -> None:
         """Give the file, which is on the disk by now, its own name."""
         with explained(self.path):
-            self.file.close()
+            self.file.flush()
+            if sys.platform == "win32":  # where no open file is renamed; elsewhere the lock is held until the file has its name
+                self.file.close()
             if self._overwrite:
                 os.replace(self.part, self.path)
             else:
                 rename_to_new(self.part, self.path)
+            self.file.close()
         self._made = []
         with contextlib.suppress(OSError):  # Windows and some network drives do not sync folders
             folder = os.open(self.path.parent, os.O_RDONLY)
@@ -123,7 +132,7 @@ class AtomicFile:
         """Leave nothing behind; after `publish` there is nothing left to do."""
         with contextlib.suppress(OSError, AttributeError):  # a full disk refuses the rest of the buffer; never opened
             self.file.close()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, AttributeError):
             self.part.unlink()
         for folder in self._made:
             with contextlib.suppress(OSError):  # somebody else put something into it
@@ -168,15 +177,46 @@ def _make_folders(folder: Path) -> list[Path]:
     return missing
 
 
+def _create(path: Path) -> tuple[BinaryIO, Path]:
+    """A new file beside an output, locked as long as it is open, so that others can tell it from one left behind."""
+    while True:
+        part = path.with_name(f".{path.name[:50]}.{secrets.token_hex(4)}.part")
+        file = open(part, "x+b")  # noqa: SIM115  closed by publish and discard
+        if _lock(file) is not False and part.exists():
+            return file, part
+        file.close()  # somebody took it for left behind, in the moment before it was locked
+
+
+def _lock(file: BinaryIO) -> bool | None:
+    """Whether the file is ours alone now; None where nobody can tell. Windows removes no open file, which does as well."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
 def _remove_abandoned(path: Path) -> None:
-    """Remove what a killed process left of the same output a day ago or earlier."""
+    """Remove what killed processes left of the same output: files that no process holds."""
     ours = re.compile(re.escape(f".{path.name[:50]}.") + r"[0-9a-f]{8}\.part")
-    for file in path.parent.iterdir():
-        if ours.fullmatch(file.name):
-            with contextlib.suppress(OSError):  # gone meanwhile, or somebody else's
-                if time.time() - file.stat().st_mtime > _ABANDONED_S:
-                    file.unlink()
-                    logger.info("removed %s, left behind by a process that was killed", file)
+    for part in path.parent.iterdir():
+        if ours.fullmatch(part.name):
+            with contextlib.suppress(OSError):  # gone meanwhile, open on Windows, or somebody else's
+                if _is_abandoned(part):
+                    part.unlink()
+                    logger.info("removed %s, left behind by a process that was killed", part)
+
+
+def _is_abandoned(part: Path) -> bool:
+    with open(part, "r+b") as file:
+        locked = _lock(file)
+        if locked is None:  # a day is longer than any work
+            return time.time() - part.stat().st_mtime > _ABANDONED_S
+        return locked
 
 
 def _same_file(path: Path, other: Path) -> bool:
