@@ -34,7 +34,9 @@ function dpoStart(placeId, values) {
 // Called after it: a job that was refused before it began has left a bar that would wait for it.
 function dpoEnd(placeId, wrote) {
     const place = dpoElement(placeId);
-    if (wrote) [...dpoScriptLists, ...dpoHostLists].forEach(dpoPress); // a file may have been written
+    // AUTOMATIC1111 has no checkpoint for a moment while it fills its list: only where one may have been written
+    const old = {offset: dpoScriptLists, checkpoint: [...dpoScriptLists, ...dpoHostLists]}[wrote] || [];
+    old.forEach(dpoPress);
     if (!place) return;
     place.setAttribute("aria-busy", "false");
     setTimeout(dpoNamePictures, 500);

@@ -206,16 +206,20 @@ def test_a_card_puts_its_lora_into_the_prompt_once_and_opens_other_pages(page: A
     assert page.evaluate("() => window.pressed") == 1
 
 
-def test_the_hosts_own_list_of_checkpoints_is_filled_anew_after_a_file_was_written(page: Any):
+def test_the_hosts_own_list_of_checkpoints_is_filled_anew_after_one_was_written(page: Any):
     pressed = 'onclick="window.pressed = (window.pressed || []).concat(this.id)"'
     show(
         page,
-        f"<button id=refresh_sd_model_checkpoint {pressed}></button><button id=forge_refresh_checkpoint {pressed}></button>",
+        f"<button id=refresh_sd_model_checkpoint {pressed}></button><button id=forge_refresh_checkpoint {pressed}></button>"
+        f"<button id=script_txt2img_dpo_offset_refresh {pressed}></button>",
     )
-    page.evaluate("() => dpoEnd('dpo_x_result', false)")
+    page.evaluate("() => dpoEnd('dpo_x_result', '')")
     assert page.evaluate("() => window.pressed") is None
-    page.evaluate("() => dpoEnd('dpo_x_result', true)")
-    assert page.evaluate("() => window.pressed") == ["refresh_sd_model_checkpoint", "forge_refresh_checkpoint"]
+    page.evaluate("() => dpoEnd('dpo_x_result', 'offset')")
+    script = "script_txt2img_dpo_offset_refresh"
+    assert page.evaluate("() => window.pressed") == [script]
+    page.evaluate("() => dpoEnd('dpo_x_result', 'checkpoint')")
+    assert page.evaluate("() => window.pressed.slice(1)") == [script, "refresh_sd_model_checkpoint", "forge_refresh_checkpoint"]
 
 
 def test_what_a_click_gave_is_brought_into_view(page: Any):

@@ -13,6 +13,7 @@ from server import Server
 
 TIMEOUT_MS = 120_000
 CLICK_MS = 20_000
+_ANSWERED_MS = 2_000
 _TABS, _PAGES = (f"#{elem_id} > .tab-nav, #{elem_id} > .tab-wrapper" for elem_id in ("tabs", "dpo_pages"))
 _ARGS = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # pages ask for fonts elsewhere
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
@@ -67,6 +68,9 @@ class Tab:
         self.page.wait_for_selector("#txt2img_prompt textarea")
 
     def close(self) -> None:
+        """When the host has answered: AUTOMATIC1111 1.10.1 counts tokens a moment after a prompt changed, and where the page
+        is gone by then, its Reload UI never ends, with this extension or without."""
+        self.page.wait_for_timeout(_ANSWERED_MS)
         self.page.close()
 
     # ---- where to ----

@@ -11,7 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lib_dpo.errors import Cancelled, DpoError
 from lib_dpo.settings import FIELDS
@@ -203,7 +203,7 @@ def start(
     outputs: Sequence[Any],
     *,
     about: Callable[..., About],
-    writes: bool = False,
+    writes: Literal["", "offset", "checkpoint"] = "",
     streams: bool = False,
 ) -> None:
     """Long work at a click.
@@ -213,7 +213,7 @@ def start(
             first output, and the values of the others.
         outputs: the first, one of `results`, shows results and errors; the page's progress bar appears above it.
         about: called with the inputs after the work; what the result is true of.
-        writes: whether the lists of files are old afterwards.
+        writes: what kind of file: lists are old afterwards, the host's own of checkpoints only where it is one.
         streams: whether the function takes `show`, which puts values into the first outputs while it works.
     """
     place = outputs[0].elem_id
@@ -250,7 +250,7 @@ def start(
     )
     if writes:
         tab.writers.append(event)
-    on(event.then, None, [], [], js=f"() => {{ window.dpoEnd && dpoEnd('{place}', {str(writes).lower()}); }}")
+    on(event.then, None, [], [], js=f"() => {{ window.dpoEnd && dpoEnd('{place}', '{writes}'); }}")
 
 
 def unseen(*values: Any) -> None:

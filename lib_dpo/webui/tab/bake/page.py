@@ -56,7 +56,7 @@ def page(tab: Tab) -> None:
     parts.start(tab, go, partial(bake, session), chosen, [place], about=lambda *_: loaded())
     parts.start(tab, undo, partial(unbake, session), [], [place], about=loaded)
     parts.start(
-        tab, save_go, partial(save, session), [*chosen, save_name, overwrite], [place], writes=True,
+        tab, save_go, partial(save, session), [*chosen, save_name, overwrite], [place], writes="checkpoint",
         about=lambda *values: about(session, session.library.new_checkpoint(_new_name(session, values[3]))),
     )  # fmt: skip
 

@@ -101,9 +101,9 @@ def page(tab: Tab) -> None:
         tab, look, partial(analyse, session), [*pair, *controls], [pair_place, curve, known, *ends], about=of_pair
     )  # fmt: skip
     parts.start(
-        tab, go, partial(extract, session), [*named, *numbers, *settings], [place, written], about=of_lora, writes=True
+        tab, go, partial(extract, session), [*named, *numbers, *settings], [place, written], about=of_lora, writes="offset"
     )  # fmt: skip
-    parts.start(tab, dense, partial(write_offset, session), named, [place, written], about=of_offset, writes=True)
+    parts.start(tab, dense, partial(write_offset, session), named, [place, written], about=of_offset, writes="offset")
     tab.doors.extend((button, _DOORS[name], written, name) for name, button in doors.items())
 
 
