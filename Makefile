@@ -10,7 +10,7 @@ PYTEST = -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-re
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo study test test-a1111 test-forge test-all test-webui check format bench env
+.PHONY: help demo study test test-a1111 test-forge test-all test-webui faults check format bench env
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -35,6 +35,9 @@ test-all: test test-a1111 test-forge  ## the tests on all three sets of versions
 test-webui:  ## drive a real WebUI on the CPU: WEBUI=its folder WEBUI_PYTHON=its Python
 	$(if $(and $(WEBUI),$(WEBUI_PYTHON)),,$(error give WEBUI=<folder of an installed WebUI> and WEBUI_PYTHON=<its Python>))
 	$(IN_ENV) newest -m pytest tests_webui --webui="$(WEBUI)" --webui-python="$(WEBUI_PYTHON)" $(ARGS)
+
+faults:  ## kill everything that writes files 280 times, and look at what is left: some minutes
+	@DPO_FAULTS=280 $(PYTHON) tools/env.py newest $(PYTEST) tests/test_kills.py $(ARGS)
 
 check:  ## lint, format and types
 	$(IN_ENV) newest -m ruff check .
