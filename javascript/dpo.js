@@ -110,6 +110,12 @@ function dpoLook() {
     button.click();
 }
 
+// The line at the foot comes with the lists.
+function dpoUnanswered() {
+    const foot = dpoElement("dpo_foot");
+    return foot !== null && !foot.textContent.trim();
+}
+
 function dpoWatch() {
     const top = dpoElement("dpo_top");
     if (!top) return false;
@@ -121,7 +127,9 @@ function dpoWatch() {
     }).observe(top);
     setInterval(() => {
         const tick = dpoElement("dpo_tick");
-        if (tick && top.offsetParent && !document.hidden) tick.click();
+        if (!tick || !top.offsetParent || document.hidden) return;
+        if (dpoUnanswered()) dpoLook(); // a page that is still being built may not hear the first press
+        tick.click();
     }, dpoTickEvery);
     setInterval(dpoBlindLook, dpoBlindEvery);
     setInterval(dpoFetchLook, dpoFetchEvery);

@@ -95,6 +95,21 @@ def test_the_line_follows_mouse_and_arrow_keys(page: Any, pair: tuple[Image.Imag
 # ---- a reference that is being fetched ----
 
 
+def test_a_first_look_that_nobody_heard_is_repeated_until_it_is_answered(page: Any):
+    show(
+        page,
+        '<div id="dpo_top">top</div><div id="dpo_foot"></div><button id="dpo_shown"></button><button id="dpo_tick"></button>',
+    )
+    page.evaluate("""() => { window.pressed = [];
+        for (const each of document.querySelectorAll("button"))
+            each.addEventListener("click", () => pressed.push(each.id)); }""")
+    shown = "pressed.filter((id) => id === 'dpo_shown').length"
+    page.wait_for_function(f"{shown} >= 1", timeout=10_000)
+    page.evaluate("() => { document.querySelector('#dpo_foot').textContent = 'everything was found'; pressed.length = 0; }")
+    page.wait_for_function("pressed.filter((id) => id === 'dpo_tick').length >= 2", timeout=10_000)
+    assert page.evaluate(shown) == 0
+
+
 def test_a_fetch_is_looked_at_until_it_has_ended_and_then_the_lists_are(page: Any):
     names = ("dpo_references_look", "dpo_shown")
     buttons = "".join(f'<button id="{name}">{name}</button>' for name in names)
@@ -211,7 +226,7 @@ def test_the_hosts_own_list_of_checkpoints_is_filled_anew_after_one_was_written(
     show(
         page,
         f"<button id=refresh_sd_model_checkpoint {pressed}></button><button id=forge_refresh_checkpoint {pressed}></button>"
-        f"<button id=script_txt2img_dpo_offset_refresh {pressed}></button>",
+        f"<button hidden id=script_txt2img_dpo_offset_refresh {pressed}></button>",  # or it is pressed when it comes into sight
     )
     page.evaluate("() => dpoEnd('dpo_x_result', '')")
     assert page.evaluate("() => window.pressed") is None

@@ -18,6 +18,24 @@ _TABS, _PAGES = (f"#{elem_id} > .tab-nav, #{elem_id} > .tab-wrapper" for elem_id
 _ARGS = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # pages ask for fonts elsewhere
 _NAMES = ("chromium", "chromium-browser", "google-chrome")
 
+_SECONDS = """([button, place]) => new Promise((done) => {
+    const busy = () => document.getElementById(place).getAttribute("aria-busy"), began = performance.now();
+    document.getElementById(button).click();
+    const watch = setInterval(() => {
+        if (busy() === "false") { clearInterval(watch); done((performance.now() - began) / 1000); }
+    }, 5);
+})"""
+_MILLISECONDS_OF_A_MOVE = """([slider, value]) => new Promise((done) => {
+    const place = document.getElementById("dpo_extract_outlook");
+    const field = document.querySelector(`#${slider} input[type=range]`);
+    const before = place.innerHTML, began = performance.now();
+    const watch = setInterval(() => {
+        if (place.innerHTML !== before) { clearInterval(watch); done(performance.now() - began); }
+    }, 2);
+    field.value = value;
+    field.dispatchEvent(new Event("input", {bubbles: true}));
+})"""
+
 
 @contextmanager
 def browser() -> Iterator[Browser]:
@@ -128,6 +146,14 @@ class Tab:
     def wait_for_text(self, elem_id: str, wanted: str) -> str:
         self.until(lambda: wanted in self.text(elem_id), f"{wanted!r} in {elem_id}, which says {self.text(elem_id)[:300]!r}")
         return self.text(elem_id)
+
+    def seconds(self, button: str, place: str) -> float:
+        """From a click to the end of the work that it starts."""
+        return float(self.page.evaluate(_SECONDS, [button, place]))
+
+    def milliseconds_of_a_move(self, slider: str, value: float) -> float:
+        """From a slider's move to the moved point on the curve of the page Extract."""
+        return float(self.page.evaluate(_MILLISECONDS_OF_A_MOVE, [slider, str(value)]))
 
     def watch_progress(self) -> None:
         """Keep what the host's progress bars show from now on, for `progress`."""

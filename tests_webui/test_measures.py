@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import RANK, Report, clean
-from files import REFERENCE
+from files import BASE, REFERENCE
+from page import Tab, browser
 from pictures import PROMPT, Offset, draw, grid
 from server import PROBE, REPOSITORY, Server
 
@@ -104,6 +107,41 @@ def test_bake_and_undo(full_server: Server, offsets: None, report: Report) -> No
     report.measure("the first picture after a bake, beyond the next", median(late), "s")
     report.measure("undo", undo, "s", f"{_ratio(undo, floor)} that")
     report.measure("memory of the WebUI afterwards", full_server.rss() / 1e9, "GB")
+
+
+def test_the_tab_on_a_model_of_the_real_size(full_server: Server, offsets: None, report: Report) -> None:
+    """Waits of a person: the size curve, also while a job runs, and a saved checkpoint beside a copy of the file."""
+    with browser() as chromium:
+        tab = Tab(chromium, full_server)
+        tab.dpo("Extract")
+        for what in ("the spectra are in no cache", "again"):
+            report.measure(f"Analyse, SD 1.5: {what}", tab.seconds("dpo_extract_analyse", "dpo_extract_pair_result"), "s")
+        tab.wait_for_text("dpo_extract_outlook", "→")
+        report.measure("from a slider to the moved point", tab.milliseconds_of_a_move("dpo_extract_rank", 40), "ms")
+        job = full_server.post("extract", reference=REFERENCE, name=LORA, rank=RANK, overwrite=True, wait=False)
+        moves = [tab.milliseconds_of_a_move("dpo_extract_rank", rank) for rank in range(41, 46)]
+        running = full_server.get(f"jobs/{job['id']}")["state"] == "running"
+        report.measure("the same beside an extraction", median(moves), "ms", "" if running else "it was over by then")
+        while full_server.get(f"jobs/{job['id']}")["state"] in ("waiting", "running"):
+            time.sleep(0.5)
+        tab.dpo("Bake")
+        tab.choose("dpo_bake_offset", f"{EXACT}.safetensors")
+        tab.fill("dpo_bake_save_name", "saved")
+        tab.page.locator("#dpo_bake_save_overwrite input").first.check()
+        saving = tab.seconds("dpo_bake_save_go", "dpo_bake_result")
+        assert "saved is saved" in tab.wait_for_text("dpo_bake_result", "saved is saved")
+        tab.close()
+    folder = full_server.data / "models" / "Stable-diffusion"
+    copying = _seconds(lambda: _copy(folder / BASE, folder / "copied.part"))
+    for made in ("saved.safetensors", "copied.part"):
+        (folder / made).unlink()
+    report.measure("Save as checkpoint from the tab, SD 1.5", saving, "s", f"{_ratio(saving, copying)} a copy of the file")
+
+
+def _copy(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with open(target, "r+b") as file:
+        os.fsync(file.fileno())
 
 
 def _first_picture(server: Server) -> float:

@@ -84,33 +84,13 @@ def test_analysed_again_and_a_point_that_moves(tab: Tab, report: Report) -> None
     """Spectra are remembered by the files' hashes; the mark on the curve follows a slider."""
     tab.dpo("Extract")
     for what in ("first", "again"):
-        seconds = tab.page.evaluate(_SECONDS_OF_A_JOB, ["dpo_extract_analyse", "dpo_extract_pair_result"])
+        seconds = tab.seconds("dpo_extract_analyse", "dpo_extract_pair_result")
         report.measure(f"Analyse by a click, {what}", seconds, "s")
     tab.wait_for_text("dpo_extract_outlook", "→")
     tab.fill("dpo_extract_rank", "2")
     tab.wait_for_text("dpo_extract_outlook", "Rank 2 →")
-    took = tab.page.evaluate(_MILLISECONDS_OF_A_MOVE, "dpo_extract_rank")
-    report.measure("from a slider to the moved point", took, "ms")
+    report.measure("from a slider to the moved point", tab.milliseconds_of_a_move("dpo_extract_rank", 3), "ms")
     tab.wait_for_text("dpo_extract_outlook", "Rank 3 →")
-
-
-_SECONDS_OF_A_JOB = """([button, place]) => new Promise((done) => {
-    const busy = () => document.getElementById(place).getAttribute("aria-busy"), began = performance.now();
-    document.getElementById(button).click();
-    const watch = setInterval(() => {
-        if (busy() === "false") { clearInterval(watch); done((performance.now() - began) / 1000); }
-    }, 5);
-})"""
-_MILLISECONDS_OF_A_MOVE = """(slider) => new Promise((done) => {
-    const place = document.getElementById("dpo_extract_outlook");
-    const field = document.querySelector(`#${slider} input[type=range]`);
-    const before = place.innerHTML, began = performance.now();
-    const watch = setInterval(() => {
-        if (place.innerHTML !== before) { clearInterval(watch); done(performance.now() - began); }
-    }, 2);
-    field.value = "3";
-    field.dispatchEvent(new Event("input", {bubbles: true}));
-})"""
 
 
 def test_bake_and_undo_by_clicks(tab: Tab, server: Server, exact: dict) -> None:

@@ -45,15 +45,15 @@ def page(tab: Tab) -> None:
                 "Does it fit my model?", "How far your model is from the base, and whether DPO is in it.", "dpo_inspect_fits"
             )
             target = parts.file_dropdown(
-                tab, parts.checkpoints, likely=parts.first, label="Your model", value=parts.LOADED,
+                tab, models, likely=parts.first, label="Your model", value=parts.LOADED,
                 elem_id="dpo_inspect_target", info="Any finetune or merge, Pony too",
             )  # fmt: skip
             base = parts.file_dropdown(
-                tab, parts.checkpoints, likely=parts.first, label="Base of the pair", value=parts.LOADED,
+                tab, models, likely=parts.first, label="Base of the pair", value=parts.LOADED,
                 elem_id="dpo_inspect_base", info="The model before DPO",
             )  # fmt: skip
             reference = parts.file_dropdown(
-                tab, parts.references, likely=parts.named_dpo, label="DPO reference of the pair",
+                tab, references, likely=parts.named_dpo, label="DPO reference of the pair",
                 elem_id="dpo_inspect_reference", info="The model after DPO",
             )  # fmt: skip
             with gr.Row(elem_classes=["dpo-buttons"]):
@@ -64,10 +64,10 @@ def page(tab: Tab) -> None:
     session = tab.session
 
     def of_three(target: str, base: str, reference: str) -> About:
-        chosen = [parts.checkpoint_name(name) for name in (target, base)]
+        *chosen, reference = (_name(name) for name in (target, base, reference))
         return about(session, *chosen, session.library.reference(reference), model=not all(chosen))
 
-    parts.start(tab, look, partial(what_is, session), [file], [place], about=lambda name: about(session, plain_name(name)))
+    parts.start(tab, look, partial(what_is, session), [file], [place], about=lambda name: about(session, _name(name)))
     parts.start(tab, fit, partial(does_it_fit, session), [target, base, reference], [place], about=of_three)
 
 
@@ -86,18 +86,31 @@ def everything(session: Session) -> list[str]:
     return labelled(files.items())
 
 
+def models(session: Session) -> list[str]:
+    """The loaded checkpoint, and all others with what each is, as far as the list of everything had time to look."""
+    return [parts.LOADED, *labelled(((entry.name, entry.path) for entry in session.library.checkpoints()), seconds=0)]
+
+
+def references(session: Session) -> list[str]:
+    """Tuned models, in the same way."""
+    return labelled(((entry.name, entry.path) for entry in session.library.references()), seconds=0)
+
+
+def _name(choice: str | None) -> str:
+    """What the session calls a file of these lists."""
+    return plain_name(parts.checkpoint_name(choice))
+
+
 def what_is(session: Session, task: str | None, name: str) -> str:
     """A file in plain words, its figures, and what its metadata says."""
-    return _inspection_html(session.inspect(plain_name(name or "")))  # no job: it may be asked while pictures are made
+    return _inspection_html(session.inspect(_name(name)))  # no job: it may be asked while pictures are made
 
 
 def does_it_fit(session: Session, task: str | None, target: str, base: str, reference: str) -> str:
     """The verdict on a model and a pair, and a table by block."""
     report = session.jobs.run(
         "Does it fit?",
-        lambda job: session.compat(
-            job, target=parts.checkpoint_name(target), base=parts.checkpoint_name(base), reference=reference or ""
-        ),
+        lambda job: session.compat(job, target=_name(target), base=_name(base), reference=_name(reference)),
         task_id=task,
     )
     return _fit_html(report)

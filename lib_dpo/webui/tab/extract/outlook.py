@@ -109,10 +109,14 @@ def _number(value: float | None, what: str) -> float:
 
 
 def _ended(last: int | None, value: Any) -> Any:
-    """A slider of ranks that ends where the model's layers do."""
+    """A slider of ranks that ends where the model's layers do.
+
+    One that stands beyond them is moved first, and ends there at the next look: the newest gradio answers with a bare "Error"
+    where a value comes that lies beyond an end which the page has not heard of yet.
+    """
     if last is None:
         return parts.update()
-    return parts.update(maximum=last, value=last) if (value or 0) > last else parts.update(maximum=last)
+    return parts.update(value=last) if (value or 0) > last else parts.update(maximum=last)
 
 
 def _sentence(by: str, found: Foreseen, rank: Any) -> str:
