@@ -37,7 +37,7 @@ def test_the_hosts_own_loader_reads_the_numbers_that_are_in_it(
     server: Server, name: str, settings: dict[str, Any], report: Report
 ) -> None:
     """The same numbers, once in the file's form and once in float32 as a plain `diff`, by `<lora:…>` both times."""
-    found = server.do("extract", reference=REFERENCE, name=name, **settings)
+    found = server.do("extract", reference=REFERENCE, name=name, overwrite=True, **settings)
     assert found["matched_keys"]["matched"] == found["matched_keys"]["of"] > 0
     folder = server.data / "models" / "Lora"
     biases = server.flavour.name != "AUTOMATIC1111"  # passes over those beside a LoKr
