@@ -37,7 +37,7 @@ test-webui:  ## drive a real WebUI on the CPU: WEBUI=its folder WEBUI_PYTHON=its
 	$(IN_ENV) newest -m pytest tests_webui --webui="$(WEBUI)" --webui-python="$(WEBUI_PYTHON)" $(ARGS)
 
 faults:  ## kill everything that writes files 280 times, and look at what is left: some minutes
-	@DPO_FAULTS=280 $(PYTHON) tools/env.py newest $(PYTEST) tests/test_kills.py $(ARGS)
+	@DPO_FAULTS=280 $(PYTHON) tools/env.py newest $(PYTEST) tests/test_faults.py $(ARGS)
 
 check:  ## lint, format and types
 	$(IN_ENV) newest -m ruff check .

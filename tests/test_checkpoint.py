@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
-from lib_dpo.errors import BadFileError, BadTensorError, DpoError, UnsafeFileError
+from lib_dpo.errors import BadFileError, BadTensorError, DpoError, NoMemoryError, UnsafeFileError
 from lib_dpo.files import hashes
 from lib_dpo.files.checkpoint import (
     TensorInfo,
@@ -346,6 +347,17 @@ def test_unreadable_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Path, "open", refuse)  # chmod does not stop root
     with pytest.raises(BadFileError, match="Permission denied"):
+        open_checkpoint(path)
+
+
+def test_memory_that_runs_out_is_not_called_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = write(tmp_path / "a.safetensors", VALID)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(NoMemoryError, match="out of memory; close other programs"):
         open_checkpoint(path)
 
 

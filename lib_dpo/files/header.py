@@ -5,6 +5,7 @@ The format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 import torch
 
-from lib_dpo.errors import BadFileError
+from lib_dpo.errors import BadFileError, NoMemoryError
 
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 
@@ -153,8 +154,10 @@ def damaged(path: Path, found: str) -> BadFileError:
     return BadFileError(f"{path}: {found}; the file is damaged or incomplete, download it again")
 
 
-def unreadable(path: Path, error: Exception) -> BadFileError:
-    """The error for a file that the system does not let us read."""
+def unreadable(path: Path, error: Exception) -> BadFileError | NoMemoryError:
+    """The error for a file that the system does not let us read, or map for want of memory."""
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return NoMemoryError(f"{path}: the machine is out of memory; close other programs")
     reason = getattr(error, "strerror", None) or error
     return BadFileError(f"{path}: cannot be read ({reason}); check the path and its permissions")
 

@@ -1,7 +1,8 @@
-"""SIGKILL at random moments of everything that writes files: what was there is intact, and what is new is whole.
+"""Faults that really happen to everything that writes files: what was there is intact, and what is new is whole.
 
-`make faults` kills many times; otherwise each kind of work is killed a few times. Half of the kills come at a random time,
-the others at one of the steps at which files are opened, renamed or removed, where a moment counts.
+SIGKILL, half of them at a random time, the others at one of the steps at which files are opened, renamed or removed, where a
+moment counts; files that may grow no further, and memory that runs out, by the limits of the system. `make faults` does each
+many times; otherwise it happens to each kind of work a few times.
 """
 
 from __future__ import annotations
@@ -18,6 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+if sys.platform == "win32":
+    pytest.skip("Windows has neither fork nor SIGKILL", allow_module_level=True)
+import resource
+
 import tiny
 import torch
 from fake_host import FakeHost
@@ -25,14 +31,13 @@ from safetensors import safe_open
 from test_hub import environment
 from test_references import DATA, DPO, FilesHub, needs_library
 
+from lib_dpo.errors import DpoError
 from lib_dpo.files.references.known import UNET_FILE
+from lib_dpo.maths.devices import memory_in_words
 from lib_dpo.settings import ExtractSettings, RankPolicy
 from lib_dpo.webui.session import Session
 
-if sys.platform == "win32":
-    pytest.skip("Windows has neither fork nor SIGKILL", allow_module_level=True)
-
-KILLS = int(os.environ.get("DPO_FAULTS", "24"))  # in all
+FAULTS = int(os.environ.get("DPO_FAULTS", "24"))  # of each kind, in all
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.truncate", "shutil.rmtree")  # of sys.addaudithook
 Work = Callable[[Path], None]
@@ -58,7 +63,8 @@ def _resize(folder: Path) -> None:
 def _save(folder: Path) -> None:
     """Save as checkpoint, as the tab does it."""
     host = FakeHost(folder / "models")
-    host.live.load(host.checkpoint_dir / "base.safetensors")
+    with memory_in_words("the fake host", "load less"):
+        host.live.load(host.checkpoint_dir / "base.safetensors")
     session = Session(host)
     session.jobs.run("save", lambda job: session.save(job, name="out", offset="lora", strength=1.0, overwrite=True))
 
@@ -91,8 +97,15 @@ def _pair(folder: Path) -> tuple[object, ...]:
     return "--base", folder / "in" / "base.safetensors", "--tuned", folder / "in" / "tuned.safetensors"
 
 
+class RefusedError(Exception):
+    """A command ended with the exit code of a refusal."""
+
+
 def _run(*args: object) -> None:
-    assert tiny.run(*args, "--overwrite") == 0
+    code = tiny.run(*args, "--overwrite")
+    if code == REFUSED:
+        raise RefusedError
+    assert code == 0
 
 
 @pytest.fixture(scope="module")
@@ -125,14 +138,14 @@ def _files(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", WORKS)
 def test_a_kill_leaves_everything_whole(name: str, folder: Path) -> None:
-    work, made = WORKS[name], random.Random(f"{name} {KILLS}")
+    work, made = WORKS[name], random.Random(f"{name} {FAULTS}")
     inputs = _files(folder)
     steps, seconds = _unkilled(work, folder)
     after = _files(folder)
     new = {place for place in after if place not in inputs and "cache" not in place}
     assert new, "the work writes something"
     survived = 0
-    for number in range(max(2, KILLS // len(WORKS))):
+    for number in range(max(2, FAULTS // len(WORKS))):
         overwritten = number % 4 == 3  # over what the run before left
         if not overwritten:
             _remove(folder, new)
@@ -150,13 +163,14 @@ def test_a_kill_leaves_everything_whole(name: str, folder: Path) -> None:
         _unkilled(work, folder)
         left = {place for place in _files(folder) if place not in after and "cache" not in place}
         assert not left, "the next run cleans up"
-    assert survived <= max(2, KILLS // len(WORKS)) // 2, "most kills must come while the work goes on"
+    assert survived <= max(2, FAULTS // len(WORKS)) // 2, "most kills must come while the work goes on"
 
 
 FETCH = """
 import sys
 from pathlib import Path
 from lib_dpo.files.references.fetch import ask, fetch
+from lib_dpo.errors import DpoError
 from lib_dpo.files.references.known import known
 fetch(ask(known("dpo-sd1.5"), Path(sys.argv[1])), lambda *told: print(*told, flush=True))
 """
@@ -165,12 +179,12 @@ fetch(ask(known("dpo-sd1.5"), Path(sys.argv[1])), lambda *told: print(*told, flu
 @needs_library
 def test_a_killed_fetch_goes_on_where_it_was(tmp_path: Path) -> None:
     """Killed after so many megabytes, again and again: nothing under the final name before all is there and checked."""
-    hub, made = FilesHub(), random.Random(KILLS)
+    hub, made = FilesHub(), random.Random(FAULTS)
     hub.repos = {DPO: {UNET_FILE: DATA, "unet/config.json": b"{}"}}
     hub.slow = 0.005
     variables = environment(tmp_path, hub.endpoint)
     try:
-        for number in range(max(2, KILLS // 12)):
+        for number in range(max(2, FAULTS // 12)):
             folder = tmp_path / str(number)
             target, kept = folder / "dpo-sd1.5.safetensors", 0
             for _ in range(2):
@@ -198,6 +212,70 @@ def _fetched_until(share: float | None, folder: Path, variables: dict[str, str])
         process.stdout.read()
         assert process.wait() == (0 if share is None else -signal.SIGKILL)
     return sum(each.stat().st_size for each in folder.iterdir() if each.name != "dpo-sd1.5.safetensors")
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_a_file_that_may_grow_no_further_is_said_and_leaves_nothing(name: str, folder: Path) -> None:
+    """As on a full disk, in the middle of a write."""
+    work, made = WORKS[name], random.Random(f"{name} {FAULTS}")
+    inputs = _files(folder)
+    _unkilled(work, folder)
+    after = _files(folder)
+    new = {place for place in after if place not in inputs and "cache" not in place}
+    largest = max((folder / place).stat().st_size for place in new)
+    for number in range(max(2, FAULTS // len(WORKS))):
+        if number % 2:  # else over what the run before left
+            _remove(folder, new)
+        before = _files(folder)
+        size = made.randrange(largest)
+        assert _limited(work, folder, resource.RLIMIT_FSIZE, size) == REFUSED
+        found = _files(folder)
+        assert {place: found.get(place) for place in before} == before
+        assert {place for place in found if place not in before and "cache" not in place} == set()
+        _unkilled(work, folder)
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_memory_that_runs_out_is_said_and_leaves_nothing(name: str, folder: Path) -> None:
+    work, made = WORKS[name], random.Random(f"{name} {FAULTS}")
+    inputs = _files(folder)
+    ends = []
+    for number in range(max(3, FAULTS // len(WORKS))):
+        before = _files(folder)
+        more = made.randrange(12 << 20) if number else 0
+        ends.append(_limited(work, folder, resource.RLIMIT_AS, _address_space() + more))
+        assert ends[-1] in (DONE, REFUSED)
+        found = _files(folder)
+        assert {place: found[place] for place in inputs} == inputs
+        if ends[-1] == REFUSED:
+            assert {place for place in found if place not in before and "cache" not in place} == set()
+    assert REFUSED in ends
+    _unkilled(work, folder)
+
+
+DONE, REFUSED = 0, 2
+
+
+def _address_space() -> int:
+    """Bytes that this process has, and a child of it begins with."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+
+
+def _limited(work: Work, folder: Path, which: int, limit: int) -> int:
+    """Run it where the system allows so much and no more; whether it was done, or refused with an error of ours."""
+    child = os.fork()
+    if not child:
+        _quietly(lambda: _within(work, folder, which, limit))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _within(work: Work, folder: Path, which: int, limit: int) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python itself does: an error, and no end of the process
+    resource.setrlimit(which, (limit, limit))
+    try:
+        work(folder)
+    except (DpoError, RefusedError):
+        os._exit(REFUSED)
 
 
 def _remove(folder: Path, places: set[str]) -> None:
