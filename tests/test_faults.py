@@ -344,6 +344,8 @@ def _quietly(work: Callable[[], None]) -> None:
         os.dup2(null, 1)
         work()
         code = 0
+    except BaseException as error:  # noqa: BLE001  the parent asks for the exit code alone
+        print(f"{type(error).__name__}: {error}", file=sys.__stderr__, flush=True)
     finally:
         os._exit(code)
 

@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explained(error: Exception, args: argparse.Namespace) -> str:
     """An error in the words of one line."""
-    if isinstance(error, (DpoError, OSError)) and not isinstance(error, MemoryError):
+    if isinstance(error, DpoError):
         return with_flags(str(error))
     if isinstance(error, ModuleNotFoundError):
         advice = f"run `{this_python()} -m pip install .` in the folder of this project, or use the Python of your WebUI"
@@ -72,6 +72,8 @@ def _explained(error: Exception, args: argparse.Namespace) -> str:
     if isinstance(error, MemoryError) or (devices and devices.is_out_of_memory(error)):
         advice = "close other programs" + (", or choose --device cpu" if getattr(args, "device", "cpu") != "cpu" else "")
         return f"out of memory ({error}); {advice}".replace(" ()", "")
+    if isinstance(error, OSError):
+        return with_flags(str(error))
     logger.debug("unforeseen", exc_info=True)
     return f"this should not happen: {type(error).__name__}: {error}; run again with --debug and report it"
 

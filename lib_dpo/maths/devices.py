@@ -45,7 +45,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error is a device or the machine out of memory: by class, or by the messages of torch and its libraries."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _OUT_OF_MEMORY)
+    # safetensors 0.4 has an OSError without a number for a file that cannot be mapped
+    return isinstance(error, RuntimeError | OSError) and any(mark in str(error) for mark in _OUT_OF_MEMORY)
 
 
 _OUT_OF_MEMORY = (
@@ -63,7 +64,7 @@ def memory_in_words(what: str, advice: str) -> Iterator[None]:
     """Have `what` raise NoMemoryError with `advice` where memory runs out. torch's own words go to the log."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         logger.warning("%s ran out of memory", what, exc_info=True)
