@@ -36,7 +36,7 @@ test-webui:  ## drive a real WebUI on the CPU: WEBUI=its folder WEBUI_PYTHON=its
 	$(if $(and $(WEBUI),$(WEBUI_PYTHON)),,$(error give WEBUI=<folder of an installed WebUI> and WEBUI_PYTHON=<its Python>))
 	$(IN_ENV) newest -m pytest tests_webui --webui="$(WEBUI)" --webui-python="$(WEBUI_PYTHON)" $(ARGS)
 
-faults:  ## kill everything that writes files 280 times, and look at what is left: some minutes
+faults:  ## kills, full disks and no memory, 280 times each, in everything that writes files: half an hour or so
 	@DPO_FAULTS=280 $(PYTHON) tools/env.py newest $(PYTEST) tests/test_faults.py $(ARGS)
 
 check:  ## lint, format and types
