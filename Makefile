@@ -37,7 +37,7 @@ test-webui:  ## drive a real WebUI on the CPU: WEBUI=its folder WEBUI_PYTHON=its
 	$(IN_ENV) newest -m pytest tests_webui --webui="$(WEBUI)" --webui-python="$(WEBUI_PYTHON)" $(ARGS)
 
 faults:  ## kills, full disks and no memory, 280 times each, in everything that writes files: half an hour or so
-	@DPO_FAULTS=280 $(PYTHON) tools/env.py newest $(PYTEST) tests/test_faults.py $(ARGS)
+	@DPO_FAULTS=280 $(PYTHON) tools/env.py newest $(PYTEST) tests/test_faults.py tests/test_hosts.py $(ARGS)
 
 check:  ## lint, format and types
 	$(IN_ENV) newest -m ruff check .

@@ -30,6 +30,7 @@ from fake_host import FakeHost
 from safetensors import safe_open
 from test_hub import environment
 from test_references import DATA, DPO, FilesHub, needs_library
+from tiny import FAULTS
 
 from lib_dpo.errors import DpoError
 from lib_dpo.files.references.known import UNET_FILE
@@ -37,7 +38,6 @@ from lib_dpo.maths.devices import memory_in_words
 from lib_dpo.settings import ExtractSettings, RankPolicy
 from lib_dpo.webui.session import Session
 
-FAULTS = int(os.environ.get("DPO_FAULTS", "24"))  # of each kind, in all
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.truncate", "shutil.rmtree")  # of sys.addaudithook
 Work = Callable[[Path], None]

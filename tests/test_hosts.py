@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from fakes_forge import FORKS
 from fakes_forge import Harness as Fork
 from fakes_standalone import Standalone
 from harness import Harness, Tensors
+from tiny import FAULTS
 
 from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, NoModelError, SettingError
 from lib_dpo.families.blocks import parse_blocks
@@ -177,9 +179,10 @@ def test_a_second_bake_replaces_the_first(start, files: Path):
     check_equal(host.weights(), before)
 
 
-def failing(patch: Patch, error: BaseException | None) -> Patch:
-    """The patch, whose tensor in the middle cannot be read, or holds NaN."""
-    bad, read = patch.changed_keys()[len(patch.changed_keys()) // 2], patch.offset.terms
+def failing(patch: Patch, error: BaseException | None, at: int | None = None) -> Patch:
+    """The patch, of which one tensor cannot be read, or holds NaN: the one in the middle, or the number `at`."""
+    keys, read = patch.changed_keys(), patch.offset.terms
+    bad = keys[len(keys) // 2 if at is None else at]
 
     def terms(key: str) -> Sequence[Term]:
         if key != bad:
@@ -225,6 +228,18 @@ def test_any_exception_leaves_the_model_as_it_was(start, files: Path, error, str
     if earlier:
         assert host.live.unbake()
         check_equal(host.weights(), {key: t if key.startswith(VAE) else t.half() for key, t in vae_and(host).items()})
+
+
+def test_an_error_at_any_tensor_leaves_the_model_as_it_was(start, files: Path):
+    """`make faults` goes through all of them."""
+    host, patch = start(), opened(files, "sd1_dense")
+    before, count = host.weights(), len(patch.changed_keys())
+    places = range(count) if count // 3 < FAULTS else random.Random(FAULTS).sample(range(count), 4)
+    for at in (0, count - 1, *places):
+        with pytest.raises(OSError, match="disk"):
+            host.live.bake(failing(patch, OSError("disk"), at), 1.0)
+        check_equal(host.weights(), before)
+        assert host.live.baked() is None
 
 
 def vae_and(host: Harness) -> Tensors:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -21,6 +22,7 @@ from lib_dpo.families.shapes import Sizes, checkpoint_shapes, unet_name_pairs
 from lib_dpo.families.synthetic import base_tensor, offset_tensor
 
 Tensors = dict[str, torch.Tensor]
+FAULTS = int(os.environ.get("DPO_FAULTS", "24"))  # how often each kind of fault happens; `make faults` sets it
 
 WIDTH = 8  # of the UNet's first level: no matrix of sd1 or sdxl is wider than 4 * WIDTH on its short side
 LARGEST_RANK = 4 * WIDTH
