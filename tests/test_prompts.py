@@ -37,6 +37,7 @@ def _read(prompt: str) -> list[list[tuple[str, float]]]:
         ("time 12:30", [("time 12:30", 1)]),
         ("(ratio 1:2)", [("ratio 1", 2)]),  # as a WebUI reads it
         ("(:.5) a", [(" a", 1)]),
+        ("[(]b", [("b", 1.1)]),  # each kind of bracket by itself
     ],
 )
 def test_weights_are_read_as_webuis_read_them(prompt: str, wanted: list[tuple[str, float]]):

@@ -347,6 +347,27 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open, and needs no locks for that")
+def test_what_was_left_is_removed_while_it_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else its maker could lock it between the look and the removal, and would write to a file without a name."""
+    import fcntl
+
+    left, held, unlink = tmp_path / ".out.safetensors.0123abcd.part", [], Path.unlink
+
+    def watched(path: Path, *args: Any, **options: Any) -> None:
+        if path == left:
+            with path.open("r+b") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.append(path)
+        unlink(path, *args, **options)
+
+    left.write_bytes(b"")
+    monkeypatch.setattr(Path, "unlink", watched)
+    save(tmp_path / "out.safetensors", TENSORS, {})
+    assert held == [left]
+    assert left_in(tmp_path) == ["out.safetensors"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no file that is open, and needs no locks for that")
 def test_where_files_cannot_be_locked_a_day_must_have_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")

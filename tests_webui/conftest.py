@@ -18,7 +18,9 @@ import pytest
 import torch
 from files import BASE, REFERENCE, make_data, remove
 from flavours import Flavour, flavour_of
+from page import browser
 from pictures import request
+from playwright.sync_api import Browser
 from server import Server, running
 
 LORA, EXACT = "dpo", "dpo-exact"
@@ -104,6 +106,13 @@ def process(pytestconfig: pytest.Config, webui: Path, flavour: Flavour, folders:
     """The server, in whatever state the last test left it; tests take `server`."""
     with running(webui, _option(pytestconfig, "--webui-python"), flavour) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """One browser for the pages of a module."""
+    with browser() as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
-import pytest
 from conftest import LORA, Report
-from page import Tab, browser
+from page import Tab
 from playwright.sync_api import Browser
 from server import Server
 
@@ -24,12 +22,6 @@ _NEXT_PAIR = """() => new Promise((done, failed) => {
     }, 5);
     document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft", bubbles: true}));
 })"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as opened:
-        yield opened
 
 
 def test_votes_by_keyboard_are_kept(chromium: Browser, server: Server, lora: dict, report: Report) -> None:

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
-import pytest
 from conftest import LORA
 from files import REFERENCE
-from page import Tab, browser
+from page import Tab
 from pictures import PROMPT
 from playwright.sync_api import Browser
 from server import REPOSITORY, Server
 
 NAME = "with-a-card"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as opened:
-        yield opened
 
 
 def test_the_hosts_card_of_a_new_lora(chromium: Browser, server: Server) -> None:

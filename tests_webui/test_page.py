@@ -8,19 +8,13 @@ from collections.abc import Iterator
 import pytest
 from conftest import EXACT, LORA, Report, choose
 from files import BASE, OTHER, REFERENCE
-from page import Tab, browser
+from page import Tab
 from pictures import PROMPT, Offset, distance, draw, known, request, same
 from playwright.sync_api import Browser
 from server import Server
 from test_bake import fingerprint, known_fingerprint
 
 SCRIPT = "script_txt2img_dpo_offset"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    with browser() as opened:
-        yield opened
 
 
 @pytest.fixture
@@ -120,14 +114,14 @@ def test_a_part_of_the_unet_at_half_strength(tab: Tab, server: Server, lora: dic
     tab.page.locator("#dpo_bake_groups").get_by_text("Each part by itself").first.click()
     tab.fill("dpo_bake_group_mid", "0.5")
     tab.until(lambda: tab.field("dpo_bake_blocks").input_value() == "MID=0.5", "the block weights say so")
+    as_script, whole = (draw(server, offset=Offset(LORA, 1.0, blocks)) for blocks in ("MID=0.5", ""))
     tab.click("dpo_bake_go")
     tab.wait_for_text("dpo_bake_result", "MID=0.5")
-    as_script = draw(server, offset=Offset(LORA, 1.0, "MID=0.5"))
     tab.until(lambda: tab.page.locator("#dpo_bake_undo").first.is_enabled(), "Undo is on")
-    assert distance(draw(server), plain) > 0
+    baked = draw(server)
+    assert distance(baked, as_script) < distance(baked, whole)
     tab.click("dpo_bake_undo")
     tab.wait_for_text("dpo_bake_result", "bit for bit")
-    assert distance(as_script, plain) > 0
     assert same(draw(server), plain)
 
 

@@ -188,9 +188,9 @@ def _create(path: Path) -> tuple[BinaryIO, Path]:
 
 
 def _lock(file: BinaryIO) -> bool | None:
-    """Whether the file is ours alone now; None where nobody can tell. Windows removes no open file, which does as well."""
+    """Whether the file is ours alone now; None where nobody can tell. Windows needs no lock: it removes no open file."""
     if sys.platform == "win32":
-        return True
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -206,17 +206,18 @@ def _remove_abandoned(path: Path) -> None:
     for part in path.parent.iterdir():
         if ours.fullmatch(part.name):
             with contextlib.suppress(OSError):  # gone meanwhile, open on Windows, or somebody else's
-                if _is_abandoned(part):
-                    part.unlink()
-                    logger.info("removed %s, left behind by a process that was killed", part)
+                _remove_unless_held(part)
 
 
-def _is_abandoned(part: Path) -> bool:
-    with open(part, "r+b") as file:
+def _remove_unless_held(part: Path) -> None:
+    if sys.platform == "win32":  # which refuses where it is open
+        part.unlink()
+        return
+    with open(part, "r+b") as file:  # removed while we hold it: its maker may be about to lock it
         locked = _lock(file)
-        if locked is None:  # a day is longer than any work
-            return time.time() - part.stat().st_mtime > _ABANDONED_S
-        return locked
+        if locked or (locked is None and time.time() - part.stat().st_mtime > _ABANDONED_S):  # longer than any work
+            part.unlink()
+            logger.info("removed %s, left behind by a process that was killed", part)
 
 
 def _same_file(path: Path, other: Path) -> bool:

@@ -1,7 +1,7 @@
 """Prompts as people write them for WebUIs, for a diffusers pipeline: weights, BREAK, and more words than CLIP takes at once.
 
 The marks are AUTOMATIC1111's: (word) × 1.1, [word] ÷ 1.1, (word:1.5), a backslash before a bracket that is meant. The library
-compel computes the embeddings, by its own rules (its docs/embeddings_provider.py): a weight moves the words' embedding away
+compel computes the embeddings, by its own rules (compel/embeddings_provider.py): a weight moves the words' embedding away
 from that of an empty prompt, so pictures are not those of a WebUI with the same weights. What only WebUIs do is refused.
 """
 
@@ -18,7 +18,7 @@ from lib_dpo.errors import SettingError, missing_extra
 
 _STEP = 1.1  # of one pair of brackets
 _LARGEST_WEIGHT = 10.0
-_MARK = re.compile(r"\\(?P<meant>[()\[\]\\])|(?P<open>[(\[])|(?::\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*)?(?P<close>[)\]])")
+_MARK = re.compile(r"\\(?P<meant>[()\[\]\\])|(?P<open>[(\[])|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|(?P<close>[)\]])")
 _ONLY_IN_WEBUIS = (
     (re.compile(r"<[a-z]+:[^<>]*>", re.IGNORECASE), "take it out, and give a LoRA as the offset"),
     (re.compile(r"(?<!\\)\[[^\[\]]*[|:][^\[\]]*(?<!\\)\]"), "write one prompt for all steps"),
@@ -50,23 +50,25 @@ def parse(prompt: str) -> list[list[Fragment]]:
 
 def _fragments(text: str) -> list[Fragment]:
     found: list[Fragment] = []
-    opened: list[tuple[str, int]] = []  # brackets that are open, and how many fragments stood before each
+    opened: dict[str, list[int]] = {"(": [], "[": []}  # how many fragments stood before each bracket that is open
     place = 0
     for mark in _MARK.finditer(text):
         _add(found, text[place : mark.start()])
         place = mark.end()
+        bracket = mark["open"] or ("[" if mark["close"] == "]" else "(")
         if mark["meant"]:
             _add(found, mark["meant"])
         elif mark["open"]:
-            opened.append((mark["open"], len(found)))
+            opened[bracket].append(len(found))
             found.append(Fragment(""))  # what follows does not belong to what stood before
-        elif not opened or opened[-1][0] != {")": "(", "]": "["}[mark["close"]] or (mark["weight"] and mark["close"] == "]"):
+        elif not opened[bracket]:
             _add(found, mark[0])
         else:
-            _weigh(found, *opened.pop(), mark["weight"])
+            _weigh(found, bracket, opened[bracket].pop(), mark["weight"])
     _add(found, text[place:])
-    while opened:
-        _weigh(found, *opened.pop(), None)
+    for bracket, starts in opened.items():
+        for first in starts:
+            _weigh(found, bracket, first, None)
     return _joined(found)
 
 
