@@ -320,3 +320,67 @@ def _serious(axe: Any, page: Any, name: str) -> list[str]:
         for each in response["violations"] if each["impact"] in ("serious", "critical")
         for node in each["nodes"]
     ]  # fmt: skip
+
+
+# ---- the six questions of people who find such files, each within three clicks from the first view ----
+
+
+def clicked(page: Any, *elem_ids: str) -> None:
+    """Click as a person does who changes nothing else: a page by its title, a button by its id."""
+    assert len(elem_ids) <= 3
+    for elem_id in elem_ids:
+        if elem_id in PAGES:
+            to(page, elem_id)
+        else:
+            page.locator(f"#{elem_id}").first.click()
+
+
+def test_what_does_it_do(opened: Callable[..., Any]):
+    page = opened()
+    assert "what preference tuning (DPO) changed in a model" in page.locator("#dpo_extract_first").first.inner_text()
+    clicked(page, "compare", "dpo_compare_go")  # and pictures of before and after
+    said(page, "dpo_compare_result", "effect")
+    assert page.locator("#dpo_compare_cells .dpo-cell").count() == 24  # three ready-made prompts, two seeds, four columns
+    assert page.locator("#dpo_compare_wipe img").count() >= 2
+
+
+def test_which_strength_is_best(opened: Callable[..., Any]):
+    page = opened()
+    clicked(page, "dpo_extract_analyse")  # to start with
+    said(page, "dpo_extract_pair_result", "Which strength to start with?")
+    page = opened()
+    clicked(page, "blind")  # by votes
+    fill(page, "dpo_blind_strengths", "0.5, 1, 1.5")
+    clicked(page, "dpo_blind_go")
+    said(page, "dpo_blind_view", "Zoom")
+    clicked(page, "dpo_blind_left")
+    said(page, "dpo_blind_figures", "strength")
+
+
+def test_lora_or_bake(opened: Callable[..., Any]):
+    page = opened()
+    clicked(page, "dpo_extract_analyse")
+    said(page, "dpo_extract_pair_result", "LoRA or bake?")
+
+
+def test_does_it_work_with_my_model(opened: Callable[..., Any]):
+    page = opened()
+    clicked(page, "inspect", "dpo_inspect_fit")
+    said(page, "dpo_inspect_result", "Does it fit your model?")
+    assert "base.safetensors" in page.locator("#dpo_inspect_result").first.inner_text(), "found by what is in it"
+
+
+def test_why_do_i_see_no_difference(opened: Callable[..., Any]):
+    page = opened()
+    to(page, "compare")
+    fill(page, "dpo_compare_strengths", "1e-9")
+    clicked(page, "dpo_compare_go")
+    said(page, "dpo_compare_result", "No visible effect")
+
+
+def test_is_it_better_on_my_model(opened: Callable[..., Any]):
+    page = opened()
+    clicked(page, "blind", "dpo_blind_go")
+    page.locator("#dpo_blind_view .dpo-blind img").first.wait_for()
+    clicked(page, "dpo_blind_right")
+    said(page, "dpo_blind_figures", "Win rate")

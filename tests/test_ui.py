@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from lib_dpo.errors import Cancelled, HostError
 from lib_dpo.hosts.base import Check, FileEntry, Request
 from lib_dpo.offsets.file_kinds import plain_name
+from lib_dpo.webui.references.picker import Bases
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import build, compare, comparison, inspect, lists, markup, parts
 from lib_dpo.webui.tab.bake import before, blocks
@@ -873,7 +874,7 @@ def test_how_many_pictures_and_how_long_is_said_before(with_lora: Session):
     assert "about 48 s" in compare.told(with_lora, *asked)
     assert "about 51 min" in compare.told(with_lora, *asked[:4], 0, 0, *asked[6:])  # 512: what SD 1.x was made for
     assert "neither a number nor a range" in compare.told(with_lora, "many", *asked[1:])
-    assert compare.told(with_lora, "1", "", *asked[2:]) == ""
+    assert "12 pictures (3 prompts" in compare.told(with_lora, "1", "", *asked[2:]), "three ready-made ones"
     assert len(compare.ready_made(with_lora).splitlines()) == 3
 
 
@@ -925,6 +926,14 @@ def test_a_model_that_is_its_own_base_is_asked_about(session: Session):
     html = run(session, inspect.does_it_fit, "base.safetensors", "base.safetensors", "dpo-sd1")[0]
     assert "dpo-doubt" in html
     assert "so it was compared with itself" in html
+
+
+def test_the_base_is_found_by_what_is_in_it(session: Session, monkeypatch: pytest.MonkeyPatch):
+    html = run(session, inspect.does_it_fit, "other.safetensors", inspect.FOUND, "dpo-sd1")[0]
+    assert re.search("Base, found among your checkpoints<[^a-z]*[a-z]*><[a-z]*>base.safetensors", html)
+    monkeypatch.setattr(session.references, "bases", lambda *_: Bases((), 2, ()))
+    html = run(session, inspect.does_it_fit, "other.safetensors", inspect.FOUND, "dpo-sd1")[0]
+    assert "None of the 2 checkpoints that can be looked into is the base that dpo-sd1 was tuned from" in html
 
 
 def test_does_it_fit(session: Session):

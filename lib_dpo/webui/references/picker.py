@@ -59,6 +59,7 @@ class References:
     def __init__(self, host: Host, jobs: Jobs, library: Library) -> None:
         self._host, self._jobs, self._library = host, jobs, library
         self.last: Fetching | None = None
+        self.nearest: dict[Path, str] = {}  # reference -> the base that was found for it last
 
     def rows(self) -> list[Row]:
         """The table. Opens no file."""
@@ -128,6 +129,21 @@ class References:
             found.looked_at,
             tuple(names[path] for path in found.pickles),
         )
+
+    def nearest_base(self, reference: Path, job: Job | None = None) -> str:
+        """The name of the checkpoint that fits a reference best as its base.
+
+        Raises:
+            NotFoundError: none of the list fits.
+        """
+        found = self.bases(reference, job)
+        if not found.fitting:
+            raise NotFoundError(
+                f"none of the {found.looked_at} checkpoints that can be looked into is the base that {reference.name} was "
+                "tuned from; put it, such as SD 1.5 or SDXL 1.0, into the folder of the checkpoints, or choose it by hand"
+            )
+        self.nearest[reference] = found.fitting[0][0]
+        return self.nearest[reference]
 
     def _settled(self, offer: Offer, fetched: Fetched) -> Bases | None:
         """The base of a reference that has come; a LoRA goes into the host's list. The file stands, whatever is said of it."""

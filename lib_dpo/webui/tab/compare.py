@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ALONE = "Nothing"  # the choice of no second offset
 _LONGEST = 40  # letters of a prompt in a list
+_READY_MADE = 3  # prompts
 _HINT = (
     "One picture per prompt, seed and strength, and the untouched model beside them. What you see is what a LoRA or bake of "
     "that strength will do to your model."
@@ -41,8 +42,9 @@ def page(tab: Tab) -> None:
                 info="A LoRA or an offset file",
             )  # fmt: skip
             prompts = gr.Textbox(
-                label="Prompts", lines=3, info="One per line; name several things in each", elem_id="dpo_compare_prompts"
-            )
+                label="Prompts", lines=3, elem_id="dpo_compare_prompts",
+                info="One per line; name several things in each; empty: three ready-made ones",
+            )  # fmt: skip
             with gr.Row(elem_classes=["dpo-buttons"]):
                 take = gr.Button("Take from txt2img", elem_id="dpo_compare_take", visible=tab.session.in_webui)
                 ready = gr.Button("Ready-made prompts", elem_id="dpo_compare_ready")
@@ -166,9 +168,9 @@ def compare(
     if session.host.live.baked() and not undo:
         show(parts.update(), *[parts.update()] * 7, parts.update(visible=True))  # the error says why
     asked = Asked(
-        offset=offset or "", strengths=strengths or "", prompts=(prompts or "").splitlines(), negative=negative or "",
-        seeds=str(seeds or ""), steps=int(steps), cfg_scale=float(cfg), sampler=sampler or "", width=int(width),
-        height=int(height), blocks=blocks or "", beside=_name(beside), function=bool(function), undo=undo,
+        offset=offset or "", strengths=strengths or "", prompts=_lines(prompts) or ready_made(session).splitlines(),
+        negative=negative or "", seeds=str(seeds or ""), steps=int(steps), cfg_scale=float(cfg), sampler=sampler or "",
+        width=int(width), height=int(height), blocks=blocks or "", beside=_name(beside), function=bool(function), undo=undo,
     )  # fmt: skip
     try:
         found = session.jobs.run(
@@ -212,13 +214,14 @@ def told(
 ) -> str:  # fmt: skip
     """How many pictures that is, and how long; nothing while the lists are being written."""
     try:
+        lines = _lines(prompts) or ready_made(session).splitlines()
         asked = Asked(
-            "offset", (prompts or "").splitlines(), seeds=str(seeds or ""), strengths=strengths or "", steps=int(steps or 0),
+            "offset", lines, seeds=str(seeds or ""), strengths=strengths or "", steps=int(steps or 0),
             width=int(width or 0), height=int(height or 0), beside=_name(beside), function=bool(function),
         )  # fmt: skip
         return markup.note(f"{forecast(session, asked)}.")
     except DpoError as error:
-        return markup.note(error) if (prompts or "").strip() else ""
+        return markup.note(error)
 
 
 def ready_made(session: Session) -> str:
@@ -227,8 +230,12 @@ def ready_made(session: Session) -> str:
 
     loaded = session.host.live.loaded()
     if loaded and loaded.path.name == BUNDLED_BASE:
-        return "\n".join(random.sample(BUNDLED_PROMPTS, 3))
-    return "\n".join(random.choice(PROMPTS[kind]) for kind in random.sample(sorted(PROMPTS), 3))
+        return "\n".join(random.sample(BUNDLED_PROMPTS, _READY_MADE))
+    return "\n".join(random.choice(PROMPTS[kind]) for kind in random.sample(sorted(PROMPTS), _READY_MADE))
+
+
+def _lines(prompts: str | None) -> list[str]:
+    return [line for line in (prompts or "").splitlines() if line.strip()]
 
 
 def _name(beside: str | None) -> str:

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lib_dpo.hosts.base import Job
 from lib_dpo.offsets.file_kinds import labelled, plain_name
 from lib_dpo.pictures.bars import block_columns, rank_columns, strength_line
 from lib_dpo.settings import in_digits
@@ -23,6 +24,7 @@ _HINT = "Choose a file to see what it is, or three to see whether the offset of 
 _COMPONENTS = {
     "unet": "UNet", "te": "text encoder", "te1": "text encoder 1", "te2": "text encoder 2", "vae": "VAE",
 }  # fmt: skip
+FOUND = "Found among your checkpoints"  # the first choice of a base: the one from which the reference was tuned
 _LONGEST = 300  # letters of one metadata entry that are shown
 
 
@@ -49,7 +51,7 @@ def page(tab: Tab) -> None:
                 elem_id="dpo_inspect_target", info="Any finetune or merge, Pony too",
             )  # fmt: skip
             base = parts.file_dropdown(
-                tab, models, likely=parts.first, label="Base of the pair", value=parts.LOADED,
+                tab, bases, likely=parts.first, label="Base of the pair", value=FOUND,
                 elem_id="dpo_inspect_base", info="The model before DPO",
             )  # fmt: skip
             reference = parts.file_dropdown(
@@ -64,8 +66,9 @@ def page(tab: Tab) -> None:
     session = tab.session
 
     def of_three(target: str, base: str, reference: str) -> About:
-        *chosen, reference = (_name(name) for name in (target, base, reference))
-        return about(session, *chosen, session.library.reference(reference), model=not all(chosen))
+        tuned = session.library.reference(_name(reference))
+        chosen = _name(target), session.references.nearest.get(tuned, FOUND) if base == FOUND else _name(base)
+        return about(session, *chosen, tuned, model=not all(chosen))
 
     parts.start(tab, look, partial(what_is, session), [file], [place], about=lambda name: about(session, _name(name)))
     parts.start(tab, fit, partial(does_it_fit, session), [target, base, reference], [place], about=of_three)
@@ -91,6 +94,11 @@ def models(session: Session) -> list[str]:
     return [parts.LOADED, *labelled(((entry.name, entry.path) for entry in session.library.checkpoints()), seconds=0)]
 
 
+def bases(session: Session) -> list[str]:
+    """The same, and before them that it is to be found."""
+    return [FOUND, *models(session)]
+
+
 def references(session: Session) -> list[str]:
     """Tuned models, in the same way."""
     return labelled(((entry.name, entry.path) for entry in session.library.references()), seconds=0)
@@ -108,12 +116,13 @@ def what_is(session: Session, task: str | None, name: str) -> str:
 
 def does_it_fit(session: Session, task: str | None, target: str, base: str, reference: str) -> str:
     """The verdict on a model and a pair, and a table by block."""
-    report = session.jobs.run(
-        "Does it fit?",
-        lambda job: session.compat(job, target=_name(target), base=_name(base), reference=_name(reference)),
-        task_id=task,
-    )
-    return _fit_html(report)
+    names = _name(target), _name(reference)
+
+    def work(job: Job) -> tuple[CompatReport, str]:
+        found = session.references.nearest_base(session.library.reference(names[1]), job) if base == FOUND else ""
+        return session.compat(job, target=names[0], base=found or _name(base), reference=names[1]), found
+
+    return _fit_html(*session.jobs.run("Does it fit?", work, task_id=task))
 
 
 # ---- in words ----
@@ -188,11 +197,12 @@ def fit_mood(report: CompatReport) -> Mood:
     return "doubt" if report.itself else markup.LEVELS[report.level]
 
 
-def _fit_html(report: CompatReport) -> str:
+def _fit_html(report: CompatReport, found: str) -> str:
     inside = f"{in_digits(report.strength_inside, '+.2f')} ± {report.strength_error:.2f}"
     body = strength_line(
         report.strength_inside, report.strength_error, f"DPO in it already: {inside} (0 none, 1 all of it)"
     ) + markup.facts([
+        *([("Base, found among your checkpoints", found)] if found else []),
         ("Strength to start with", f"{report.suggested_strength:.2g}"),
         ("Distance from the base", f"{markup.percent(report.drift)} of the weights' size"),
         ("Direction shared with the offset", f"{report.cosine:+.3f} (cosine: 1 the same, 0 unrelated)"),
