@@ -18,3 +18,10 @@ class Steps:
         self._done += numel
         if self._tell:
             self._tell(self._done, self._total, key)
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 40 s, 5 min, 2.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

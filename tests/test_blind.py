@@ -26,7 +26,7 @@ from lib_dpo.webui.api import PREFIX, add_routes
 from lib_dpo.webui.blind import AHEAD, Asked
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import blind as page
-from lib_dpo.webui.tab import parts
+from lib_dpo.webui.tab import clicks, parts
 
 
 @pytest.fixture(scope="module")
@@ -332,7 +332,7 @@ def test_a_vote_that_cannot_be_written_can_be_given_again(session: Session):
 
 def test_the_page_from_start_to_the_file_of_votes(session: Session):
     how = ("", "1", "", 4, 7, 64, 64, "")
-    begun = parts.guarded(session, lambda *values: page.start(session, *values), 4)("", "exact", "1", "a cat\na dog", *how)
+    begun = clicks.guarded(session, lambda *values: page.start(session, *values), 4)("", "exact", "1", "a cat\na dog", *how)
     note, view, figures, shown = begun[:4]
     assert "dpo-votes" in note
     assert str(fake(session).folder) not in note

@@ -176,6 +176,23 @@ def test_a_lora_is_extracted_and_leads_on(opened: Callable[..., Any]):
     said(page, "dpo_bake_before", "new-one is a LoRA")
 
 
+def test_the_answer_comes_to_the_page_that_is_opened_after_it_was_closed(opened: Callable[..., Any]):
+    page = opened()
+    to(page, "compare")
+    fill(page, "dpo_compare_strengths", "0.5, 1, 1.5, 2, 3")
+    page.locator("#dpo_compare_go").click()
+    said(page, "dpo_compare_cells", "seed")  # the first pictures are there
+    page.context.close()
+    again = opened()
+    said(again, "dpo_status", "Compare:")
+    to(again, "compare")
+    again.wait_for_function("() => !document.querySelector('#dpo_status').innerText.includes('Compare:')")
+    again.locator("#dpo_tick").dispatch_event("click")  # as the page does every few seconds in a WebUI
+    said(again, "dpo_compare_result", "effect")
+    assert again.locator("#dpo_compare_cells .dpo-cell").count() == 36
+    assert again.locator("#dpo_compare_wipe img").count() >= 2
+
+
 def test_bake_and_undo(opened: Callable[..., Any]):
     page = opened()
     ready_to_bake(page)

@@ -22,7 +22,7 @@ from lib_dpo.webui.api import PREFIX, add_routes
 from lib_dpo.webui.axes import add_axes
 from lib_dpo.webui.generation import Generation, wish_of
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import compare, parts
+from lib_dpo.webui.tab import clicks, compare
 from lib_dpo.webui.tab.bake import before
 from lib_dpo.webui.tab.bake import page as bake
 
@@ -40,7 +40,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
 
 
 def _tab(session: Session, function: Any, *values: Any) -> str:
-    html = parts.guarded(session, partial(function, session), 1)("", *values)[0]
+    html = clicks.guarded(session, partial(function, session), 1)("", *values)[0]
     sentence = unescape(re.sub("<[^>]+>", "", html))
     return sentence[:1].lower() + sentence[1:]
 

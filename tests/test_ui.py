@@ -26,12 +26,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lib_dpo.errors import Cancelled, HostError
+from lib_dpo.errors import Cancelled, HostError, NotFoundError
 from lib_dpo.hosts.base import Check, FileEntry, Request
 from lib_dpo.offsets.file_kinds import plain_name
 from lib_dpo.webui.references.picker import Bases
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import build, compare, comparison, inspect, lists, markup, parts
+from lib_dpo.webui.tab import build, clicks, compare, comparison, inspect, lists, markup, parts
 from lib_dpo.webui.tab.bake import before, blocks
 from lib_dpo.webui.tab.bake import page as bake
 from lib_dpo.webui.tab.extract import outlook
@@ -124,13 +124,13 @@ def test_lists_of_files_and_results_are_not_kept_in_the_hosts_configuration(sess
 
 def test_every_button_hands_over_what_its_action_takes(session: Session, monkeypatch: pytest.MonkeyPatch):
     started: dict[str, tuple[Any, ...]] = {}
-    real = parts.start
+    real = clicks.start
 
     def record(tab: Any, button: Any, function: Any, inputs: Any, outputs: Any, **options: Any) -> None:
         started[button.elem_id] = (function, inputs, outputs)
         real(tab, button, function, inputs, outputs, **options)
 
-    monkeypatch.setattr(parts, "start", record)
+    monkeypatch.setattr(clicks, "start", record)
     build(session)
     assert len(started) == 12
     for elem_id, (function, inputs, outputs) in started.items():
@@ -278,6 +278,32 @@ def test_does_it_fit_takes_names_with_what_they_are(session: Session):
     assert "Strength to start with" in html
 
 
+def test_the_answer_of_a_closed_page_comes_to_the_next_one_once(session: Session):
+    """What the page does: take what is new after an answer came (`taken`), look again every few seconds."""
+    place, status, name = object(), object(), object()
+    work = parts.Work([place, status, name])
+    tab = parts.Tab(session, status, None, works=[work])
+    outputs = [status, place, name]
+    assert lists.arrived(tab, outputs, ["now", "older"]) == ["now", "older", parts.update()]
+    work.answer = ["it is written", "then", "new.safetensors"]
+    assert lists.arrived(tab, outputs, ["now", "older"]) == ["now", "it is written", "new.safetensors"]
+    assert lists.arrived(tab, outputs, ["now", "older"]) == ["now", "older", parts.update()]
+
+
+def test_a_job_at_work_is_in_the_status_line(session: Session):
+    def work(job: Any) -> None:
+        job.progress(1, 4, "")
+        record.seconds_left = 20.0
+        assert "Extract mine: 25%, about 20 s left" in parts.status_html(session)
+        raise NotFoundError("the end")
+
+    record = session.jobs.register("Extract mine")
+    assert "Extract mine: waits for its turn" in parts.status_html(session)
+    with pytest.raises(NotFoundError):
+        session.jobs.finish(record, work)
+    assert "Extract mine" not in parts.status_html(session)
+
+
 def test_a_refresh_button_makes_the_host_look_too(session: Session, host: FakeHost):
     lists.looked(session, [], [])
     assert host.refreshed == 0
@@ -329,7 +355,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 def run(session: Session, function: Any, *values: Any, outputs: int = 1) -> list[Any]:
     """An action as a click does it: errors become HTML; the status line is the last of what comes back."""
-    found = parts.guarded(session, partial(function, session), outputs)("", *values)
+    found = clicks.guarded(session, partial(function, session), outputs)("", *values)
     assert len(found) == outputs + 1
     return found
 
@@ -803,7 +829,7 @@ def test_what_streams_gives_its_last_word_and_every_one_before(session: Session)
         show("half")
         return ["whole", "rest"]
 
-    assert list(parts.streamed(work, 2)) == [["half", parts.update()], ["whole", "rest"]]
+    assert list(clicks.streamed(work, 2)) == [["half", parts.update()], ["whole", "rest"]]
     events = build(session).get_config_file()["dependencies"]
     assert sum(bool(row["types"]["generator"]) for row in events) == 2  # compare, and undo and compare
 

@@ -21,7 +21,7 @@ from lib_dpo.cli.words import FLAGS, with_flags
 from lib_dpo.webui.api import PREFIX, add_routes
 from lib_dpo.webui.generation import Generation
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import blind, compare, inspect, lists, parts
+from lib_dpo.webui.tab import blind, clicks, compare, inspect, lists, parts
 from lib_dpo.webui.tab import extract as page
 from lib_dpo.webui.tab.bake import before
 from lib_dpo.webui.tab.bake import page as bake
@@ -139,7 +139,7 @@ TAB: list[tuple[Any, tuple[Any, ...], str]] = [
 
 @pytest.mark.parametrize(("action", "values", "words"), TAB)
 def test_the_tab_shows_names_and_no_folders(session: Session, action: Any, values: tuple[Any, ...], words: str):
-    html, status = parts.guarded(session, partial(action, session), 1)("", *values)[:2]
+    html, status = clicks.guarded(session, partial(action, session), 1)("", *values)[:2]
     assert words in unescape(re.sub("<[^>]+>", " ", html)), html
     assert _is_clean(session, html), html
     assert _is_clean(session, str(status))

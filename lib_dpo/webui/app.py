@@ -14,7 +14,7 @@ from lib_dpo.errors import BadFileError, OutputError, missing_extra
 from lib_dpo.hosts.standalone import Standalone
 from lib_dpo.settings import ASSETS, BUNDLED_BASE, BUNDLED_MODEL, BUNDLED_WORDS
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import markup
+from lib_dpo.webui.tab import clicks, markup
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def build(session: Session) -> Any:
         tab.build(session)
         parts.on(
             choice.input,
-            parts.guarded(session, lambda task, name: load(session, name), 1),
+            clicks.guarded(session, lambda task, name: load(session, name), 1),
             [gr.State(""), choice],
             [answer, gr.State()],
         )

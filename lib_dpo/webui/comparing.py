@@ -11,6 +11,7 @@ from lib_dpo.errors import HostError, NotFoundError, SettingError
 from lib_dpo.hosts.base import Job, Request
 from lib_dpo.offsets.patch import Patch
 from lib_dpo.pictures.plan import Cell, Images, Plan, Variant, parse_seeds, parse_strengths, run, strength_variants
+from lib_dpo.progress import duration
 from lib_dpo.webui.cards import give_previews
 from lib_dpo.webui.results import Comparison
 from lib_dpo.webui.session import Session, sendable
@@ -149,7 +150,7 @@ def forecast(session: Session, asked: Asked) -> str:
     seconds = session.pace * count * asked.steps * width * height
     if asked.function:
         seconds *= 1 + 3 * len(plan.rows) * 10 / (count * asked.steps)
-    return f"{said}, about {_duration(seconds)}"
+    return f"{said}, about {duration(seconds)}"
 
 
 class _Pace:
@@ -221,7 +222,3 @@ def _remarks(session: Session, report: EffectReport, plan: Plan, patches: Sequen
             left = f"about {share:.0%}" if share > 0 else "nothing"
             found.append(f"{left} of {patch.name} survives rounding to the model's numbers ({storage})")
     return tuple(found)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"

@@ -12,7 +12,7 @@ from lib_dpo.settings import FIELDS
 from lib_dpo.webui import blind, cards
 from lib_dpo.webui.blind import Asked, Figures
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import markup, parts
+from lib_dpo.webui.tab import clicks, markup, parts
 from lib_dpo.webui.tab.compare import sampling_controls
 from lib_dpo.webui.tab.markup import Mood
 from lib_dpo.webui.tab.parts import Tab
@@ -77,7 +77,7 @@ def page(tab: Tab) -> None:
     seeds, blocks = how[1], how[-1]
     for unsaved in (prompts, how[0], seeds, blocks, how[2]):
         parts.unsaved(unsaved)
-    parts.start(
+    clicks.start(
         tab, go, partial(start, session), [offset, strengths, prompts, *how], [place, view, figures, pair],
         about=lambda offset, *_: about(session, session.library.offset(offset), model=True, baked=True),
     )  # fmt: skip

@@ -12,9 +12,10 @@ from lib_dpo.webui import comparing
 from lib_dpo.webui.comparing import Asked, forecast
 from lib_dpo.webui.results import Comparison
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import markup, parts
+from lib_dpo.webui.tab import clicks, markup, parts
+from lib_dpo.webui.tab.clicks import Show, unseen
 from lib_dpo.webui.tab.comparison import cells_html, report_html, wipe_html
-from lib_dpo.webui.tab.parts import Show, Tab
+from lib_dpo.webui.tab.parts import Tab
 from lib_dpo.webui.tab.standing import about
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def page(tab: Tab) -> None:
     inputs = [offset, strengths, prompts, negative, seeds, *rest, blocks, beside, function]
     outputs = [place, cells, grid, folded, pair, wipe, where, made, undo]
     for button, function_of in ((go, compare), (undo, undo_and_compare)):
-        parts.start(
+        clicks.start(
             tab, button, partial(function_of, session), inputs, outputs,
             about=lambda offset, *_: about(session, session.library.offset(offset), model=True, baked=True),
             streams=True,
@@ -157,7 +158,7 @@ def sampling_controls(session: Session, prefix: str, of: str = "") -> list[Any]:
 def compare(
     session: Session, task: str | None, offset: str, strengths: str, prompts: str, negative: str, seeds: str,
     steps: float, cfg: float, sampler: str, width: float, height: float, blocks: str, beside: str = ALONE,
-    function: bool = False, *, undo: bool = False, show: Show = parts.unseen,
+    function: bool = False, *, undo: bool = False, show: Show = unseen,
 ) -> list[Any]:  # fmt: skip
     """Make the pictures, each shown as it comes; verdict, cells, grid, the pair that the verdict suggests, where it differs."""
     numbers = {"steps": steps, "CFG scale": cfg, "width": width, "height": height}
@@ -203,7 +204,7 @@ def compare(
     ]
 
 
-def undo_and_compare(session: Session, task: str | None, *values: Any, show: Show = parts.unseen) -> list[Any]:
+def undo_and_compare(session: Session, task: str | None, *values: Any, show: Show = unseen) -> list[Any]:
     """The same on the model without what is baked into it."""
     return compare(session, task, *values, undo=True, show=show)
 

@@ -11,7 +11,7 @@ from lib_dpo.offsets.file_kinds import labelled, plain_name
 from lib_dpo.pictures.bars import block_columns, rank_columns, strength_line
 from lib_dpo.settings import in_digits
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import markup, parts
+from lib_dpo.webui.tab import clicks, markup, parts
 from lib_dpo.webui.tab.markup import Mood
 from lib_dpo.webui.tab.parts import Tab
 from lib_dpo.webui.tab.standing import About, about
@@ -70,8 +70,8 @@ def page(tab: Tab) -> None:
         chosen = _name(target), session.references.nearest.get(tuned, FOUND) if base == FOUND else _name(base)
         return about(session, *chosen, tuned, model=not all(chosen))
 
-    parts.start(tab, look, partial(what_is, session), [file], [place], about=lambda name: about(session, _name(name)))
-    parts.start(tab, fit, partial(does_it_fit, session), [target, base, reference], [place], about=of_three)
+    clicks.start(tab, look, partial(what_is, session), [file], [place], about=lambda name: about(session, _name(name)))
+    clicks.start(tab, fit, partial(does_it_fit, session), [target, base, reference], [place], about=of_three)
 
 
 def _heading(question: str, sentence: str, elem_id: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from lib_dpo.webui.session import Session
@@ -28,10 +27,15 @@ def wire(tab: Tab, shown: Any, tick: Any, foot: Any) -> None:
     parts.on(shown.click, look, components, outputs, **parts.UNASKED)
     for follower in tab.followers:
         parts.on(shown.click, follower.function, follower.inputs, follower.components, **parts.UNASKED)
+    asked = [each for place in tab.places for each in (place.given, *place.inputs)]
+    answers = [tab.status, *(each for place in tab.places for each in (place.component, place.given))]
+    late = _others([each for work in tab.works for each in work.outputs], answers)
+
+    def look_again(*values: Any) -> list[Any]:
+        return arrived(tab, [*answers, *late], still_true(tab, *values))
+
     for event in (shown.click, tick.click):  # one request for all
-        answers = [each for place in tab.places for each in (place.component, place.given)]
-        asked = [each for place in tab.places for each in (place.given, *place.inputs)]
-        parts.on(event, partial(still_true, tab), asked, [tab.status, *answers], **parts.UNASKED)
+        parts.on(event, look_again, asked, [*answers, *late], **parts.UNASKED)
     for button in tab.rescans:
         parts.on(button.click, rescan, components, outputs, **parts.UNASKED)
     for event in tab.writers:
@@ -46,6 +50,27 @@ def still_true(tab: Tab, *values: Any) -> list[Any]:
         mine, rest = rest[:count], rest[count:]
         found += standing.looked_at(tab.session, place, *mine)
     return found
+
+
+def arrived(tab: Tab, outputs: Sequence[Any], found: Sequence[Any]) -> list[Any]:
+    """Values for `outputs`: `found` for the first of them, and before these the answers of work whose page was closed.
+
+    Each of those answers is given once.
+    """
+    values = {id(output): value for output, value in zip(outputs, found)}  # noqa: B905  # there are more outputs
+    for work in tab.works:
+        answer, work.answer = work.answer, None
+        if answer is not None:
+            values |= {
+                id(output): value for output, value in zip(work.outputs, answer, strict=True) if output is not tab.status
+            }
+    return [values.get(id(output), parts.update()) for output in outputs]
+
+
+def _others(components: Sequence[Any], known: Sequence[Any]) -> list[Any]:
+    """Those that are not known, each once."""
+    seen = {id(each) for each in known}
+    return [each for each in components if not (id(each) in seen or seen.add(id(each)))]  # type: ignore[func-returns-value]
 
 
 def looked(session: Session, lists: Sequence[Listed], chosen: Sequence[Any], *, rescan: bool = False) -> list[Any]:

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import inspect
 import logging
-import queue
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from lib_dpo.errors import Cancelled, DpoError
+from lib_dpo.progress import duration
 from lib_dpo.settings import FIELDS
 from lib_dpo.webui.results import Status
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import markup
-from lib_dpo.webui.tab.standing import About, Given, Place, given
+from lib_dpo.webui.tab.standing import Place
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +26,6 @@ LOADED = "The loaded checkpoint"  # the first choice where a checkpoint is asked
 # For what the page asks by itself. Gradio 3.41 never lets go of a queued event whose page was closed meanwhile, and Reload UI
 # waits for it.
 UNASKED: Mapping[str, Any] = {"show_progress": "hidden", "queue": False}
-
-Show = Callable[..., None]  # puts values into the first outputs of an event that is at work
 
 _NOT_LOADED = "Make one picture and it will be: some WebUIs load it only then. Files can be chosen by name meanwhile."
 
@@ -51,6 +48,14 @@ class Follower:
     components: list[Any]
 
 
+@dataclass
+class Work:
+    """Long work that a click starts: where its answer goes, and one that no page has taken yet."""
+
+    outputs: list[Any]
+    answer: list[Any] | None = None
+
+
 @dataclass(frozen=True)
 class Tab:
     """One tab while it is built: what its pages share, and what is wired when all of them stand."""
@@ -62,6 +67,7 @@ class Tab:
     rescans: list[Any] = field(default_factory=list)  # buttons that look for new files
     writers: list[Any] = field(default_factory=list)  # events after which the lists are old
     followers: list[Follower] = field(default_factory=list)
+    works: list[Work] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)  # of answers that something else may make untrue
     doors: list[tuple[Any, str, Any, str]] = field(default_factory=list)  # button, list of another page, what it takes, page
 
@@ -195,106 +201,6 @@ def on(event: Any, function: Callable[..., Any] | None, inputs: Sequence[Any], o
     return event(fn=function, inputs=list(inputs), outputs=list(outputs), **options)
 
 
-def start(
-    tab: Tab,
-    button: Any,
-    function: Callable[..., Any],
-    inputs: Sequence[Any],
-    outputs: Sequence[Any],
-    *,
-    about: Callable[..., About],
-    writes: Literal["", "offset", "checkpoint"] = "",
-    streams: bool = False,
-) -> None:
-    """Long work at a click.
-
-    Args:
-        function: called with the id of the page's progress bar (None without one) and the inputs; returns HTML for the
-            first output, and the values of the others.
-        outputs: the first, one of `results`, shows results and errors; the page's progress bar appears above it.
-        about: called with the inputs after the work; what the result is true of.
-        writes: what kind of file: lists are old afterwards, the host's own of checkpoints only where it is one.
-        streams: whether the function takes `show`, which puts values into the first outputs while it works.
-    """
-    place = outputs[0].elem_id
-    own = f"values.slice(0, {len(inputs) + 1})"
-    (standing,) = (each for each in tab.places if each.component is outputs[0])
-
-    def work(task: str, *values: Any, **options: Any) -> list[Any]:
-        kept: list[Given | None] = []
-
-        def noted(*arguments: Any) -> list[Any]:
-            found = _listed(function(*arguments, **options))
-            kept.append(given(found[0], lambda: about(*values)))
-            return found
-
-        first, *rest = guarded(tab.session, noted, len(outputs))(task, *values)
-        if not kept:  # an error: the answer before it stands
-            return [first, update(), *rest, update()]
-        return ["", first, *rest, kept[0]]
-
-    def stream(task: str, *values: Any) -> Iterator[list[Any]]:
-        def shown(show: Show) -> list[Any]:
-            return work(task, *values, show=lambda *found: show(update(), *found))  # above the outputs stand errors
-
-        yield from streamed(shown, len(outputs) + 3)
-
-    event = on(
-        button.click,
-        stream if streams else work,
-        [tab.task, *inputs],
-        [standing.alert, *outputs, tab.status, standing.given],
-        # older gradio hands over the outputs' values too
-        js=f"(...values) => window.dpoStart ? dpoStart('{place}', {own}) : {own}",
-        **({"show_progress": "hidden"} if streams else {}),  # what is shown meanwhile says how far it is
-    )
-    if writes:
-        tab.writers.append(event)
-    on(event.then, None, [], [], js=f"() => {{ window.dpoEnd && dpoEnd('{place}', '{writes}'); }}")
-
-
-def unseen(*values: Any) -> None:
-    """`show` where nobody looks."""
-
-
-def streamed(work: Callable[..., list[Any]], outputs: int) -> Iterator[list[Any]]:
-    """What work in a thread of its own shows on its way, and then its result: it goes on where the page is closed meanwhile.
-
-    Args:
-        work: takes `show`, to be called with the values of the first outputs.
-    """
-    seen: queue.Queue[tuple[Any, ...] | None] = queue.Queue()
-    done: list[list[Any]] = []
-
-    def run() -> None:
-        try:
-            done.append(work(show=lambda *values: seen.put(values)))
-        finally:
-            seen.put(None)
-
-    threading.Thread(target=run, name="dpo page", daemon=True).start()
-    while (values := seen.get()) is not None:
-        yield [*values, *(update() for _ in range(outputs - len(values)))]
-    yield done[0]
-
-
-def guarded(session: Session, function: Callable[..., Any], outputs: int) -> Callable[..., list[Any]]:
-    """An event that shows errors in its first output and the state of the model in one more at the end."""
-
-    def event(task: str, *values: Any) -> list[Any]:
-        try:
-            found = _listed(function(task or None, *values))
-        except Exception as error:  # noqa: BLE001  # the edge: nothing may go further
-            found = [error_html(session, error)]
-        return [*found, *(update() for _ in range(outputs - len(found))), status_html(session)]
-
-    return event
-
-
-def _listed(found: Any) -> list[Any]:
-    return list(found) if isinstance(found, (tuple, list)) else [found]
-
-
 def error_html(session: Session, error: Exception) -> str:
     """An error as a sentence: ours as it is, the others with where to look; without the server's folders."""
     words = _labelled(session.library.names_only(str(error)))
@@ -324,10 +230,19 @@ def status_html(session: Session) -> str:
     problem = f'<span class="dpo-problem">{markup.text(status.problem)}</span>' if status.problem else ""
     if status.model is None:
         problem = f'<span class="dpo-hint">{markup.text(_NOT_LOADED)}</span>'
+    work = "".join(f'<span class="dpo-hint">{markup.text(words)}</span>' for words in _at_work(session))
     return (
         f'<p class="dpo-status dpo-{_state(status)}" role="status"><span class="dpo-dot" aria-hidden="true"></span>'
-        f"<span>{markup.text(status.text)}</span>{problem}</p>"
+        f"<span>{markup.text(status.text)}</span>{problem}{work}</p>"
     )
+
+
+def _at_work(session: Session) -> Iterator[str]:
+    """How far our jobs in the host are: of a page that was closed too, or of another one."""
+    for job in session.jobs.all():
+        if not job.is_over and not job.beside:
+            left = f", about {duration(job.seconds_left)} left" if job.seconds_left is not None else ""
+            yield f"{job.title}: {job.share:.0%}{left}" if job.state == "running" else f"{job.title}: waits for its turn"
 
 
 def _state(status: Status) -> str:

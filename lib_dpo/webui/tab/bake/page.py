@@ -9,7 +9,7 @@ from typing import Any
 from lib_dpo.hosts.base import Baked
 from lib_dpo.offsets.lora.unplaced import twin_lines, unplaced_lines
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import markup, parts
+from lib_dpo.webui.tab import clicks, markup, parts
 from lib_dpo.webui.tab.bake import blocks
 from lib_dpo.webui.tab.bake.before import foreseen_now, nothing_to_bake
 from lib_dpo.webui.tab.parts import Tab, field_options
@@ -53,9 +53,9 @@ def page(tab: Tab) -> None:
     tab.places.append(Place(before, foreseen, again=ahead, inputs=asked))
     parts.on(tab.status.change, partial(undo_now, session), [], [undo], **parts.UNASKED)
     loaded = partial(about, session, model=True, baked=True)
-    parts.start(tab, go, partial(bake, session), chosen, [place], about=lambda *_: loaded())
-    parts.start(tab, undo, partial(unbake, session), [], [place], about=loaded)
-    parts.start(
+    clicks.start(tab, go, partial(bake, session), chosen, [place], about=lambda *_: loaded())
+    clicks.start(tab, undo, partial(unbake, session), [], [place], about=loaded)
+    clicks.start(
         tab, save_go, partial(save, session), [*chosen, save_name, overwrite], [place], writes="checkpoint",
         about=lambda *values: about(session, session.library.new_checkpoint(_new_name(session, values[3]))),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from lib_dpo.errors import DpoError
 from lib_dpo.settings import DEFAULT_RANK, FIELDS, LORA_PRECISIONS, METHODS, PROFILES, ExtractSettings, Method
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import markup, parts
+from lib_dpo.webui.tab import clicks, markup, parts
 from lib_dpo.webui.tab.extract import outlook, references
 from lib_dpo.webui.tab.extract.cards import analysis_html, extracted_html, first_view, offset_html
 from lib_dpo.webui.tab.extract.outlook import BY_ENERGY, BY_RANK, BY_SIZE, EXACT, PRESETS, policy_of
@@ -93,17 +93,17 @@ def page(tab: Tab) -> None:
     _curve_follows(tab, pair, controls, (curve, known), ends)
     for which, button in presets.items():
         parts.on(button.click, partial(outlook.preset, session, which), [known], numbers, **parts.UNASKED)
-    parts.start(tab, find, partial(references.find_base, session), [reference], [pair_place, found], about=of_reference)
+    clicks.start(tab, find, partial(references.find_base, session), [reference], [pair_place, found], about=of_reference)
     parts.on(take.click, partial(_based, session), [found], [base], **parts.UNASKED)
     wire_references(base, reference)
     named = [*pair, name, overwrite]
-    parts.start(
+    clicks.start(
         tab, look, partial(analyse, session), [*pair, *controls], [pair_place, curve, known, *ends], about=of_pair
     )  # fmt: skip
-    parts.start(
+    clicks.start(
         tab, go, partial(extract, session), [*named, *numbers, *settings], [place, written], about=of_lora, writes="offset"
     )  # fmt: skip
-    parts.start(tab, dense, partial(write_offset, session), named, [place, written], about=of_offset, writes="offset")
+    clicks.start(tab, dense, partial(write_offset, session), named, [place, written], about=of_offset, writes="offset")
     tab.doors.extend((button, _DOORS[name], written, name) for name, button in doors.items())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lib_dpo.errors import DpoError
 from lib_dpo.files.references.fetch import Offer
 from lib_dpo.files.references.known import FORMS, NOT_KNOWN, Known, known
+from lib_dpo.progress import duration
 from lib_dpo.webui.references.picker import Bases, Fetching, Row
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import markup
@@ -92,7 +93,7 @@ def fetch_html(session: Session, last: Fetching) -> str:
         return _fetched_html(session, last)
     if not record.is_over:
         share = record.share
-        left = _time_words(record.seconds_left)
+        left = "" if record.seconds_left is None else f", about {duration(record.seconds_left)} left"
         words = f"{markup.percent(share)} of {markup.size(last.offer.size)}{left}"
         if record.stop or share >= _ALL:
             words = "Stopping" if record.stop else "All of it is here and checked; looking for its base among the checkpoints"
@@ -104,15 +105,6 @@ def fetch_html(session: Session, last: Fetching) -> str:
         return markup.card(f"{name} was not fetched to the end", f"You stopped it. {rest}", mood="doubt")
     words = session.library.names_only(record.error)
     return markup.card(f"{name} could not be fetched", *markup.sentences([words, session.references.by_hand(name)]), mood="bad")
-
-
-def _time_words(seconds: float | None) -> str:
-    if seconds is None:
-        return ""
-    minutes = seconds / 60
-    if minutes < 1:
-        return ", less than a minute left"
-    return f", about {minutes:.0f} min left" if minutes < 90 else f", about {minutes / 60:.1f} h left"
 
 
 def _fetched_html(session: Session, last: Fetching) -> str:
