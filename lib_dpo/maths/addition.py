@@ -25,6 +25,7 @@ _TINY = 1e-35  # more than what underflow in float32 takes from a product
 _MANY = 8  # where one value in so many is unsure, a product of matrices is cheaper than as many scalar products
 _BITS = {1: torch.uint8, 2: torch.int16}
 _Tile = tuple[slice, slice]
+_Places = tuple[Tensor, Tensor]  # rows and columns
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,29 @@ def add_rounded(stored: Tensor, terms: Sequence[Term], weight: float, dtype: tor
     parts = [_Factors(term) if isinstance(term, Product) else _Matrix(term) for term in terms]
     is_near = new.element_size() <= 2 and old.element_size() <= 4 and all(part.size < _HUGE for part in parts)
     wanted = lost = 0.0
-    changed = False
+    unsure: list[_Places] = []
     for tile in _tiles(old):
-        before = old[tile]
-        sums, change, missed = (
-            _near(before, parts, tile, weight, dtype) if is_near else _exact(before, parts, tile, weight, dtype)
-        )
-        new[tile] = sums
+        found = _near(old[tile], parts, tile, weight, dtype) if is_near else None
+        if found is None:
+            new[tile], change, missed = _exact(old[tile], parts, tile, weight, dtype)
+        else:
+            new[tile], change, missed, places = found
+            unsure.append(places)
         wanted += _energy(change)
         lost += _energy(missed)
-        changed = changed or bool((sums.float() != before.to(dtype).float()).any())
-    return Sum(result, wanted * weight * weight, lost, changed)
+    if unsure:  # all at once: each of their many small steps costs a call
+        rows, columns = (torch.cat(each) for each in zip(*unsure, strict=True))
+        if len(rows):
+            sums, exact = _rounded(_picked(old, rows, columns), _delta_at(parts, rows, columns).mul_(weight), dtype)
+            _bits(new)[rows, columns] = _bits(sums)
+            lost += _energy(sums.double().sub_(exact))
+    return Sum(result, wanted * weight * weight, lost, changed=_differ(new, old, dtype))
+
+
+def _differ(new: Tensor, old: Tensor, dtype: torch.dtype) -> bool:
+    if dtype == old.dtype and dtype.itemsize > 1:
+        return not torch.equal(new, old)
+    return any(bool((new[tile].float() != old[tile].to(dtype).float()).any()) for tile in _tiles(old))
 
 
 def _tiles(matrix: Tensor) -> Iterator[_Tile]:
@@ -103,10 +116,7 @@ class _Matrix:
         return values if self._scale == 1.0 else values * self._scale
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
-        if self._values.element_size() == 1:  # older torch picks no values out of float8
-            values = _bits(self._values)[rows, columns].view(self._values.dtype).double()
-        else:
-            values = self._values[rows, columns].double()
+        values = _picked(self._values, rows, columns).double()
         return values if self._scale == 1.0 else values * self._scale
 
     def error(self, rows: slice, columns: slice, others: int) -> float:
@@ -179,8 +189,8 @@ def _overlaps(parts: _Parts, rows: slice) -> Iterator[tuple[_Matrix | _Factors, 
 
 
 def _delta_at(parts: _Parts, rows: Tensor, columns: Tensor) -> Tensor:
-    """Single values of the delta, float64; rows in rising order."""
-    if len(parts) == 1 and parts[0].first_row == 0 and int(rows[-1]) < parts[0].rows:
+    """Single values of the delta, float64."""
+    if len(parts) == 1 and parts[0].first_row == 0 and int(rows.max()) < parts[0].rows:
         return parts[0].at(rows, columns)
     delta = torch.zeros(len(rows), dtype=torch.float64)
     for part in parts:
@@ -205,10 +215,13 @@ def _exact(stored: Tensor, parts: _Parts, tile: _Tile, weight: float, dtype: tor
     return sums, delta, sums.double().sub_(exact)
 
 
-def _near(stored: Tensor, parts: _Parts, tile: _Tile, weight: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The same by way of float32.
+def _near(
+    stored: Tensor, parts: _Parts, tile: _Tile, weight: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, _Places] | None:
+    """The same by way of float32, and where of the whole tensor its bits are unsure; None where that is at many places.
 
     The bound holds the rounding of the sum and of its bounds, one unit each, and one for what is rounded in computing it.
+    What rounding took counts as 0 where it is unsure.
     """
     delta, before = _delta(parts, tile, torch.float32), stored.float()
     middle = torch.add(before, delta, alpha=weight)
@@ -217,12 +230,18 @@ def _near(stored: Tensor, parts: _Parts, tile: _Tile, weight: float, dtype: torc
     low, sums = narrowed(torch.sub(middle, bound), dtype), narrowed(bound.add_(middle), dtype)
     unsure = np.flatnonzero(_bits(low).numpy() != _bits(sums).numpy())
     if len(unsure) * _MANY > sums.numel():
-        return _exact(stored, parts, tile, weight, dtype)
-    if len(unsure):
-        rows, columns = map(torch.from_numpy, np.divmod(unsure, sums.shape[1]))
-        change = _delta_at(parts, rows + tile[0].start, columns + tile[1].start).mul_(weight)
-        _bits(sums)[rows, columns] = _bits(_rounded(before[rows, columns], change, dtype)[0])
-    return sums, delta, middle.sub_(sums.float() if sums.element_size() == 1 else sums)  # float8 takes no part in arithmetic
+        return None
+    rows, columns = map(torch.from_numpy, np.divmod(unsure, sums.shape[1]))
+    places = rows + tile[0].start, columns + tile[1].start
+    missed = middle.sub_(sums.float() if sums.element_size() == 1 else sums)  # float8 takes no part in arithmetic
+    missed.view(-1).numpy()[unsure] = 0
+    return sums, delta, missed, places
+
+
+def _picked(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    if matrix.element_size() == 1:  # older torch picks no values out of float8
+        return _bits(matrix)[rows, columns].view(matrix.dtype)
+    return matrix[rows, columns]
 
 
 def _bits(tensor: Tensor) -> Tensor:
