@@ -15,7 +15,17 @@ from tools.rooms import FLOORS, PACKAGE, imported_modules, module_files, room_of
 
 MOST_FILES = 14  # in one room
 MOST_ENTRIES = 14  # at the top of the package, beside __init__, __main__ and py.typed
-OPTIONAL = ["modules", "modules_forge", "backend", "ldm_patched", "networks", "diffusers", "huggingface_hub", "gradio"]
+OPTIONAL = [
+    "modules",
+    "modules_forge",
+    "backend",
+    "ldm_patched",
+    "networks",
+    "diffusers",
+    "accelerate",
+    "huggingface_hub",
+    "gradio",
+]
 NEEDS_HOST = ("lib_dpo.hosts.a1111.", "lib_dpo.hosts.forge.live", "lib_dpo.hosts.a1111_family")
 RUNS = {"lib_dpo.__main__"}  # importing it is running the command line
 

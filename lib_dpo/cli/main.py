@@ -20,6 +20,7 @@ from lib_dpo.cli.files import check_inputs_apart, check_not_swapped, folders_to_
 from lib_dpo.cli.output import check_reports, progress_bar, write_json
 from lib_dpo.cli.words import with_flags
 from lib_dpo.errors import Cancelled, DpoError, SettingError, printable, this_python
+from lib_dpo.maths.processes import launched, together
 from lib_dpo.settings import ExtractSettings, RankPolicy, check, strength_to_bake
 
 logger = logging.getLogger(__name__)
@@ -34,19 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.debug:  # diffusers asks for parts of transformers that want torchvision, which we do not need
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        started = time.perf_counter()
-        check_reports(args)
-        check_inputs_apart(args)
-        made = folders_to_make(_outputs(args))
-        figures, text = args.run(args)
-        figures = {"command": args.command, "version": __version__, "inputs": _inputs(args), **figures}
-        figures["seconds"] = round(time.perf_counter() - started, 3)
-        if args.json:
-            write_json(args.json, figures)
-        lines = [*filter(None, [text]), *(f"made the folder {folder}" for folder in made if folder.is_dir())]
-        if lines:
-            print("\n".join(lines))
-        sys.stdout.flush()  # here, where a reader that went away can be told from an error
+        _check_may_be_shared(args.command)
+        with together() as args.processes:
+            return _run(args)
     except (KeyboardInterrupt, Cancelled):
         print("cancelled", file=sys.stderr)
         return CANCELLED
@@ -58,7 +49,37 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(_error_line(_explained(error, args)), file=sys.stderr)
         return REFUSED
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The command that was parsed. Of several processes the first one alone comes back."""
+    started = time.perf_counter()
+    if args.processes.first:
+        check_reports(args)
+        check_inputs_apart(args)
+    made = folders_to_make(_outputs(args))
+    figures, text = args.run(args)
+    figures = {"command": args.command, "version": __version__, "inputs": _inputs(args), **figures}
+    figures["seconds"] = round(time.perf_counter() - started, 3)
+    if args.json:
+        write_json(args.json, figures)
+    lines = [*filter(None, [text]), *(f"made the folder {folder}" for folder in made if folder.is_dir())]
+    if lines:
+        print("\n".join(lines))
+    sys.stdout.flush()  # here, where a reader that went away can be told from an error
     return REFUSED if figures.get("refused") else DONE
+
+
+def _check_may_be_shared(command: str) -> None:
+    """Refuse several processes where all would do the same work and write the same file. Raises SettingError."""
+    if launched() > 1 and command not in _SHARED:
+        raise SettingError(
+            f"{launched()} processes were launched, and {command} is work for one: run it without accelerate launch, or with "
+            f"--num_processes 1; several share the pictures of {' and '.join(_SHARED)}"
+        )
+
+
+_SHARED = ("compare", "demo")
 
 
 def _explained(error: Exception, args: argparse.Namespace) -> str:
@@ -308,12 +329,13 @@ def _demo(args: argparse.Namespace) -> Result:
     if args.pictures is not None:
         amount = replace(amount, pictures=args.pictures)
     folder = args.output or Path("study" if args.study else "demo")
-    with progress_bar("drawing") as tell:
+    with progress_bar("drawing", shown=args.processes.first) as tell:
         figures = demo(
             folder,
             model=args.model,
             amount=amount,
             overwrite=args.overwrite,
+            processes=args.processes,
             say=lambda line: tqdm.write(line),  # above the bar
             on_progress=lambda done, total: tell(done, total, "pictures"),
         )

@@ -16,11 +16,12 @@ from lib_dpo.errors import OutputError, SettingError, missing_extra
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+def progress_bar(title: str, *, shown: bool = True) -> Iterator[Callable[[int, int, str], None]]:
     """A bar with ETA on a terminal, nothing elsewhere."""
     from tqdm import tqdm
 
-    with tqdm(total=1, desc=title, unit="", disable=None, leave=False, bar_format=_BAR, file=sys.stderr) as bar:
+    hidden = None if shown else True  # None: tqdm's own choice
+    with tqdm(total=1, desc=title, unit="", disable=hidden, leave=False, bar_format=_BAR, file=sys.stderr) as bar:
 
         def tell(done: int, total: int, key: str) -> None:
             if done == 0:  # counting begins here: what came before says nothing of the time that is left

@@ -15,6 +15,7 @@ from lib_dpo.settings import BUNDLED_MODEL, FIELDS
 
 if TYPE_CHECKING:
     from lib_dpo.families.model import Model
+    from lib_dpo.maths.processes import Processes
     from lib_dpo.pictures.function import FunctionReport
     from lib_dpo.webui.results import Comparison
 
@@ -158,16 +159,17 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """The command: figures and the text to print."""
     from tqdm import tqdm
 
-    from lib_dpo.files.atomic import check_output, write_bytes_atomic
+    from lib_dpo.files.atomic import write_bytes_atomic
     from lib_dpo.hosts.standalone import Standalone
+    from lib_dpo.pictures.plan import parse_seeds
     from lib_dpo.webui.comparing import Asked, compare
     from lib_dpo.webui.session import Session
 
-    _check_picture(args)
-    check_output(args.output, overwrite=args.overwrite)
-    if args.each and args.each.exists() and any(args.each.glob("*.png")) and not args.overwrite:
-        raise OutputError(f"{args.each}: holds pictures already; choose another folder, or allow it to be replaced")
-    host = Standalone(args.output.absolute().parent, args.tokenizer, device=args.device)
+    processes: Processes = args.processes
+    if processes.first:
+        _check_outputs(args)
+    seeds = processes.hand_out(lambda: parse_seeds(args.seeds))  # -1 is drawn once
+    host = Standalone(args.output.absolute().parent, args.tokenizer, device=processes.device(args.device))
     model, offset = input_file(args, args.model), input_file(args, args.offset)
     check_not_swapped("--model", model, "--offset", offset)
     host.live.load(model)
@@ -176,7 +178,7 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         offset=str(offset.absolute()),
         prompts=args.prompt,
         negative=args.negative,
-        seeds=args.seeds,
+        seeds=", ".join(map(str, seeds)),
         strengths=args.strengths,
         blocks=args.blocks,
         steps=args.steps,
@@ -185,23 +187,31 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         width=args.width,
         height=args.height,
     )
-    with tqdm(desc="drawing", unit="picture", disable=None, leave=False) as bar:
-        found = compare(session, _Bar(bar), asked)
+    hidden = None if processes.first else True  # None: tqdm's own choice
+    with tqdm(desc="drawing", unit="picture", disable=hidden, leave=False) as bar:
+        found = compare(session, _Bar(bar, processes), asked, processes=processes)
     write_bytes_atomic(args.output, found.grid.png())
     files = _write_each(args.each, found, overwrite=args.overwrite) if args.each else []
     return {**found.report.as_json(), "output": str(args.output), "pictures": files}, _text(args.output, found)
 
 
-def _check_picture(args: argparse.Namespace) -> None:
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse names before anything is opened. Raises OutputError."""
+    from lib_dpo.files.atomic import check_output
+
     if args.output.suffix.lower() != ".png":
         raise OutputError(f"{args.output}: expected a name that ends in .png; write {args.output.with_suffix('.png')}")
+    check_output(args.output, overwrite=args.overwrite)
+    if args.each and args.each.exists() and any(args.each.glob("*.png")) and not args.overwrite:
+        raise OutputError(f"{args.each}: holds pictures already; choose another folder, or allow it to be replaced")
 
 
 @dataclass
 class _Bar:
-    """A `Job` that moves a bar of tqdm."""
+    """A `Job` that moves a bar of tqdm: the pictures of all processes."""
 
     bar: Any
+    processes: Processes
     started: bool = False
 
     def progress(self, done: int, total: int, key: str) -> None:
@@ -211,7 +221,9 @@ class _Bar:
         self.bar.reset(total=count)
 
     def check(self) -> None:
-        if self.started:  # asked once before the first picture and once after each
+        if self.processes.count > 1:
+            self.bar.update(self.processes.done - self.bar.n)
+        elif self.started:  # asked once before the first picture and once after each
             self.bar.update(1)
         self.started = True
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lib_dpo.errors import SettingError
 from lib_dpo.hosts.base import Job
+from lib_dpo.maths.processes import ALONE, Processes
 from lib_dpo.settings import strength_of
 
 if TYPE_CHECKING:
@@ -148,8 +149,8 @@ def _unique(values: Iterable[Any]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
 
 
-def run(plan: Plan, make: Callable[[Cell], Image], job: Job) -> dict[Cell, Image]:
-    """Make all pictures of a plan, in the order of `plan.cells`.
+def run(plan: Plan, make: Callable[[Cell], Image], job: Job, processes: Processes = ALONE) -> dict[Cell, Image]:
+    """Make all pictures of a plan, in the order of `plan.cells`; of several processes each makes its share.
 
     Rows may differ in size, a row's pictures must not: they are compared pixel by pixel.
 
@@ -161,8 +162,9 @@ def run(plan: Plan, make: Callable[[Cell], Image], job: Job) -> dict[Cell, Image
     images: dict[Cell, Image] = {}
     job.cells(len(cells))
     job.check()
-    for cell in cells:
+    for cell in processes.share(cells):
         image = make(cell)
+        processes.report(len(images) + 1)
         job.check()  # an interrupted sampler returns what it has: an unfinished picture
         if not images:
             plan.check_size(*image.size)  # a hires pass makes them larger than planned
@@ -173,7 +175,7 @@ def run(plan: Plan, make: Callable[[Cell], Image], job: Job) -> dict[Cell, Image
                 "only pictures of one size can be compared: switch off what changes the size"
             )
         images[cell] = image
-    return images
+    return dict(zip(cells, processes.collect(list(images.values()), job.check), strict=True))
 
 
 def _size(image: Image) -> str:

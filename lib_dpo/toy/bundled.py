@@ -26,7 +26,7 @@ REFERENCE = "toy-shapes-dpo/unet/diffusion_pytorch_model.safetensors"
 MEASURED = "study.json"  # what the study found on these files
 CLIP = "clip"  # folder of the tokenizer and of the text encoder's configuration
 _TOKENS = 77
-_BATCH = 20
+BATCH = 20  # pictures at once: how many these are changes the last bit of some pixels
 
 OnProgress = Callable[[int, int], None]
 
@@ -87,6 +87,7 @@ def generate(
     scenes: Sequence[Scene],
     seeds: Sequence[int],
     *,
+    part: slice = slice(None),
     steps: int = STEPS,
     guidance: float = GUIDANCE,
     on_progress: OnProgress | None = None,
@@ -97,19 +98,21 @@ def generate(
     with something else.
 
     Args:
+        part: which of the pictures; the same as of all, to the last bit, where it begins and ends with a batch.
         on_progress: called with the pictures that are done and all of them; may raise to stop.
     """
-    context, empty = networks.embed([caption(scene) for scene in scenes]), networks.embed([""])
+    context, empty = networks.embed([caption(scene) for scene in scenes])[part], networks.embed([""])
+    seeds = seeds[part]
 
-    def draw(part: slice) -> Pictures:
-        latents = sample(networks.pipeline.unet, context[part], empty, seeds[part], steps=steps, guidance=guidance)
+    def draw(batch: slice) -> Pictures:
+        latents = sample(networks.pipeline.unet, context[batch], empty, seeds[batch], steps=steps, guidance=guidance)
         return decode(networks.pipeline.vae, latents)
 
     parts: list[Pictures] = []
-    batches = [slice(start, start + _BATCH) for start in range(0, len(scenes), _BATCH)]
+    batches = [slice(start, start + BATCH) for start in range(0, len(seeds), BATCH)]
     with side_by_side(draw, batches, torch.device("cpu")) as drawn:
-        for part in drawn:
-            parts.append(part)
+        for pictures in drawn:
+            parts.append(pictures)
             if on_progress:
-                on_progress(sum(map(len, parts)), len(scenes))
+                on_progress(sum(map(len, parts)), len(seeds))
     return np.concatenate(parts)

@@ -17,6 +17,7 @@ import torch
 from lib_dpo import __version__
 from lib_dpo.families.model import Model, open_model
 from lib_dpo.files.atomic import check_output, write_bytes_atomic, write_text_atomic
+from lib_dpo.maths.processes import ALONE, Processes
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.offset import Pair, open_pair
 from lib_dpo.operations.bake import bake
@@ -51,6 +52,7 @@ def demo(
     model: Path = FOLDER,
     amount: Amount = SHORT,
     overwrite: bool = False,
+    processes: Processes = ALONE,
     say: Say,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Any]:
@@ -60,7 +62,8 @@ def demo(
         folder: where LoRAs, offset file, baked checkpoint, pictures and report go, all at the end: an error or a
             cancellation leaves nothing.
         model: the folder of the bundled model.
-        say: called with each line of the story.
+        processes: of which each draws a share of the pictures; the first one alone comes back.
+        say: called with each line of the story, in the first one.
         on_progress: called with the pictures that are done and all of them; may raise to stop.
 
     Returns:
@@ -71,22 +74,24 @@ def demo(
         OutputError: files of an earlier demo are there and `overwrite` is off.
     """
     check_there(model)
-    for name in _names(amount):
+    for name in _names(amount) if processes.first else ():
         check_output(folder / name, overwrite=overwrite)
     printed: list[str] = []
 
     def tell(line: str) -> None:
         printed.append(line)
-        say(line)
+        if processes.first:
+            say(line)
 
     tell("The bundled model: a small Stable Diffusion 1.5 that draws coloured shapes, and a DPO tuning of it.\n")
     networks = load(model)
     with _all_or_nothing(folder, overwrite=overwrite) as work:
-        with open_model(model / BASE) as base, open_model(model / REFERENCE) as tuned:
-            figures = _files(open_pair(base, tuned), work, amount, tell)
+        figures = processes.hand_out(lambda: _measured(model, work, amount, tell))
+        if processes.count > 1:
+            _copy_to_all(work, processes)
         tell(f"\n6. pictures: {amount.pictures} of prompts that no training showed, at each strength and with each LoRA.")
         loras = {rank: work / _lora(rank) for rank in amount.ranks}
-        series = draw_series(networks, work / _OFFSET, loras, amount, on_progress=on_progress)
+        series = draw_series(networks, work / _OFFSET, loras, amount, processes=processes, on_progress=on_progress)
         findings = _find(series, figures)
         study = _study(model)
         _tell_findings(findings, series, study, tell)
@@ -132,6 +137,18 @@ def _moved(figures: Any, work: Path, folder: Path) -> Any:
 
 
 # ---- files ----
+
+
+def _measured(model: Path, work: Path, amount: Amount, say: Say) -> dict[str, Any]:
+    with open_model(model / BASE) as base, open_model(model / REFERENCE) as tuned:
+        return _files(open_pair(base, tuned), work, amount, say)
+
+
+def _copy_to_all(work: Path, processes: Processes) -> None:
+    """Give all processes the files that the first one made: they may be on another machine, and round differently there."""
+    made = processes.hand_out(lambda: {file.name: file.read_bytes() for file in work.glob("*.safetensors")})
+    for name, content in made.items() if not processes.first else ():
+        (work / name).write_bytes(content)
 
 
 def _files(pair: Pair, work: Path, amount: Amount, say: Say) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from lib_dpo.maths.processes import ALONE, Processes
 from lib_dpo.offsets.lora.offset import open_offset
 from lib_dpo.offsets.offset import Offset
-from lib_dpo.toy.bundled import Networks, generate
+from lib_dpo.toy.bundled import BATCH, Networks, generate
 from lib_dpo.toy.judge import adherence
 from lib_dpo.toy.pictures import Pictures, Scene, held_out
 from lib_dpo.toy.study import FULL, Scores
@@ -83,39 +86,64 @@ def subjects(count: int) -> list[tuple[Scene, int]]:
 
 
 def draw_series(
-    networks: Networks, offset: Path, loras: Mapping[int, Path], amount: Amount, *, on_progress: OnProgress | None = None
+    networks: Networks,
+    offset: Path,
+    loras: Mapping[int, Path],
+    amount: Amount,
+    *,
+    processes: Processes = ALONE,
+    on_progress: OnProgress | None = None,
 ) -> Series:
     """Draw and judge at every strength of an offset file, and with LoRAs by rank; leaves the networks as the base.
 
     Args:
+        processes: of which each draws a share; the first one alone comes back.
         on_progress: called with the pictures that are done and all of them; may raise to stop.
     """
     wanted = [(offset, strength) for strength in amount.strengths] + [(loras[rank], FULL) for rank in amount.ranks]
-    drawn: list[Drawn] = []
+    drawn: dict[tuple[int, int], Drawn] = {}  # by place in `wanted` and first picture
 
     def tell(done: int, _: int) -> None:
+        done = processes.report(done + sum(len(one.scores) for one in drawn.values()))
         if on_progress:
-            on_progress(len(drawn) * amount.pictures + done, len(wanted) * amount.pictures)
+            on_progress(done, len(wanted) * amount.pictures)
 
-    tell(0, amount.pictures)
-    for path, strength in wanted:
-        drawn.append(_draw(networks, path, strength, amount.pictures, tell))
+    tell(0, 0)
+    for n, part in _share(len(wanted), amount.pictures, processes):
+        drawn[n, part.start] = _draw(networks, *wanted[n], amount.pictures, part, tell)
+    found = dict(processes.collect(list(drawn.items()), lambda: tell(0, 0)))
+    whole = [_joined([found[key] for key in sorted(found) if key[0] == n]) for n in range(len(wanted))]
     networks.set_unet()
     split = len(amount.strengths)
     return Series(
-        strengths=dict(zip(amount.strengths, drawn[:split], strict=True)),
-        loras=dict(zip(amount.ranks, drawn[split:], strict=True)),
+        strengths=dict(zip(amount.strengths, whole[:split], strict=True)),
+        loras=dict(zip(amount.ranks, whole[split:], strict=True)),
         cell_seconds=_cell_seconds(networks),
     )
 
 
-def _draw(networks: Networks, path: Path, strength: float, pictures: int, tell: OnProgress) -> Drawn:
+def _share(wanted: int, pictures: int, processes: Processes) -> list[tuple[int, slice]]:
+    """What this process draws: places in the list of what is wanted, and which pictures of it, in whole batches."""
+    batches = [(n, start) for n in range(wanted) for start in range(0, pictures, BATCH)]
+    starts: dict[int, list[int]] = {}
+    for n, start in processes.share(batches):
+        starts.setdefault(n, []).append(start)
+    return [(n, slice(mine[0], min(mine[-1] + BATCH, pictures))) for n, mine in starts.items()]
+
+
+def _draw(networks: Networks, path: Path, strength: float, pictures: int, part: slice, tell: OnProgress) -> Drawn:
     with open_offset(path) as offset:
         seconds = _switch(networks, offset, strength)
     pairs = subjects(pictures)
     scenes = [scene for scene, _ in pairs]
-    made = generate(networks, scenes, [seed for _, seed in pairs], on_progress=tell)
-    return Drawn(adherence(made, scenes)[:, 1], made, seconds)
+    made = generate(networks, scenes, [seed for _, seed in pairs], part=part, on_progress=tell)
+    return Drawn(adherence(made, scenes[part])[:, 1], made, seconds)
+
+
+def _joined(parts: Sequence[Drawn]) -> Drawn:
+    """One of its parts, which several processes may have drawn."""
+    scores, pictures = (np.concatenate(each) for each in zip(*((one.scores, one.pictures) for one in parts), strict=True))
+    return Drawn(scores, pictures, parts[0].switch_seconds)
 
 
 def _switch(networks: Networks, offset: Offset, strength: float) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lib_dpo.errors import HostError, NotFoundError, SettingError
 from lib_dpo.hosts.base import Job, Request
+from lib_dpo.maths.processes import ALONE, Processes
 from lib_dpo.offsets.patch import Patch
 from lib_dpo.pictures.plan import Cell, Images, Plan, Variant, parse_seeds, parse_strengths, run, strength_variants
 from lib_dpo.progress import duration
@@ -68,11 +69,12 @@ class Asked:
         return Plan(prompts, parse_seeds(self.seeds), tuple(self.columns(names)), self.width or 512, self.height or 512)
 
 
-def compare(session: Session, job: Job, asked: Asked, tell: Told | None = None) -> Comparison:
+def compare(session: Session, job: Job, asked: Asked, tell: Told | None = None, *, processes: Processes = ALONE) -> Comparison:
     """Make the pictures with the host's own pipeline, the untouched model first.
 
     Args:
         tell: called before the first picture and after each.
+        processes: of which each makes a share of the pictures; the first one alone comes back.
 
     Raises:
         SettingError: lists that cannot be read, or too many pictures. HostError: something is baked into the model.
@@ -111,7 +113,7 @@ def compare(session: Session, job: Job, asked: Asked, tell: Told | None = None) 
             tell(plan, images)
         return images[cell]
 
-    made = run(plan, make, job)
+    made = run(plan, make, job, processes)
     report = effects(plan, made)
     settings = {"Steps": asked.steps, "Sampler": asked.sampler or host.samplers()[0], "CFG scale": asked.cfg_scale}
     options = {"Negative prompt": asked.negative, "Blocks": asked.blocks, "Rank": asked.rank}
