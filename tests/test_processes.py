@@ -18,6 +18,7 @@ import torch
 
 import lib_dpo
 from lib_dpo.maths.processes import ALONE, Processes, launched
+from lib_dpo.toy import bundled, series
 from lib_dpo.toy.bundled import BASE, BATCH, FOLDER, REFERENCE
 from lib_dpo.toy.series import _share
 
@@ -114,15 +115,30 @@ def test_two_processes_draw_the_grid_of_one(offset: Path, tmp_path: Path):
     assert done.stdout.count(f"wrote {shared / 'grid.png'}") == 1  # one of them speaks
 
 
+SMALL = """
+from lib_dpo.toy import bundled, series
+series.STUDY = series.Amount(pictures=8, strengths=(0.0, 1.0), ranks=(2,))
+bundled.BATCH = series.BATCH = 2  # twelve batches, four each: the second four are shared
+bundled.generate.__kwdefaults__["steps"] = 2
+"""
+
+
 @pytest.mark.newest
 @pytest.mark.slow
-def test_two_processes_find_in_a_study_what_one_finds(smoke: Path, tmp_path: Path):
+def test_two_processes_find_in_a_study_what_one_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def words(name: str) -> Sequence[object]:
-        return "demo", "--study", "--pictures", BATCH + 1, "--model", smoke / "model", "-o", tmp_path / name
+        return "demo", "--study", "-o", tmp_path / name
 
+    for module, name in ((series, "STUDY"), (series, "BATCH"), (bundled, "BATCH")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # has it put back at the end
+    monkeypatch.setitem(bundled.generate.__kwdefaults__, "steps", 2)
+    exec(SMALL)
     alone = tiny.figures(tmp_path / "alone.json", *words("alone"))
-    done = launch("-m", "lib_dpo", *words("shared"), "--json", tmp_path / "shared.json", cwd=tmp_path)
+    script = tmp_path / "small.py"
+    script.write_text(SMALL + "from lib_dpo.__main__ import console\nconsole()\n", encoding="utf-8")
+    done = launch(script, *words("shared"), "--json", tmp_path / "shared.json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    script.unlink()
     shared = json.loads((tmp_path / "shared.json").read_text(encoding="utf-8"))
     assert _untimed(shared) == _untimed(alone)
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).glob("*.png")} for name in ("alone", "shared")]

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from lib_dpo.errors import BadFileError, DpoError, OutputError, SettingError, nearest, printable
+from lib_dpo.maths.processes import launched
 
 _QUOTES = {'"': '"', "'": "'", "“": "”", "„": "“", "‘": "’", "«": "»", "`": "`"}
 _MODELS = (".safetensors", ".ckpt", ".pt", ".pth")
@@ -95,7 +96,7 @@ def unquoted(typed: str) -> str:
 def _agreed(args: argparse.Namespace, question: str) -> bool:
     if args.yes:
         return True
-    if not sys.stdin.isatty():
+    if launched() > 1 or not sys.stdin.isatty():  # several processes would ask the same terminal at once
         return False
     try:
         return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
