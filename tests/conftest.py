@@ -20,7 +20,17 @@ settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # What takes minutes comes first, so that no process is left alone with it at the end; the demo after what it waits for.
-LONGEST = ("test_bundled", "test_bench", "test_extract", "test_demo", "test_ui", "test_cli", "test_standalone", "test_hub")
+LONGEST = (
+    "test_bundled",
+    "test_bench",
+    "test_extract",
+    "test_demo",
+    "test_ui",
+    "test_cli",
+    "test_standalone",
+    "test_processes",
+    "test_hub",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,7 +24,7 @@ from lib_dpo.toy.series import _share
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers with numpy 2
 ROOT = Path(__file__).resolve().parents[1]
-LONGEST = 240  # seconds, on a machine that is busy with something else
+LONGEST = 600  # seconds, on a machine that is busy with something else
 
 # The command line with pictures that need no model, and a process 1 that goes wrong at its second one.
 FAULTY = """
