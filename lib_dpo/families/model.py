@@ -123,7 +123,7 @@ class Model:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+        self.checkpoint.__exit__(kind, error, traceback)
 
 
 def open_model(path: str | Path) -> Model:

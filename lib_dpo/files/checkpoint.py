@@ -1,14 +1,12 @@
 """Open checkpoints lazily: what is in them, one tensor at a time, metadata, hash.
 
-A .safetensors file is mapped, never loaded: its tensors are views of the file, and memory stays file-backed.
+A .safetensors file is never loaded: its large tensors are views of the mapped file, and memory stays file-backed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import mmap
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -19,18 +17,18 @@ from typing import Literal, Protocol
 
 import torch
 
-from lib_dpo.errors import BadFileError, BadTensorError
+from lib_dpo.errors import BadFileError
 from lib_dpo.files.hashes import file_sha256, in_background
 from lib_dpo.files.header import (
     TensorInfo,
     brief,
     damaged,
     dtype_name,
-    parse_header,
     tensor_bytes,
     torch_dtype,
     unreadable,
 )
+from lib_dpo.files.mapped import MappedFile, OpenFile, changed, state_of
 from lib_dpo.files.pickles import PickledFile
 
 __all__ = [
@@ -82,11 +80,13 @@ class Checkpoint:
         self.metadata = parts[0].reader.metadata
         self._places = {part.prefix + key: (part.reader, key) for part in parts for key in part.keys}
         self.infos = {key: reader.infos[inner] for key, (reader, inner) in self._places.items()}
+        self._states = {part.reader.path: part.reader.opened.state for part in parts}
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor, on the CPU, in its stored dtype. It may be a view of the file: never write to it.
 
-        It stays valid after `close`. Raises KeyError for a key that is not in `infos`, or after `close`.
+        It stays valid after `close`. Raises KeyError for a key that is not in `infos`, or after `close`; BadFileError where
+        the file cannot be read any more, or somebody wrote to it meanwhile.
         """
         reader, inner = self._places[key]
         return reader.read(inner)
@@ -97,12 +97,33 @@ class Checkpoint:
         return reader.raw(inner)
 
     def sha256(self) -> str:
-        """SHA-256 of the file. Of several files: of the lines "name\\0hexdigest\\n", relative names, sorted."""
+        """SHA-256 of the file. Of several files: of the lines "name\\0hexdigest\\n", relative names, sorted.
+
+        Raises BadFileError where another file has the name by now.
+        """
         if len(self.files) == 1:
-            return file_sha256(self.files[0])
+            return self._sha256(self.files[0])
         names = {file.relative_to(self.path).as_posix(): file for file in self.files}
-        lines = "".join(f"{name}\0{file_sha256(names[name])}\n" for name in sorted(names))
+        lines = "".join(f"{name}\0{self._sha256(names[name])}\n" for name in sorted(names))
         return hashlib.sha256(lines.encode()).hexdigest()
+
+    def _sha256(self, file: Path) -> str:
+        digest = file_sha256(file)
+        try:
+            now = state_of(file.stat())
+        except OSError as error:
+            raise unreadable(file, error) from error
+        if now != self._states[file]:
+            raise changed(file, self._states[file], now)
+        return digest
+
+    def check_unchanged(self) -> None:
+        """Refuse what was read from files that somebody wrote to meanwhile. Raises BadFileError.
+
+        For when the last tensor was used, before anything comes of it; a `with` block that ends without an error does it.
+        """
+        for opened in {reader.opened for reader, _ in self._places.values()}:
+            opened.check()
 
     def close(self) -> None:
         """Let go of the files. A file stays mapped, and on Windows locked, while a tensor read from it lives."""
@@ -112,7 +133,11 @@ class Checkpoint:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        try:
+            if kind is None:
+                self.check_unchanged()
+        finally:
+            self.close()
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -132,7 +157,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise BadFileError(f"{path}: {'is no regular file' if is_there else 'does not exist'}; check the path")
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
-        return Checkpoint(path, "safetensors", [_whole(_MappedFile(path))])
+        return Checkpoint(path, "safetensors", [_whole(MappedFile(path))])
     if suffix in PICKLES:
         return Checkpoint(path, "ckpt", [_whole(PickledFile(path))])
     raise BadFileError(
@@ -171,6 +196,8 @@ class _Reader(Protocol):
     @property
     def path(self) -> Path: ...
     @property
+    def opened(self) -> OpenFile: ...
+    @property
     def infos(self) -> Mapping[str, TensorInfo]: ...
     @property
     def metadata(self) -> Mapping[str, str]: ...
@@ -189,47 +216,6 @@ class _Part:
 
 def _whole(reader: _Reader, prefix: str = "") -> _Part:
     return _Part(reader, prefix, reader.infos)
-
-
-class _MappedFile:
-    """A .safetensors file, mapped privately: its pages are the file's own as long as nobody writes to them."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            with path.open("rb") as file:
-                header = parse_header(path, file)
-                # Never closed by hand: torch.frombuffer does not lock it, and tensors would point to nowhere.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        self.path, self.infos, self.metadata = path, header.infos, header.metadata
-        self._spans = header.spans
-
-    def read(self, key: str) -> torch.Tensor:
-        info, begin = self.infos[key], self._spans[key][0]
-        dtype = torch_dtype(info.dtype)
-        if dtype is None:
-            raise BadTensorError(
-                f"{self.path}: {brief(key)} is {info.dtype}, which torch {torch.__version__} cannot compute with; "
-                "use a newer torch, or a file in F16, BF16 or F32"
-            )
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=dtype)
-        data: memoryview | bytearray = self._view(key)
-        if begin % dtype.itemsize:  # the format allows it, not every processor does
-            data = bytearray(data)
-        return torch.frombuffer(data, dtype=dtype).reshape(info.shape)
-
-    def raw(self, key: str) -> memoryview:
-        return self._view(key).toreadonly()
-
-    def _view(self, key: str) -> memoryview:
-        begin, end = self._spans[key]
-        if hasattr(mmap, "MADV_WILLNEED"):  # all of it in one go: 1.5 times as fast from a cold disk
-            page = begin - begin % mmap.PAGESIZE
-            with contextlib.suppress(OSError):
-                self._map.madvise(mmap.MADV_WILLNEED, page, end - page)
-        return memoryview(self._map)[begin:end]
 
 
 def _folder_parts(path: Path) -> list[_Part]:
@@ -264,7 +250,7 @@ def _component_parts(folder: Path, prefix: str) -> list[_Part]:
             f"{folder}: holds its weights as a pickle only ({pickles[0]}), expected .safetensors; "
             "download the .safetensors version, or convert it"
         )
-    return [_whole(_MappedFile(folder / name), prefix) for name in files]
+    return [_whole(MappedFile(folder / name), prefix) for name in files]
 
 
 def _sharded_parts(folder: Path, index: str, prefix: str) -> list[_Part]:
@@ -272,7 +258,7 @@ def _sharded_parts(folder: Path, index: str, prefix: str) -> list[_Part]:
     shards = sorted(set(weight_map.values()))
     if missing := [name for name in shards if not (folder / name).is_file()]:
         raise BadFileError(f"{folder / missing[0]}: is missing, {index} names it; download it too")
-    readers = {name: _MappedFile(folder / name) for name in shards}
+    readers = {name: MappedFile(folder / name) for name in shards}
     for key, name in weight_map.items():
         if key not in readers[name].infos:
             raise damaged(folder / name, f"it does not hold {brief(key)}, which {index} places there")

@@ -22,6 +22,7 @@ from lib_dpo.files.header import (
     tensor_bytes,
     unreadable,
 )
+from lib_dpo.files.mapped import OpenFile
 
 _SAFE_PICKLES_SINCE = (2, 6)  # of torch: before, weights_only could be escaped (CVE-2025-32434)
 
@@ -30,6 +31,11 @@ class PickledFile:
     """A torch checkpoint, unpickled without running code; its tensors are mapped where the file is a zip archive."""
 
     def __init__(self, path: Path) -> None:
+        try:
+            with path.open("rb") as file:
+                self.opened = OpenFile(path, file)
+        except OSError as error:
+            raise unreadable(path, error) from error
         content = _unpickle(path)
         if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
             content = content["state_dict"]
@@ -52,10 +58,11 @@ class PickledFile:
         }
 
     def read(self, key: str) -> torch.Tensor:
+        self.opened.check()
         return self._tensors[key]
 
     def raw(self, key: str) -> memoryview:
-        return tensor_bytes(self._tensors[key])
+        return tensor_bytes(self.read(key))
 
 
 def _unpickle(path: Path) -> Any:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from lib_dpo.errors import BadFileError, OutputError
 from lib_dpo.files.atomic import AtomicFile, check_safetensors_output, encodable, megabytes
+from lib_dpo.files.checkpoint import Checkpoint
 from lib_dpo.files.header import MAX_HEADER_BYTES, Header, TensorInfo, dtype_name, read_header, tensor_bytes, tensor_nbytes
 
 logger = logging.getLogger(__name__)
@@ -96,12 +97,15 @@ class SafetensorsWriter:
         self._infos[key] = TensorInfo(dtype, tuple(shape), nbytes)
         self._position += nbytes
 
-    def finish(self, metadata: Mapping[str, str], *, check: Callable[[Path], None] | None = None) -> None:
+    def finish(
+        self, metadata: Mapping[str, str], *, sources: Iterable[Checkpoint] = (), check: Callable[[Path], None] | None = None
+    ) -> None:
         """Write the header, check the file by opening it again, and give it its name.
 
         A metadata entry whose value is `LEGACY_HASH` gets the old hash of the finished file (see there).
 
         Args:
+            sources: what the tensors were made from; a file of them that was written to meanwhile discards this one.
             check: called with the complete file before it gets its name; an error raised in it discards the file.
         """
         metadata = {key: encodable(value) for key, value in metadata.items()}
@@ -125,6 +129,8 @@ class SafetensorsWriter:
         self._check(8 + room, metadata)
         if check:
             check(self._output.part)
+        for source in sources:
+            source.check_unchanged()
         self._output.publish()
 
     def _header(self, metadata: Mapping[str, str]) -> bytes:

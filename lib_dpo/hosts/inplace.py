@@ -223,6 +223,7 @@ def bake(
             changed += slot.differs(originals[slot.key])
             steps.advance(slot.tensor.numel(), slot.key)
         adder.check_loss()
+        patch.checkpoint.check_unchanged()
         finish()
     baked = Baked(
         patch_id=patch.id,

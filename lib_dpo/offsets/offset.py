@@ -84,7 +84,7 @@ class Offset:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        self.close()
+        self.checkpoint.__exit__(kind, error, traceback)
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class Pair:
     @property
     def architecture(self) -> Architecture:
         return self.base.architecture
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, Checkpoint]:
+        return self.base.checkpoint, self.tuned.checkpoint
 
     @property
     def file_names(self) -> tuple[str, str]:

@@ -125,7 +125,7 @@ def bake(
             half=precision == "fp16",
         )
         with sidecar_in_place(target.path, output, overwrite=overwrite) as sidecar:
-            writer.finish(metadata)
+            writer.finish(metadata, sources=[target.checkpoint, offset.checkpoint])
     return BakeReport(
         path=output,
         architecture=target.architecture.name,

@@ -208,7 +208,8 @@ class _Run:
                     "the profile webui or full, or write an offset file"
                 )
             verdict = self._verdict(encoders)
-            self.writer.finish({**self._metadata(verdict), **source()}, check=self._check_written)
+            metadata = {**self._metadata(verdict), **source()}
+            self.writer.finish(metadata, sources=self.pair.checkpoints, check=self._check_written)
         form = self.form
         return ExtractReport(
             path=self.output,

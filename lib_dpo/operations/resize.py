@@ -313,7 +313,7 @@ def _write(
             for name, core in cores.items()
             if ranks[name]
         ]
-        writer.finish(resized_metadata(lora, job.policy, output.stem, kept, written))
+        writer.finish(resized_metadata(lora, job.policy, output.stem, kept, written), sources=[lora])
     return kept
 
 

@@ -108,7 +108,8 @@ def write_offset(
             raise nothing_changed(pair, "UNet", "there is no offset to write")
         verdict = right_base(pair, tally)
         kept = tally.only(("unet", *changed_text_encoders(tally)))
-        writer.finish({**_metadata(pair, output, precision, tally, kept, verdict), **source()})
+        metadata = {**_metadata(pair, output, precision, tally, kept, verdict), **source()}
+        writer.finish(metadata, sources=pair.checkpoints)
     return OffsetReport(
         path=output,
         architecture=pair.architecture.name,
