@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +20,12 @@ from fakes_standalone import Standalone
 from harness import Harness, Tensors
 from tiny import FAULTS
 
-from lib_dpo.errors import BadTensorError, Cancelled, HostError, MismatchError, NoModelError, SettingError
+from lib_dpo.errors import BadFileError, BadTensorError, Cancelled, HostError, MismatchError, NoModelError, SettingError
 from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.families.keymap import UNET, VAE
 from lib_dpo.hosts import inplace
 from lib_dpo.hosts.checksums import all_finite, checksum, digest
+from lib_dpo.hosts.forge.patchers import memory_module
 from lib_dpo.maths.delta import Term, Whole
 from lib_dpo.offsets.patch import Patch, open_patch
 
@@ -234,12 +237,94 @@ def test_an_error_at_any_tensor_leaves_the_model_as_it_was(start, files: Path):
     """`make faults` goes through all of them."""
     host, patch = start(), opened(files, "sd1_dense")
     before, count = host.weights(), len(patch.changed_keys())
-    places = range(count) if count // 3 < FAULTS else random.Random(FAULTS).sample(range(count), 4)
-    for at in (0, count - 1, *places):
+    for at in (0, count - 1, *some_of(count)):
         with pytest.raises(OSError, match="disk"):
             host.live.bake(failing(patch, OSError("disk"), at), 1.0)
         check_equal(host.weights(), before)
         assert host.live.baked() is None
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_an_undo_that_fails_at_any_tensor_puts_all_back_at_once_or_the_next_time(
+    start, files: Path, monkeypatch: pytest.MonkeyPatch, lasting: bool
+):
+    """`make faults` goes through all of them."""
+    host, patch = start(), opened(files, "sd1_lora")
+    if isinstance(host, Fork):
+        pytest.skip("writes to no weight; the next test is its own")
+    before, prints, count = host.weights(), host.live.fingerprint(), len(patch.changed_keys())
+    for at in {0, count - 1, *some_of(count)}:
+        host.live.bake(patch, 1.0)
+        with monkeypatch.context() as patched:
+            patched.setattr(inplace.Slot, "write", failing_write(at, times=2 if lasting else 1))
+            if lasting:
+                with pytest.raises(HostError, match="a part of sd1_lora is still in the model; undo again"):
+                    host.live.unbake()
+                assert host.live.baked() is not None
+            else:
+                assert host.live.unbake()
+        assert host.live.unbake() is lasting
+        check_equal(host.weights(), before)
+        assert host.live.baked() is None
+    assert host.live.fingerprint() == prints
+
+
+def failing_write(at: int, *, times: int) -> Callable[[inplace.Slot, inplace.Values], None]:
+    """`Slot.write`, which the tensor number `at` refuses so many times, once half of it is written."""
+    real, keys, refused = inplace.Slot.write, dict[str, int](), list[str]()
+
+    def write(slot: inplace.Slot, values: inplace.Values) -> None:
+        if keys.setdefault(slot.key, len(keys)) == at and len(refused) < times:
+            refused.append(slot.key)
+            half = values[0].numel() // 2
+            slot.tensor.reshape(-1)[:half] = values[0].reshape(-1)[:half]
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        real(slot, values)
+
+    return write
+
+
+def test_an_undo_whose_host_fails_leaves_the_clean_model(start, files: Path, monkeypatch: pytest.MonkeyPatch):
+    """In the forks, which merge and restore by themselves; and whatever a page that was closed meanwhile raises."""
+    host, patch = start(), opened(files, "sd1_lora")
+    before = host.weights()
+    for fails in ("load", "progress"):
+        host.live.bake(patch, 1.0)
+        with monkeypatch.context() as patched, suppress(RuntimeError):
+            if fails == "load" and isinstance(host, Fork):
+                patched.setattr(memory_module(), "load_models_gpu", refuse)
+            host.live.unbake(refuse)
+        host.live.unbake()
+        check_equal(host.weights(), before)
+        check_equal(host.generate(), before)
+        assert host.live.baked() is None
+
+
+def refuse(*args: object, **options: object) -> None:
+    raise RuntimeError("broken off")
+
+
+def some_of(count: int) -> Sequence[int]:
+    """Numbers of tensors: all of them in `make faults`, else four."""
+    return range(count) if count // 3 < FAULTS else random.Random(FAULTS).sample(range(count), 4)
+
+
+@pytest.mark.parametrize("harm", ["cut short", "written to"])
+def test_a_file_that_changes_during_a_bake_leaves_the_model_as_it_was(start, files: Path, tmp_path: Path, harm: str):
+    host = start()
+    path = tmp_path / "copy.safetensors"
+    path.write_bytes((files / "sd1_dense.safetensors").read_bytes())
+    before, patch = host.weights(), open_patch(path)
+
+    def change(done: int, total: int, key: str) -> None:
+        if done > total / 2:
+            os.truncate(path, 1000) if harm == "cut short" else os.utime(path, (1, 1))
+
+    with pytest.raises(BadFileError, match="was changed while it was being read"):
+        host.live.bake(patch, 1.0, change)
+    check_equal(host.weights(), before)
+    check_equal(host.generate(), before)
+    assert host.live.baked() is None
 
 
 def vae_and(host: Harness) -> Tensors:

@@ -5,6 +5,7 @@ Undo copies the originals back, so it is bit-equal; a checksum over them, taken 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from lib_dpo.hosts.checksums import all_finite, checksum
 from lib_dpo.hosts.marks import Marker, Marks
 from lib_dpo.offsets.patch import Patch, fitted
 from lib_dpo.progress import Progress, Steps
+
+logger = logging.getLogger(__name__)
 
 Values = tuple[Tensor, ...]
 
@@ -94,6 +97,7 @@ class Record:
     text_encoder: bool
     checksum: str  # of the originals, before anything was written
     file: str = ""  # the checkpoint whose weights were edited: one saved from the bake has the same weights
+    undoing: bool = False  # an undo was begun and has not come to its end: some weights may be originals already
 
 
 # ---- before ----
@@ -169,8 +173,37 @@ class Saved:
         return self._values[slot.key][1]
 
     def restore(self) -> None:
-        for slot, values in self._values.values():
-            slot.write(values)
+        """Raises HostError where a weight cannot be written to."""
+        try:
+            _write_all(self._values.values())
+        except Exception as error:
+            raise HostError(
+                f"weights could not be put back ({error}), so the model is not as it was; choose another checkpoint and then "
+                "this one again"
+            ) from error
+
+
+def _write_all(values: Iterable[tuple[Slot, Values]], written: Callable[[Slot], None] = lambda slot: None) -> None:
+    """Write values into slots, all of them whatever happens on the way; what failed is tried once more.
+
+    Raises what fails the second time too; else, when all is written, an interrupt that came meanwhile.
+    """
+    interrupt: BaseException | None = None
+    failed = []
+    for slot, value in values:
+        try:
+            slot.write(value)
+            written(slot)
+        except Exception:
+            logger.warning("%s: is written once more", slot.key, exc_info=True)
+            failed.append((slot, value))
+        except BaseException as error:  # noqa: BLE001  raised in the end
+            interrupt = error
+            failed.append((slot, value))
+    for slot, value in failed:
+        slot.write(value)
+    if interrupt:
+        raise interrupt
 
 
 @contextmanager
@@ -242,17 +275,29 @@ def bake(
 
 
 def undo(record: Record, slots: Mapping[str, Slot], on_progress: Progress | None = None) -> None:
-    """Copy the originals back. It cannot be stopped half way: a Cancelled from `on_progress` comes too late.
+    """Copy the originals back. It cannot be stopped half way: what `on_progress` raises comes too late.
+
+    Args:
+        record: `undoing`, and so known to who holds it, since an error may leave a part of the bake in the model.
 
     Raises:
-        HostError: what stands in the model then is not what stood there before the bake.
+        HostError: a weight could not be written to; undo again. Or what stands in the model then is not what stood there
+            before the bake.
     """
     steps = Steps(sum(values[0].numel() for values in record.originals.values()), on_progress)
+
+    def written(slot: Slot) -> None:
+        with suppress(Cancelled):
+            steps.advance(slot.tensor.numel(), slot.key)
+
     with torch.inference_mode():
-        for key, values in record.originals.items():
-            slots[key].write(values)
-            with suppress(Cancelled):
-                steps.advance(values[0].numel(), key)
+        try:
+            _write_all(((slots[key], values) for key, values in record.originals.items()), written)
+        except Exception as error:
+            raise HostError(
+                f"not every weight could be put back ({error}), so a part of {record.baked.offset} is still in the model; "
+                "undo again, or choose another checkpoint and then this one again"
+            ) from error
         if _checksum(slots, record.originals) != record.checksum:
             raise HostError(
                 "the original weights were copied back, but a checksum over them is not the one from before the bake: "

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ class StandaloneLive:
             return False
         slots = self._clean_slots()
         self._check_intact(slots)
+        self._bake = replace(self._bake, undoing=True)
         inplace.undo(self._bake, slots, on_progress)
         self._bake = None
         return True
@@ -168,7 +170,7 @@ class StandaloneLive:
         return {key: inplace.Slot(key, tensor) for key, tensor in self._open().tensors.items()}
 
     def _check_intact(self, slots: Mapping[str, inplace.Slot]) -> None:
-        if self._bake and self._bake.marks.compare(lambda key: (slots[key].tensor,)) != "edited":
+        if self._bake and not self._bake.undoing and self._bake.marks.compare(lambda key: (slots[key].tensor,)) != "edited":
             raise HostError("the weights were changed by something else since the bake; load the checkpoint again")
 
     def _clean_slots(self) -> dict[str, inplace.Slot]:

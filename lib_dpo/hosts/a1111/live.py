@@ -10,6 +10,7 @@ import logging
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ class A1111Live:
                 return False
             with torch.inference_mode():
                 builtin_lora.rebase(model)
+            record = replace(record, undoing=True)
+            setattr(model, _RECORD, record)
             inplace.undo(record, _slots(live), on_progress)
             _forget(model, record)
             if record.text_encoder:
@@ -212,7 +215,7 @@ class A1111Live:
         """
         record = _record(model)
         verdict = _verdict(model, record, live) if record else "gone"
-        if record and verdict == "mixed":
+        if record and verdict == "mixed" and not record.undoing:
             raise HostError(
                 f"some of the weights into which {record.baked.offset} was baked were changed by something else since; to get "
                 f"a clean model, {_RELOAD}"
@@ -297,6 +300,8 @@ def _to_keep(plan: inplace.Plan, earlier: inplace.Record | None) -> int:
 def _verdict(model: Any, record: inplace.Record, live: Mapping[str, LiveTensor]) -> str:
     if record.file != model.sd_checkpoint_info.filename:  # read into the same tensors: maybe what was saved from this bake
         return "gone"
+    if record.undoing:
+        return "mixed"
 
     def versions(key: str) -> Iterator[torch.Tensor]:
         return live[key].versions()

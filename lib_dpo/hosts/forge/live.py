@@ -148,6 +148,7 @@ class ForgeLive:
             _install(engine, patched)
             load_now(patched)
             check_finite(patched, patches, strength)
+            patch.checkpoint.check_unchanged()
         except BaseException:
             _install(engine, before)
             load_now(before)
