@@ -51,6 +51,9 @@ _TORCH: dict[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in _TORCH.items()}
 
+# EFAULT: of pages of a mapped file that cannot be had
+_OF_THE_DISK = (errno.EIO, errno.EFAULT)
+
 # what is often found under the name of a checkpoint, by its first bytes
 _MISTAKEN: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", "a zip archive, perhaps a .ckpt"),
@@ -159,7 +162,8 @@ def unreadable(path: Path, error: Exception) -> BadFileError | NoMemoryError:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return NoMemoryError(f"{path}: the machine is out of memory; close other programs")
     reason = getattr(error, "strerror", None) or error
-    return BadFileError(f"{path}: cannot be read ({reason}); check the path and its permissions")
+    where = "the disk that it is on" if getattr(error, "errno", None) in _OF_THE_DISK else "the path and its permissions"
+    return BadFileError(f"{path}: cannot be read ({reason}); check {where}")
 
 
 def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
