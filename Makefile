@@ -10,7 +10,7 @@ PYTEST = -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-re
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo study test test-a1111 test-forge test-all test-webui faults check format bench env
+.PHONY: help demo study test test-a1111 test-forge test-all test-webui faults soak check format bench env
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -36,8 +36,11 @@ test-webui:  ## drive a real WebUI on the CPU: WEBUI=its folder WEBUI_PYTHON=its
 	$(if $(and $(WEBUI),$(WEBUI_PYTHON)),,$(error give WEBUI=<folder of an installed WebUI> and WEBUI_PYTHON=<its Python>))
 	$(IN_ENV) newest -m pytest tests_webui --webui="$(WEBUI)" --webui-python="$(WEBUI_PYTHON)" $(ARGS)
 
-faults:  ## kills, full disks and no memory, 280 times each, in everything that writes files: half an hour or so
-	@DPO_FAULTS=280 $(PYTHON) tools/env.py newest $(PYTEST) tests/test_faults.py tests/test_hosts.py $(ARGS)
+soak:  ## 500 random steps on one process, and ten minutes of fifty clients at once: half an hour or so
+	@DPO_SOAK=500 DPO_LOAD=600 $(PYTHON) tools/env.py newest $(PYTEST) tests/test_soak.py tests/test_load.py $(ARGS)
+
+faults:  ## kills, full disks, no memory and inputs that change, many times each: half an hour or so
+	@DPO_FAULTS=280 $(PYTHON) tools/env.py newest $(PYTEST) tests/test_faults.py tests/test_reading_faults.py tests/test_hosts.py $(ARGS)
 
 check:  ## lint, format and types
 	$(IN_ENV) newest -m ruff check .
