@@ -29,7 +29,8 @@ pytest.importorskip("uvicorn")
 SECONDS = float(os.environ.get("DPO_LOAD", "8"))
 CLIENTS, WORKERS = 50, 8  # of whom the latter start jobs
 GROWTH, POOL = 64 << 20, 40  # bytes after the first third; threads in which starlette runs handlers
-ANSWER_S = 120  # a deadlock, and no machine that is busy
+PAUSE_S = 2  # at most, between two questions of a client: without it fifty clients are as many as the machine can answer
+ANSWER_S = 600  # a deadlock, and no machine that is busy: forty threads that look leave a job a fortieth of the time
 BUSY = "is running or waiting already"
 STATES = {"waiting", "running", "done", "failed", "cancelled"}
 JOBS: dict[str, dict[str, Any]] = {
@@ -126,6 +127,7 @@ def _live(address: str, number: int, act: Callable[..., None], seen: Seen, end: 
         with _client(address) as client:
             while time.monotonic() < end and not seen.wrong:
                 act(client, made, seen)
+                time.sleep(made.uniform(0, PAUSE_S))
     except Exception as error:  # noqa: BLE001  told by the test
         seen.wrong.append(f"client {number}: {type(error).__name__}: {error}")
 
