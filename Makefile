@@ -10,7 +10,7 @@ PYTEST = -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-re
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo study test test-a1111 test-forge test-all test-webui faults soak check format bench env
+.PHONY: help demo study test test-a1111 test-forge test-all test-webui faults soak fuzz check format bench env
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -41,6 +41,9 @@ soak:  ## 500 random steps on one process, and ten minutes of fifty clients at o
 
 faults:  ## kills, full disks, no memory and inputs that change, many times each: half an hour or so
 	@DPO_FAULTS=280 $(PYTHON) tools/env.py newest $(PYTEST) tests/test_faults.py tests/test_reading_faults.py tests/test_hosts.py $(ARGS)
+
+fuzz:  ## made-up files, LoRA keys, texts and API requests, 40 times as many as in the tests: half an hour or so
+	@DPO_FUZZ=40 $(PYTHON) tools/env.py newest $(PYTEST) tests/test_fuzz_*.py $(ARGS)
 
 check:  ## lint, format and types
 	$(IN_ENV) newest -m ruff check .

@@ -51,6 +51,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 class DpoError(Exception):
     """Base of all errors that are shown to people in one line, without a traceback."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())  # the names that it repeats are from files
+
 
 class BadFileError(DpoError):
     """A file that cannot be read as what it claims to be."""

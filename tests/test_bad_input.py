@@ -230,7 +230,7 @@ def test_names_from_another_system(good: Files, tmp_path: Path, refused: Refused
 
 
 def test_names_that_would_spoil_a_terminal(good: Files, tmp_path: Path, refused: Refused, capsys: pytest.CaptureFixture[str]):
-    key = f"\x1b[2J\n{'x' * 5000}.lokr_w1"
+    key = f"\x1b[2J\n{'x' * 950}.lokr_w1"
     path = tiny.save(tmp_path / "odd.safetensors", {key: torch.zeros(2)}, metadata={"\x1b[31m": "a\nb\x07"})
     line = refused(*command("bake", good, tmp_path, offset=path))
     assert "\x1b" not in line

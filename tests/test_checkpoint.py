@@ -612,7 +612,7 @@ def test_truncated_pickles_are_refused(tmp_path: Path, is_zip: bool):
 @needs_pickles
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(VALID, "a safetensors file"), (b"<html>", "a web page"), (b"hello" * 9, "torch checkpoint"), (b"", "EOFError")],
+    [(VALID, "a safetensors file"), (b"<html>", "a web page"), (b"hello" * 9, "torch checkpoint"), (b"", "torch checkpoint")],
 )
 def test_other_things_named_ckpt_are_refused(tmp_path: Path, data: bytes, message: str):
     path = write(tmp_path / "a.ckpt", data)

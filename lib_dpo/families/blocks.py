@@ -67,7 +67,7 @@ class BlockWeights:
         return next((named[name] for name in names if name in named), 1.0)
 
     def __str__(self) -> str:
-        return ",".join(f"{name}={weight:g}" for name, weight in self.weights)
+        return ",".join(f"{name}={weight:.10g}" for name, weight in self.weights)
 
 
 EVERYWHERE = BlockWeights()

@@ -18,7 +18,11 @@ import torch
 
 from lib_dpo.errors import BadFileError, NoMemoryError
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+# a sixth of the safetensors library's own limit, fifty times what SDXL needs: reading takes ten times as much memory
+MAX_HEADER_BYTES = 16_000_000
+_MOST_VALUES = 500_000  # names, numbers and texts: those of 50,000 tensors and more, of which models have a few thousand
+_FIELDS = {"dtype", "shape", "data_offsets"}
+_LONGEST_NAME = 1000  # of a tensor; those of models have 150 characters at most
 
 # name in the header, bits per element, attribute of torch (None: torch has no dtype with one value per element)
 _DTYPES: tuple[tuple[str, int, str | None], ...] = (
@@ -122,7 +126,8 @@ def parse_header(path: Path, file: BinaryIO) -> Header:
     size = os.fstat(file.fileno()).st_size
     raw = _header_bytes(path, file, size)
     entries = _header_entries(path, raw)
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise damaged(path, "its metadata is not text only")
     rows = [(*_checked_entry(path, key, entry), key) for key, entry in entries.items()]
@@ -141,6 +146,12 @@ def parse_header(path: Path, file: BinaryIO) -> Header:
     )
 
 
+def header_excess(raw: bytes) -> str:
+    """What a header has too much of to be read in little time and memory; empty where nothing. It counts text too."""
+    values = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
+    return f"its header holds {values:,} values, expected at most {_MOST_VALUES:,}" if values > _MOST_VALUES else ""
+
+
 def mistaken_for(head: bytes) -> str | None:
     """What a file is in truth, by its first bytes, where it is a thing that often has the wrong name."""
     return next((what for start, what in _MISTAKEN if head.startswith(start)), None)
@@ -157,6 +168,10 @@ def damaged(path: Path, found: str) -> BadFileError:
     return BadFileError(f"{path}: {found}; the file is damaged or incomplete, download it again")
 
 
+def _too_much(path: Path, found: str) -> BadFileError:
+    return BadFileError(f"{path}: {found}; no model needs as much, choose another file")
+
+
 def unreadable(path: Path, error: Exception) -> BadFileError | NoMemoryError:
     """The error for a file that the system does not let us read, or map for want of memory."""
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
@@ -169,24 +184,33 @@ def unreadable(path: Path, error: Exception) -> BadFileError | NoMemoryError:
 def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
     head = file.read(8)
     length = int.from_bytes(head, "little")
-    longest = min(MAX_HEADER_BYTES, size - 8)
-    if len(head) == 8 and 2 <= length <= longest:
-        return file.read(length)
+    if len(head) == 8 and 2 <= length <= size - 8:
+        if length > MAX_HEADER_BYTES:
+            raise _too_much(path, f"its header has {length:,} bytes, expected at most {MAX_HEADER_BYTES:,}")
+        raw = file.read(length)
+        if problem := header_excess(raw):
+            raise _too_much(path, problem)
+        return raw
     if what := mistaken_for(head):
         raise BadFileError(f"{path}: is {what}, expected a safetensors file; download it again or choose another file")
     if size < 10:
         raise damaged(path, f"it has {size} bytes, expected a safetensors header" if size else "the file is empty")
-    raise damaged(path, f"it announces a header of {length} bytes, expected 2 to {longest}")
+    raise damaged(path, f"it announces a header of {length} bytes, expected 2 to {size - 8}")
 
 
 def _header_entries(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_checked_object)
+        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_checked_object, parse_int=_whole_number)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a key twice, a number too long, too deep
         raise damaged(path, f"its header is no valid JSON ({brief(error)})") from error
     if not isinstance(content, dict):
         raise damaged(path, f"its header is a JSON {type(content).__name__}, expected an object")
     return content
+
+
+def _whole_number(digits: str) -> int | float:
+    """-0 is a fraction, as for the library: no size."""
+    return -0.0 if digits == "-0" else int(digits)
 
 
 def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -200,8 +224,12 @@ def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _checked_entry(path: Path, key: str, entry: Any) -> tuple[int, int, TensorInfo]:
     """Where a tensor begins and ends in the data, and what the header says of it, once all of it fits together."""
+    if len(key) > _LONGEST_NAME:
+        raise damaged(path, f"the name {brief(key)} has {len(key):,} characters, expected at most {_LONGEST_NAME:,}")
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
+    if fields.keys() - _FIELDS:  # of any depth, and of numbers that are not JSON: the library reads none of it
+        raise damaged(path, f"the entry of {brief(key)} has the unknown field {brief(min(fields.keys() - _FIELDS))}")
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise damaged(path, f"the entry of {brief(key)} lacks a valid dtype, shape or data_offsets")
     if len(shape) > 64 or math.prod(max(size, 1) for size in shape) >= 1 << 56:  # what torch can count

@@ -10,7 +10,7 @@ from lib_dpo.errors import OutputError, printable
 
 _LONGEST = 150
 _FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f\x7f]')
-_RESERVED = re.compile(r"(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
+_RESERVED = re.compile(r"(con|conin\$|conout\$|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³]) *(\..*)?", re.IGNORECASE)
 _FORBIDDEN_ALIASES = ("none", "addams")  # names that the hosts' LoRA loader treats specially
 _SUFFIX = ".safetensors"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lib_dpo.errors import BadFileError, BadTensorError, UnsafeFileError
+from lib_dpo.errors import BadFileError, BadTensorError, DpoError, UnsafeFileError
 from lib_dpo.files.foreign import pickled_kind
 from lib_dpo.files.header import (
     TensorInfo,
@@ -23,6 +23,7 @@ from lib_dpo.files.header import (
     unreadable,
 )
 from lib_dpo.files.mapped import OpenFile
+from lib_dpo.files.pickle_scan import check_pickles, runs_code
 
 _SAFE_PICKLES_SINCE = (2, 6)  # of torch: before, weights_only could be escaped (CVE-2025-32434)
 
@@ -81,15 +82,15 @@ def _unpickle(path: Path) -> Any:
     if what and not is_zip and not head.startswith(b"\x80"):
         raise BadFileError(f"{path}: is {what}, expected a torch checkpoint; rename it or download it again")
     try:
+        check_pickles(path, is_zip=is_zip)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickle protocols: what matters raises an error
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
-        raise UnsafeFileError(
-            f"{path}: opening it would run code from the file ({code[1] if code else 'not a plain state_dict'}), "
-            "expected tensors only; use the .safetensors version, or convert it where you trust its maker"
-        ) from error
+        raise runs_code(path, code[1] if code else "not a plain state_dict") from error
+    except DpoError:
+        raise
     except Exception as error:  # a damaged pickle makes torch.load raise anything: KeyError, IndexError, RuntimeError
         raise damaged(path, f"it cannot be read as a torch checkpoint ({type(error).__name__})") from error
 

@@ -22,7 +22,16 @@ from safetensors import SafetensorError, safe_open
 from lib_dpo.errors import BadFileError, OutputError
 from lib_dpo.files.atomic import AtomicFile, check_safetensors_output, encodable, megabytes
 from lib_dpo.files.checkpoint import Checkpoint
-from lib_dpo.files.header import MAX_HEADER_BYTES, Header, TensorInfo, dtype_name, read_header, tensor_bytes, tensor_nbytes
+from lib_dpo.files.header import (
+    MAX_HEADER_BYTES,
+    Header,
+    TensorInfo,
+    dtype_name,
+    header_excess,
+    read_header,
+    tensor_bytes,
+    tensor_nbytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -147,9 +156,11 @@ class SafetensorsWriter:
         header = header.ljust(_up_to_8(len(header)))
         if len(header) > MAX_HEADER_BYTES:
             raise OutputError(
-                f"{self.path}: its keys and metadata take {megabytes(len(header))}, the format allows "
+                f"{self.path}: its keys and metadata take {megabytes(len(header))}, expected at most "
                 f"{megabytes(MAX_HEADER_BYTES)}; write less metadata"
             )
+        if problem := header_excess(header):
+            raise OutputError(f"{self.path}: {problem}; write less metadata")
         return header
 
     def _check(self, start: int, metadata: Mapping[str, str]) -> None:

@@ -47,9 +47,10 @@ def ingredient_of(text: str) -> Ingredient | None:
     """What an infotext tells of a bake, also one that an older version wrote; None where it cannot be read."""
     match = re.fullmatch(r"(.+) x ([-+]?[\d.]+(?:e[-+]?\d+)?)(?: \((?:rank (\d+))?(?:; )?([^()]*)\))?", text.strip())
     try:
-        return match and Ingredient(match[1], float(match[2]), match[4] or "", int(match[3] or 0) or None)
+        found = match and Ingredient(match[1], float(match[2]), match[4] or "", int(match[3] or 0) or None)
     except ValueError:
         return None
+    return found if found and abs(found.strength) <= _LARGEST else None
 
 
 def with_recipe(

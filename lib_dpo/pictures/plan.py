@@ -23,6 +23,7 @@ MAX_MEGAPIXELS = 200  # of a whole grid, as the WebUI's own "maximum size of a g
 MAX_SIDE = 32_767  # Firefox shows no picture that is longer
 MAX_SEED = 2**63 - 1
 _DRAWN_SEEDS = 2**32  # a random seed is below: what the WebUIs draw from
+_LONGEST = 100  # characters of one number or range
 
 
 @dataclass(frozen=True)
@@ -229,6 +230,8 @@ def _values(text: str, name: str, examples: str) -> list[Decimal]:
     for part in (part.strip() for part in re.split(r"[,;\n]", text)):
         if not part:
             continue
+        if len(part) > _LONGEST:  # of thousands of digits, which Python does not count with
+            raise SettingError(f"{name}: {part[:_LONGEST]!r}… is too long for a number or a range; expected such as {examples}")
         if _VALUE.fullmatch(part):
             values.append(Decimal(part))
         elif match := _RANGE.fullmatch(part.replace("–", "-")):

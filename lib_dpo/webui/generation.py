@@ -33,6 +33,7 @@ INFOTEXT: Mapping[str, str] = {
     "baked": "DPO baked",
     "error": "DPO error",
 }
+_DIGITS = 20  # of a rank: Python reads thousands, and no more
 AXES, _ACTIVE = "dpo_axes", "dpo_active"  # attributes that we set on the host's `p`
 
 
@@ -90,7 +91,7 @@ def _rank(value: Any) -> int | None:
     """A whole number, or its digits; nothing and 0 are all of the LoRA."""
     if isinstance(value, str):
         text = value.strip()
-        value = int(text) if text.isdecimal() else text and value
+        value = int(text) if text.isdecimal() and len(text) <= _DIGITS else text and value
     if value in (None, ""):
         return None
     if not is_finite(value) or value != int(value):

@@ -189,7 +189,7 @@ class Library:
     def _in_reference_dir(self) -> list[FileEntry]:
         folder = self._host.reference_dir
         try:
-            found = list(_walk(folder, folder, _DEPTH))
+            found = list(_walk(folder, folder, _DEPTH, {folder.resolve()}))
         except OSError as error:  # missing, or closed to us
             logger.debug("%s", error)
             return []
@@ -209,7 +209,8 @@ def _short_names(entry: FileEntry) -> tuple[str, ...]:
     return (entry.path.stem, entry.name.rsplit(" [", 1)[0], Path(entry.name).stem)
 
 
-def _walk(folder: Path, root: Path, depth: int) -> Iterable[FileEntry]:
+def _walk(folder: Path, root: Path, depth: int, seen: set[Path]) -> Iterable[FileEntry]:
+    """The files and model folders below a folder; each folder once, however many links lead to it."""
     for path in sorted(folder.iterdir()):
         name = path.relative_to(root).as_posix()
         if path.name.startswith("."):
@@ -219,8 +220,9 @@ def _walk(folder: Path, root: Path, depth: int) -> Iterable[FileEntry]:
         elif path.is_dir():
             if any((path / mark).exists() for mark in _FOLDER_MARKS):
                 yield FileEntry(name, path)
-            elif depth:
-                yield from _walk(path, root, depth - 1)
+            elif depth and (place := path.resolve()) not in seen:
+                seen.add(place)
+                yield from _walk(path, root, depth - 1, seen)
 
 
 def _kind(path: Path) -> FileKind:

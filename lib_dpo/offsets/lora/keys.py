@@ -60,6 +60,7 @@ def _compiled(kinds: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]:
     return [(re.compile(rf"\.({suffix})$"), kind) for suffix, kind in kinds.items()]
 
 
+_TAIL = 200  # characters at the end of a key, in which its suffix lies: some patterns take the square of what they look at
 _FOREIGN, _BESIDE = _compiled(_DECOMPOSITIONS), _compiled(_MODIFIERS)
 
 
@@ -122,7 +123,7 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 def _marks(key: str) -> bool:
     parsed = parse_key(key)
-    return (parsed is not None and parsed[1] != "alpha") or any(pattern.search(key) for pattern, _ in _FOREIGN)
+    return (parsed is not None and parsed[1] != "alpha") or any(pattern.search(key[-_TAIL:]) for pattern, _ in _FOREIGN)
 
 
 def check_decomposition(keys: Iterable[str], name: str) -> None:
@@ -138,12 +139,12 @@ def check_decomposition(keys: Iterable[str], name: str) -> None:
         if parse_key(key) is not None:
             continue
         for pattern, kind in _FOREIGN:
-            if pattern.search(key):
+            if pattern.search(key[-_TAIL:]):
                 raise MismatchError(
                     f"{name}: {key} belongs to {kind}, which is not supported; expected LoRA, LoHa, LoKr, GLoRA or DoRA"
                 )
         for pattern, kind in _BESIDE:
-            if pattern.search(key):
+            if pattern.search(key[-_TAIL:]):
                 raise MismatchError(
                     f"{name}: {key} is {kind}, which is not supported; without it the rest would mean something else: "
                     "expected a plain LoRA"
