@@ -81,7 +81,7 @@ def _calls(path: Path, stream: io.BytesIO) -> Iterator[str]:
         if step > _MOST_STEPS:
             raise _too_long(path)
         if code.name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX", "INST", "OBJ"):
-            yield argument.replace(" ", ".") if code.name == "INST" else _called(code, stack)
+            yield str(argument).replace(" ", ".") if code.name == "INST" else _called(code, stack)
         if code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
             memo[argument] = stack[-1]
         elif code.name == "MEMOIZE":
