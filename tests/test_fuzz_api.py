@@ -172,24 +172,3 @@ def test_any_bytes_and_any_address_are_answered(api: Api, data: Any):
 
 def _sendable(text: str) -> bool:
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-@pytest.mark.newest
-def test_schemathesis_finds_nothing(api: Api):
-    """The same by a program that others wrote, with its own ideas of what breaks an API."""
-    schemathesis = pytest.importorskip("schemathesis")
-    schema = schemathesis.openapi.from_asgi("/openapi.json", api.app)
-    operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) == len(list(api.operations()))
-    for operation in operations:
-
-        @inputs(4)
-        @given(case=operation.as_strategy())
-        def ask(case: Any) -> None:
-            answer = case.call()
-            assert 200 <= answer.status_code < 500, answer.text
-            case.validate_response(answer, checks=[schemathesis.checks.not_a_server_error])
-            assert str(api.folder) not in answer.text
-            _tidy(api)
-
-        ask()

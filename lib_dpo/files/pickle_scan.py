@@ -23,6 +23,7 @@ _OLD_PICKLES = 5  # magic number, protocol, machine, content, names of the stora
 _BUILDERS = frozenset(
     {
         "__builtin__.set", "__builtin__.complex", "builtins.set", "builtins.complex",
+        "_codecs.encode",  # bytes, in the protocol that torch.save uses
         "collections.OrderedDict", "collections.Counter", "torch.Size", "torch.device", "torch.nn.parameter.Parameter",
         "torch.serialization._get_layout",
         *(f"torch._utils._rebuild_{kind}" for kind in (
