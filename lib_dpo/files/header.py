@@ -18,8 +18,7 @@ import torch
 
 from lib_dpo.errors import BadFileError, NoMemoryError
 
-# a sixth of the safetensors library's own limit, fifty times what SDXL needs: reading takes ten times as much memory
-MAX_HEADER_BYTES = 16_000_000
+MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit: trainers put the tags of all their pictures into it
 _MOST_VALUES = 500_000  # names, numbers and texts: those of 50,000 tensors and more, of which models have a few thousand
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _LONGEST_NAME = 1000  # of a tensor; those of models have 150 characters at most
@@ -147,9 +146,21 @@ def parse_header(path: Path, file: BinaryIO) -> Header:
 
 
 def header_excess(raw: bytes) -> str:
-    """What a header has too much of to be read in little time and memory; empty where nothing. It counts text too."""
-    values = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
-    return f"its header holds {values:,} values, expected at most {_MOST_VALUES:,}" if values > _MOST_VALUES else ""
+    """What a header has too much of to be read in little time and memory; empty where nothing. A long text is one value."""
+    if _values(raw) > _MOST_VALUES and _values_outside_texts(raw) > _MOST_VALUES:
+        return f"its header holds more than {_MOST_VALUES:,} names, numbers and texts"
+    return ""
+
+
+def _values(raw: bytes) -> int:
+    """At least as many as there are values in JSON: it counts marks in texts too."""
+    return sum(raw.count(mark) for mark in (b",", b"[", b"{"))
+
+
+def _values_outside_texts(raw: bytes) -> int:
+    plain = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
+    texts = plain.count(b'"') // 2
+    return texts if texts > _MOST_VALUES else _values(b"".join(plain.split(b'"')[::2]))
 
 
 def mistaken_for(head: bytes) -> str | None:
