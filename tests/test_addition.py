@@ -102,6 +102,30 @@ def test_the_bits_are_those_of_the_float64_sum_rounded_once(case: tuple[Tensor, 
     check(*case)
 
 
+@pytest.mark.parametrize("dtype", [HALF, SINGLE])
+def test_a_tensor_that_lies_in_another_order(dtype: torch.dtype) -> None:
+    """As those of a .ckpt may."""
+    generator = torch.Generator().manual_seed(0)
+    stored = (torch.randn(300, 200, generator=generator) * 0.03).to(dtype).t()
+    delta = torch.randn(300, 200, generator=generator).mul_(1e-3).t()
+    check(stored, [Whole(delta)], 1.0, dtype)
+
+
+def test_unsure_sums_are_mended_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addition, "_AT_ONCE", 1000)
+    generator = torch.Generator().manual_seed(0)
+    stored = (torch.randn(700, 500, generator=generator) * 0.02).half()
+    up, down = (torch.randn(*shape, generator=generator) * 0.02 for shape in ((700, 8), (8, 500)))
+    check(stored, [Product(up.half(), down.half(), 1.0)], 1.0, HALF)
+
+
+def test_nan_in_a_factor_is_nan_where_it_is_in_the_sum() -> None:
+    down = torch.ones(2, 3)
+    down[0, 1] = math.nan
+    found = add_rounded(torch.ones(4, 3).half(), [Product(torch.ones(4, 2), down, 1.0)], 1.0, HALF)
+    assert torch.isnan(found.result).any(0).tolist() == [False, True, False]
+
+
 @pytest.mark.parametrize("dtype", [HALF, BRAIN, SINGLE])
 def test_several_tiles_and_every_one_of_many_values(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

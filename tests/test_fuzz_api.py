@@ -137,7 +137,7 @@ def test_any_body_is_answered(api: Api, data: Any):
 def _tidy(api: Api) -> None:
     """Wait for what was begun, and take away what was written, so that no request changes what the next one finds."""
     for record in api.session.jobs.all():
-        for _ in range(600):
+        for _ in range(12_000):  # ten minutes
             if record.is_over:
                 break
             time.sleep(0.05)

@@ -189,6 +189,14 @@ def test_headers_are_read_as_the_library_reads_them(folder: Path, content: bytes
     works_or_is_refused(path)
 
 
+@pytest.mark.parametrize("more", ["1", '{"x":[1,"s"]}', "[[[]]]", "null"])
+def test_other_fields_of_an_entry_are_passed_over(folder: Path, more: str):
+    content = entered('"shape":[1]', f'"more":{more}')
+    path = folder / "a.safetensors"
+    path.write_bytes(content)
+    assert by_us(path) == by_library(content) is not None
+
+
 def works_or_is_refused(path: Path) -> None:
     """Whatever else is asked of a file; what is no DpoError makes the test fail."""
     for way in (open_model, open_offset, inspect, is_bake):

@@ -230,7 +230,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Seen]]:
     before = sorted(folder.rglob("*"))
     command = [sys.executable, "-c", MEASURE, str(sound), *paths]
     root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=500)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=1500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert sorted(folder.rglob("*")) == before, "something was written"
     found: dict[str, list[Seen]] = {}

@@ -269,6 +269,35 @@ def test_an_undo_that_fails_at_any_tensor_puts_all_back_at_once_or_the_next_time
     assert host.live.fingerprint() == prints
 
 
+def test_an_undo_that_fails_twice_puts_back_what_it_can(start, files: Path, monkeypatch: pytest.MonkeyPatch):
+    host, patch = start(), opened(files, "sd1_lora")
+    if isinstance(host, Fork):
+        pytest.skip("writes to no weight")
+    before = host.weights()
+    host.live.bake(patch, 1.0)
+    refused: list[str] = []
+    real = inplace.Slot.write
+
+    def write(slot: inplace.Slot, values: inplace.Values) -> None:
+        if slot.key in refused or len(refused) < 2:
+            refused.append(slot.key)
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        real(slot, values)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(inplace.Slot, "write", write)
+        with pytest.raises(HostError, match="undo again"):
+            host.live.unbake()
+    changed = {key for key, tensor in host.weights().items() if not torch.equal(tensor, before[key])}
+    assert 1 <= len(changed) <= len(set(refused)) == 2
+    host.add("other", tiny.base(seed=3))
+    for name in ("other", "base"):  # as the message says; nobody looks at the tab meanwhile
+        host.load(name)
+    assert host.live.baked() is None
+    assert not host.live.unbake()
+    check_equal(host.weights(), before)
+
+
 def failing_write(at: int, *, times: int) -> Callable[[inplace.Slot, inplace.Values], None]:
     """`Slot.write`, which the tensor number `at` refuses so many times, once half of it is written."""
     real, keys, refused = inplace.Slot.write, dict[str, int](), list[str]()

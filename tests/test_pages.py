@@ -187,10 +187,32 @@ def test_the_answer_comes_to_the_page_that_is_opened_after_it_was_closed(opened:
     said(again, "dpo_status", "Compare:")
     to(again, "compare")
     again.wait_for_function("() => !document.querySelector('#dpo_status').innerText.includes('Compare:')")
-    again.locator("#dpo_tick").dispatch_event("click")  # as the page does every few seconds in a WebUI
-    said(again, "dpo_compare_result", "effect")
+    _look_until(again, "dpo_compare_result", "effect")
     assert again.locator("#dpo_compare_cells .dpo-cell").count() == 36
     assert again.locator("#dpo_compare_wipe img").count() >= 2
+
+
+def _look_until(page: Any, elem_id: str, words: str) -> None:
+    """Press what the page presses every few seconds in a WebUI, until a place says these words."""
+    for _ in range(30):
+        page.locator("#dpo_tick").dispatch_event("click")
+        page.wait_for_timeout(1000)
+        if words in page.locator(f"#{elem_id}").first.inner_text():
+            return
+    raise AssertionError(f"{elem_id} does not say '{words}'")
+
+
+def test_an_answer_that_its_page_has_goes_to_no_other(opened: Callable[..., Any]):
+    page = opened()
+    to(page, "inspect")
+    press(page, "dpo_inspect_look", "dpo_inspect_result", "SD 1.x")
+    page.wait_for_timeout(1000)
+    other = opened()
+    to(other, "inspect")
+    for _ in range(14):  # longer than an answer waits for its own page
+        other.locator("#dpo_tick").dispatch_event("click")
+        other.wait_for_timeout(1000)
+    assert "Choose a file to see what it is" in other.locator("#dpo_inspect_result").first.inner_text()
 
 
 def test_bake_and_undo(opened: Callable[..., Any]):

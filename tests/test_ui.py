@@ -278,14 +278,16 @@ def test_does_it_fit_takes_names_with_what_they_are(session: Session):
     assert "Strength to start with" in html
 
 
-def test_the_answer_of_a_closed_page_comes_to_the_next_one_once(session: Session):
+def test_the_answer_of_a_closed_page_comes_to_the_next_one_once(session: Session, monkeypatch: pytest.MonkeyPatch):
     """What the page does: take what is new after an answer came (`taken`), look again every few seconds."""
     place, status, name = object(), object(), object()
     work = parts.Work([place, status, name])
     tab = parts.Tab(session, status, None, works=[work])
     outputs = [status, place, name]
     assert lists.arrived(tab, outputs, ["now", "older"]) == ["now", "older", parts.update()]
-    work.answer = ["it is written", "then", "new.safetensors"]
+    work.answered(["it is written", "then", "new.safetensors"])
+    assert lists.arrived(tab, outputs, ["now", "older"]) == ["now", "older", parts.update()], "its own page may be there yet"
+    monkeypatch.setattr(lists, "_LATE", 0.0)
     assert lists.arrived(tab, outputs, ["now", "older"]) == ["now", "it is written", "new.safetensors"]
     assert lists.arrived(tab, outputs, ["now", "older"]) == ["now", "older", parts.update()]
 

@@ -21,6 +21,7 @@ from lib_dpo.errors import BadFileError, NoMemoryError
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit: trainers put the tags of all their pictures into it
 _MOST_VALUES = 500_000  # names, numbers and texts: those of 50,000 tensors and more, of which models have a few thousand
 _FIELDS = {"dtype", "shape", "data_offsets"}
+_DEEPEST = 125  # lists and objects within one another in a field; the library's limit is 128 from the beginning
 _LONGEST_NAME = 1000  # of a tensor; those of models have 150 characters at most
 
 # name in the header, bits per element, attribute of torch (None: torch has no dtype with one value per element)
@@ -211,7 +212,9 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
 
 def _header_entries(path: Path, raw: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(raw.decode("utf-8"), object_pairs_hook=_checked_object, parse_int=_whole_number)
+        content = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_checked_object, parse_int=_whole_number, parse_constant=_no_constant
+        )
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a key twice, a number too long, too deep
         raise damaged(path, f"its header is no valid JSON ({brief(error)})") from error
     if not isinstance(content, dict):
@@ -222,6 +225,15 @@ def _header_entries(path: Path, raw: bytes) -> dict[str, Any]:
 def _whole_number(digits: str) -> int | float:
     """-0 is a fraction, as for the library: no size."""
     return -0.0 if digits == "-0" else int(digits)
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _is_deep(value: Any, left: int = _DEEPEST) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not left or any(_is_deep(each, left - 1) for each in inner)
 
 
 def _checked_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -239,8 +251,8 @@ def _checked_entry(path: Path, key: str, entry: Any) -> tuple[int, int, TensorIn
         raise damaged(path, f"the name {brief(key)} has {len(key):,} characters, expected at most {_LONGEST_NAME:,}")
     fields = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = (fields.get(field) for field in ("dtype", "shape", "data_offsets"))
-    if fields.keys() - _FIELDS:  # of any depth, and of numbers that are not JSON: the library reads none of it
-        raise damaged(path, f"the entry of {brief(key)} has the unknown field {brief(min(fields.keys() - _FIELDS))}")
+    if any(_is_deep(fields[name]) for name in fields.keys() - _FIELDS):  # the library passes over other fields too
+        raise damaged(path, f"the entry of {brief(key)} is nested too deeply")
     if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         raise damaged(path, f"the entry of {brief(key)} lacks a valid dtype, shape or data_offsets")
     if len(shape) > 64 or math.prod(max(size, 1) for size in shape) >= 1 << 56:  # what torch can count

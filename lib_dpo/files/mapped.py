@@ -23,6 +23,7 @@ from lib_dpo.files.header import brief, parse_header, torch_dtype, unreadable
 
 _READ_UP_TO = 2 << 20  # bytes of a tensor: to read so few takes no longer than to map them, and nothing can happen to them then
 _POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: makes pages present, or says that it cannot; Python has no name for it
+_PIECE = 8 << 20
 State = tuple[int, int]
 
 
@@ -125,7 +126,8 @@ class MappedFile:
         if not sys.platform.startswith("linux"):
             return
         try:
-            self._map.madvise(_POPULATE_READ, page, end - page)
+            for piece in range(page, end, _PIECE):  # no other Python code runs during a call
+                self._map.madvise(_POPULATE_READ, piece, min(_PIECE, end - piece))
         except OSError as error:
             if error.errno != errno.EINVAL:  # an older Linux
                 raise

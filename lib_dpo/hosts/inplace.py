@@ -97,7 +97,11 @@ class Record:
     text_encoder: bool
     checksum: str  # of the originals, before anything was written
     file: str = ""  # the checkpoint whose weights were edited: one saved from the bake has the same weights
-    undoing: bool = False  # an undo was begun and has not come to its end: some weights may be originals already
+    undoing: int | None = None  # not all weights are originals again; how often a file had been read into the model then
+
+
+class PartlyUndoneError(HostError):
+    """Some weights are the originals again, and others could not be written to."""
 
 
 # ---- before ----
@@ -188,7 +192,7 @@ def _write_all(values: Iterable[tuple[Slot, Values]], written: Callable[[Slot], 
 
     Raises what fails the second time too; else, when all is written, an interrupt that came meanwhile.
     """
-    interrupt: BaseException | None = None
+    last: BaseException | None = None
     failed = []
     for slot, value in values:
         try:
@@ -198,12 +202,15 @@ def _write_all(values: Iterable[tuple[Slot, Values]], written: Callable[[Slot], 
             logger.warning("%s: is written once more", slot.key, exc_info=True)
             failed.append((slot, value))
         except BaseException as error:  # noqa: BLE001  raised in the end
-            interrupt = error
+            last = error
             failed.append((slot, value))
     for slot, value in failed:
-        slot.write(value)
-    if interrupt:
-        raise interrupt
+        try:
+            slot.write(value)
+        except Exception as error:  # noqa: BLE001  raised in the end, when all others are written
+            last = error
+    if last:
+        raise last
 
 
 @contextmanager
@@ -277,12 +284,9 @@ def bake(
 def undo(record: Record, slots: Mapping[str, Slot], on_progress: Progress | None = None) -> None:
     """Copy the originals back. It cannot be stopped half way: what `on_progress` raises comes too late.
 
-    Args:
-        record: `undoing`, and so known to who holds it, since an error may leave a part of the bake in the model.
-
     Raises:
-        HostError: a weight could not be written to; undo again. Or what stands in the model then is not what stood there
-            before the bake.
+        PartlyUndoneError: a weight could not be written to; undo again. Who holds the record has to know, for `undoing`.
+        HostError: what stands in the model then is not what stood there before the bake.
     """
     steps = Steps(sum(values[0].numel() for values in record.originals.values()), on_progress)
 
@@ -294,7 +298,7 @@ def undo(record: Record, slots: Mapping[str, Slot], on_progress: Progress | None
         try:
             _write_all(((slots[key], values) for key, values in record.originals.items()), written)
         except Exception as error:
-            raise HostError(
+            raise PartlyUndoneError(
                 f"not every weight could be put back ({error}), so a part of {record.baked.offset} is still in the model; "
                 "undo again, or choose another checkpoint and then this one again"
             ) from error

@@ -62,9 +62,9 @@ class StandaloneLive:
             check_whole(model)
             self._path = self._weights = self._bake = self._generation = None
             with memory_in_words(f"opening {path.name}", "close other programs, or choose a smaller model"):
-                self._weights = open_pipeline(model, self._tokenizer, dtype=self._dtype, device=str(self._device))
-            self._architecture = model.architecture
-        self._path = path
+                weights = open_pipeline(model, self._tokenizer, dtype=self._dtype, device=str(self._device))
+            architecture = model.architecture
+        self._path, self._weights, self._architecture = path, weights, architecture  # here: the file was as it is all the time
 
     @property
     def pipeline(self) -> Any:
@@ -98,8 +98,11 @@ class StandaloneLive:
             return False
         slots = self._clean_slots()
         self._check_intact(slots)
-        self._bake = replace(self._bake, undoing=True)
-        inplace.undo(self._bake, slots, on_progress)
+        try:
+            inplace.undo(self._bake, slots, on_progress)
+        except inplace.PartlyUndoneError:
+            self._bake = replace(self._bake, undoing=0)
+            raise
         self._bake = None
         return True
 
@@ -170,14 +173,16 @@ class StandaloneLive:
         return {key: inplace.Slot(key, tensor) for key, tensor in self._open().tensors.items()}
 
     def _check_intact(self, slots: Mapping[str, inplace.Slot]) -> None:
-        if self._bake and not self._bake.undoing and self._bake.marks.compare(lambda key: (slots[key].tensor,)) != "edited":
+        if self._bake and self._bake.undoing is None and self._bake.marks.compare(lambda key: (slots[key].tensor,)) != "edited":
             raise HostError("the weights were changed by something else since the bake; load the checkpoint again")
 
     def _clean_slots(self) -> dict[str, inplace.Slot]:
         """The live tensors without what the last picture added."""
         slots = self._slots()
         if self._generation:
-            inplace.undo(self._generation[1], slots)
+            record = self._generation[1]
+            self._generation = (("", 0.0), record)  # nothing wants what is there until all of it is undone
+            inplace.undo(record, slots)
             self._generation = None
         return slots
 

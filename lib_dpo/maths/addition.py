@@ -2,11 +2,13 @@
 
 For half precision and below the sum is formed in float32, with a bound on its error. Rounding never turns an order
 around: where the lower and the upper end of what the exact sum can be round to the same bits, those are its bits. The few
-values where they do not, about one in a thousand, are computed again in float64. Targets in float32 get float64 throughout.
+values where they do not, one in a thousand to one in ten, are computed again in float64. Targets in float32 get float64
+throughout.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +21,7 @@ from lib_dpo.maths.delta import Product, Term, Whole, flat
 from lib_dpo.maths.precision import narrowed, round_once
 
 _TILE, _COLUMNS = 1 << 18, 2048  # values and columns at most: larger ones leave the cache, smaller ones cost calls
+_AT_ONCE = 1 << 20  # numbers in float64, a few of which are held for each unsure value and component: 24 MB
 _UNIT = 2.0**-24  # half the distance of neighbours in float32, relative
 _HUGE = 1e15  # factors and deltas from which on float32 might overflow
 _TINY = 1e-35  # more than what underflow in float32 takes from a product
@@ -51,7 +54,7 @@ def add_rounded(stored: Tensor, terms: Sequence[Term], weight: float, dtype: tor
     result = torch.empty(stored.shape, dtype=dtype)
     if not result.numel():
         return Sum(result, 0.0, 0.0, changed=False)
-    old, new = flat(stored), flat(result)
+    old, new = flat(stored).contiguous(), flat(result)  # tensors of a .ckpt may lie in another order
     parts = [_Factors(term) if isinstance(term, Product) else _Matrix(term) for term in terms]
     is_near = new.element_size() <= 2 and old.element_size() <= 4 and all(part.size < _HUGE for part in parts)
     wanted = lost = 0.0
@@ -65,13 +68,19 @@ def add_rounded(stored: Tensor, terms: Sequence[Term], weight: float, dtype: tor
             unsure.append(places)
         wanted += _energy(change)
         lost += _energy(missed)
-    if unsure:  # all at once: each of their many small steps costs a call
-        rows, columns = (torch.cat(each) for each in zip(*unsure, strict=True))
-        if len(rows):
-            sums, exact = _rounded(_picked(old, rows, columns), _delta_at(parts, rows, columns).mul_(weight), dtype)
-            _bits(new)[rows, columns] = _bits(sums)
-            lost += _energy(sums.double().sub_(exact))
+    for rows, columns in _gathered(unsure, max(part.rank for part in parts) if parts else 1):
+        sums, exact = _rounded(_picked(old, rows, columns), _delta_at(parts, rows, columns).mul_(weight), dtype)
+        _bits(new)[rows, columns] = _bits(sums)
+        lost += _energy(sums.double().sub_(exact))
     return Sum(result, wanted * weight * weight, lost, changed=_differ(new, old, dtype))
+
+
+def _gathered(unsure: Sequence[_Places], rank: int) -> Iterator[_Places]:
+    """The places of all tiles, as many at once as memory allows: each of the many small steps costs a call."""
+    if unsure:
+        rows, columns = (torch.cat(each) for each in zip(*unsure, strict=True))
+        step = max(1, _AT_ONCE // max(1, rank))
+        yield from ((rows[start : start + step], columns[start : start + step]) for start in range(0, len(rows), step))
 
 
 def _differ(new: Tensor, old: Tensor, dtype: torch.dtype) -> bool:
@@ -99,7 +108,7 @@ def _largest(values: Tensor) -> float:
     """The largest |value|, NaN where there is one; a sixth of the time of the norm of that name."""
     if not values.numel():
         return 0.0
-    least, most = torch.aminmax(values.float() if values.element_size() == 1 else values)
+    least, most = torch.aminmax(values.float() if values.element_size() <= 2 else values)  # torch 2.1 has none of float16
     return max(abs(float(least)), abs(float(most)))
 
 
@@ -107,7 +116,7 @@ class _Matrix:
     """A whole term: what of a tile it gives, and how far its float32 is from it."""
 
     def __init__(self, term: Whole) -> None:
-        self.first_row, self.rows, self._scale = term.first_row, term.rows, term.scale
+        self.first_row, self.rows, self.rank, self._scale = term.first_row, term.rows, 1, term.scale
         self._values = flat(term.values)
         self.size = _largest(self._values) * abs(term.scale)
 
@@ -136,10 +145,10 @@ class _Factors:
         self._up, self._down = term.up.float() * term.scale, term.down.float()
         self._row_norms = torch.linalg.vector_norm(self._up, dim=1)
         self._column_norms = torch.linalg.vector_norm(self._down, dim=0)
-        self._rank = term.up.shape[1]
+        self.rank = term.up.shape[1]
         up, down = (float(norms.max()) if norms.numel() else 0.0 for norms in (self._row_norms, self._column_norms))
-        self.size = max(up, down, up * down, abs(term.scale))
-        self._underflow = _TINY * self._rank * (1 + up) * (1 + down) * (1 + abs(term.scale))
+        self.size = max(up, down, up * down, abs(term.scale)) if up == up and down == down else math.inf  # NaN: bit for bit too
+        self._underflow = _TINY * self.rank * (1 + up) * (1 + down) * (1 + abs(term.scale))
 
     @cached_property
     def _exact(self) -> tuple[Tensor, Tensor]:
@@ -157,7 +166,7 @@ class _Factors:
 
     def error(self, rows: slice, columns: slice, others: int) -> float:
         norms = float(self._row_norms[rows].max()) * float(self._column_norms[columns].max())
-        return norms * (self._rank + 8 + 2 * others) * _UNIT + self._underflow
+        return norms * (self.rank + 8 + 2 * others) * _UNIT + self._underflow
 
 
 _Parts = Sequence[_Matrix | _Factors]
@@ -234,7 +243,7 @@ def _near(
     rows, columns = map(torch.from_numpy, np.divmod(unsure, sums.shape[1]))
     places = rows + tile[0].start, columns + tile[1].start
     missed = middle.sub_(sums.float() if sums.element_size() == 1 else sums)  # float8 takes no part in arithmetic
-    missed.view(-1).numpy()[unsure] = 0
+    missed[rows, columns] = 0
     return sums, delta, missed, places
 
 

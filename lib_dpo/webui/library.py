@@ -153,7 +153,7 @@ class Library:
     def names_only(self, text: str) -> str:
         """A message without the server's folders: people know files by the names of the lists."""
         for folder in (self._host.checkpoint_dir, self._host.lora_dir, self._host.reference_dir):
-            for written in (str(folder), str(folder.absolute())):
+            for written in (str(folder), str(folder.absolute()), printable(str(folder.absolute()))):  # as errors write it
                 text = text.replace(f"{written}{os.sep}", "").replace(written, folder.name)
         return _FOLDERS.sub("", text)
 
@@ -189,7 +189,7 @@ class Library:
     def _in_reference_dir(self) -> list[FileEntry]:
         folder = self._host.reference_dir
         try:
-            found = list(_walk(folder, folder, _DEPTH, {folder.resolve()}))
+            found = list(_walk(folder, folder, _DEPTH, frozenset({folder.resolve()})))
         except OSError as error:  # missing, or closed to us
             logger.debug("%s", error)
             return []
@@ -209,8 +209,8 @@ def _short_names(entry: FileEntry) -> tuple[str, ...]:
     return (entry.path.stem, entry.name.rsplit(" [", 1)[0], Path(entry.name).stem)
 
 
-def _walk(folder: Path, root: Path, depth: int, seen: set[Path]) -> Iterable[FileEntry]:
-    """The files and model folders below a folder; each folder once, however many links lead to it."""
+def _walk(folder: Path, root: Path, depth: int, above: frozenset[Path]) -> Iterable[FileEntry]:
+    """The files and model folders below a folder. A link to a folder that it lies in leads nowhere new."""
     for path in sorted(folder.iterdir()):
         name = path.relative_to(root).as_posix()
         if path.name.startswith("."):
@@ -220,9 +220,8 @@ def _walk(folder: Path, root: Path, depth: int, seen: set[Path]) -> Iterable[Fil
         elif path.is_dir():
             if any((path / mark).exists() for mark in _FOLDER_MARKS):
                 yield FileEntry(name, path)
-            elif depth and (place := path.resolve()) not in seen:
-                seen.add(place)
-                yield from _walk(path, root, depth - 1, seen)
+            elif depth and (place := path.resolve()) not in above:
+                yield from _walk(path, root, depth - 1, above | {place})
 
 
 def _kind(path: Path) -> FileKind:

@@ -116,9 +116,11 @@ class A1111Live:
                 return False
             with torch.inference_mode():
                 builtin_lora.rebase(model)
-            record = replace(record, undoing=True)
-            setattr(model, _RECORD, record)
-            inplace.undo(record, _slots(live), on_progress)
+            try:
+                inplace.undo(record, _slots(live), on_progress)
+            except inplace.PartlyUndoneError:
+                setattr(model, _RECORD, replace(record, undoing=_version(model)))
+                raise
             _forget(model, record)
             if record.text_encoder:
                 conds.renew(model)
@@ -215,7 +217,7 @@ class A1111Live:
         """
         record = _record(model)
         verdict = _verdict(model, record, live) if record else "gone"
-        if record and verdict == "mixed" and not record.undoing:
+        if record and verdict == "mixed" and record.undoing is None:
             raise HostError(
                 f"some of the weights into which {record.baked.offset} was baked were changed by something else since; to get "
                 f"a clean model, {_RELOAD}"
@@ -300,8 +302,8 @@ def _to_keep(plan: inplace.Plan, earlier: inplace.Record | None) -> int:
 def _verdict(model: Any, record: inplace.Record, live: Mapping[str, LiveTensor]) -> str:
     if record.file != model.sd_checkpoint_info.filename:  # read into the same tensors: maybe what was saved from this bake
         return "gone"
-    if record.undoing:
-        return "mixed"
+    if record.undoing is not None:
+        return "mixed" if record.undoing == _version(model) else "gone"
 
     def versions(key: str) -> Iterator[torch.Tensor]:
         return live[key].versions()

@@ -50,16 +50,14 @@ def start(
             kept.append(given(found[0], lambda: about(*values)))
             return found
 
-        this.answer = None
         first, *rest = guarded(tab.session, noted, len(outputs))(task, *values)
-        if not kept:  # an error: the answer before it stands
-            this.answer = [first, update(), *rest, update()]
-        else:
-            this.answer = ["", first, *rest, kept[0]]
-        return this.answer
+        # after an error the answer before it stands
+        answer = ["", first, *rest, kept[0]] if kept else [first, update(), *rest, update()]
+        this.answered(answer)
+        return answer
 
     def taken() -> None:
-        this.answer = None
+        this.taken()
 
     def stream(task: str, *values: Any) -> Iterator[list[Any]]:
         def shown(show: Show) -> list[Any]:

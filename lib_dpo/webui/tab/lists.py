@@ -9,6 +9,8 @@ from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import markup, parts, standing
 from lib_dpo.webui.tab.parts import Listed, Tab
 
+_LATE = 10.0  # seconds after which the page that asked must be closed: it says at once that it has its answer
+
 
 def wire(tab: Tab, shown: Any, tick: Any, foot: Any) -> None:
     """Look again when the tab is shown (`shown` is pressed by the page), at a refresh button, after files were written.
@@ -55,12 +57,11 @@ def still_true(tab: Tab, *values: Any) -> list[Any]:
 def arrived(tab: Tab, outputs: Sequence[Any], found: Sequence[Any]) -> list[Any]:
     """Values for `outputs`: `found` for the first of them, and before these the answers of work whose page was closed.
 
-    Each of those answers is given once.
+    Each of those answers is given once, to the page that looks first: others hear of the work from the files and the model.
     """
     values = {id(output): value for output, value in zip(outputs, found)}  # noqa: B905  # there are more outputs
     for work in tab.works:
-        answer, work.answer = work.answer, None
-        if answer is not None:
+        if (answer := work.taken(_LATE)) is not None:
             values |= {
                 id(output): value for output, value in zip(work.outputs, answer, strict=True) if output is not tab.status
             }

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,12 +50,27 @@ class Follower:
     components: list[Any]
 
 
-@dataclass
 class Work:
-    """Long work that a click starts: where its answer goes, and one that no page has taken yet."""
+    """Long work that a click starts: where its answer goes, and the last one as long as no page says that it has it."""
 
-    outputs: list[Any]
-    answer: list[Any] | None = None
+    def __init__(self, outputs: list[Any]) -> None:
+        self.outputs = outputs
+        self._lock = threading.Lock()
+        self._answer: list[Any] | None = None
+        self._since = 0.0
+
+    def answered(self, answer: list[Any]) -> None:
+        """Keep an answer for the next page, in case that its own was closed."""
+        with self._lock:
+            self._answer, self._since = answer, time.monotonic()
+
+    def taken(self, waited: float = 0.0) -> list[Any] | None:
+        """An answer that has waited for so many seconds, and is not kept any longer; None where there is none."""
+        with self._lock:
+            if self._answer is None or time.monotonic() - self._since < waited:
+                return None
+            answer, self._answer = self._answer, None
+            return answer
 
 
 @dataclass(frozen=True)
