@@ -14,7 +14,7 @@ import torch
 from fake_host import FakeHost
 
 from lib_dpo.webui.session import Session
-from lib_dpo.webui.tab import build, parts
+from lib_dpo.webui.tab import build, lists, parts
 
 GONE = "does not hold any more"
 
@@ -50,12 +50,21 @@ class Page:
         ]
 
     def fire(self, elem_id: str, event: str) -> None:
-        """Run what an event starts, in its order. JavaScript is not: it only passes values on."""
-        for row, function in self.events:
+        """Run what an event starts, in its order. JavaScript is not: it only passes values on.
+
+        Of what comes after an event only that the page has its answer.
+        """
+        for place, (row, function) in enumerate(self.events):
             for target in row["targets"]:
                 at, trigger = (target, row["trigger"]) if isinstance(target, int) else target
                 if at == self.ids[elem_id] and trigger == event and function is not None:
                     self._run(row, function)
+                    self._tell(row.get("id", place))
+
+    def _tell(self, event: int) -> None:
+        for row, function in self.events:
+            if row.get("trigger_after") == event and not row["inputs"] and not row["outputs"] and function is not None:
+                function()
 
     def _run(self, row: dict[str, Any], function: Any) -> None:
         answer = function(*(self.values[each] for each in row["inputs"]))
@@ -115,6 +124,13 @@ def touched(path: Path) -> None:
     """Made again in another second, as large as it was."""
     stat = path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+
+
+def test_an_answer_that_came_is_not_kept_for_another_page(page: Page, host: FakeHost, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lists, "_LATE", 0.0)
+    page.press("bake_go")
+    page.put(bake_result="as it was read")
+    assert page.after_a_while("bake_result") == "as it was read"
 
 
 def test_what_holds_is_left_alone(page: Page):

@@ -32,8 +32,8 @@ _DEAD = (
     "printed says which one it was. Run the command again"
 )
 _LOST = (
-    "the processes of this command do not find one another; look at --main_process_ip and --main_process_port of accelerate "
-    "launch, and whether a firewall lies between the machines"
+    "the processes of this command do not find one another; look at the address and the port of the first one that accelerate "
+    "launch was given, and whether a firewall lies between the machines"
 )
 
 
