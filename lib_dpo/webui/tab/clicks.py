@@ -76,8 +76,9 @@ def start(
     )
     if writes:
         tab.writers.append(event)
+    on(event.then, None, [], [], js=f"() => {{ window.dpoEnd && dpoEnd('{place}', '{writes}'); }}")
     # the page asks for what comes next: one that was closed meanwhile does not
-    on(event.then, taken, [], [], js=f"() => {{ window.dpoEnd && dpoEnd('{place}', '{writes}'); }}", **UNASKED)
+    on(event.then, taken, [], [], **UNASKED)
 
 
 def unseen(*values: Any) -> None:
