@@ -59,7 +59,7 @@ def arrived(tab: Tab, outputs: Sequence[Any], found: Sequence[Any]) -> list[Any]
 
     Each of those answers is given once, to the page that looks first: others hear of the work from the files and the model.
     """
-    values = {id(output): value for output, value in zip(outputs, found)}  # noqa: B905  # there are more outputs
+    values = {id(output): value for output, value in zip(outputs, found, strict=False)}  # there are more outputs
     for work in tab.works:
         if (answer := work.taken(_LATE)) is not None:
             values |= {
@@ -70,8 +70,8 @@ def arrived(tab: Tab, outputs: Sequence[Any], found: Sequence[Any]) -> list[Any]
 
 def _others(components: Sequence[Any], known: Sequence[Any]) -> list[Any]:
     """Those that are not known, each once."""
-    seen = {id(each) for each in known}
-    return [each for each in components if not (id(each) in seen or seen.add(id(each)))]  # type: ignore[func-returns-value]
+    places = {id(each) for each in known}
+    return list({id(each): each for each in components if id(each) not in places}.values())
 
 
 def looked(session: Session, lists: Sequence[Listed], chosen: Sequence[Any], *, rescan: bool = False) -> list[Any]:
