@@ -219,7 +219,7 @@ def test_the_launcher_stops_all(number: signal.Signals, faulty: Path, offset: Pa
         finally:
             launcher.terminate()
     assert launcher.returncode != 0
-    assert told.splitlines().count("cancelled") == 2, told
+    assert told.count("cancelled") == 2, told  # both write to one pipe: their lines may run together
     assert not out.exists()
 
 

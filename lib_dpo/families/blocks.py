@@ -52,7 +52,7 @@ class BlockWeights:
 
     def of(self, arch: Architecture, key: str) -> float:
         """The weight of a canonical key."""
-        return self.block(block_of(arch, key)) * self.kind(KINDS[kind_of(key)])
+        return self.block(block_of(arch, key)) * self.kind(KINDS[kind_of(key)]) if self.weights else 1.0
 
     def block(self, label: str | None) -> float:
         """The weight of a block label or a group of blocks, for layers of all kinds."""

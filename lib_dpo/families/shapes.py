@@ -11,8 +11,10 @@ github.com/huggingface/transformers, and github.com/mlfoundations/open_clip.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
 
 from lib_dpo.errors import SettingError
 from lib_dpo.families.arch import ARCHITECTURES, Shape, TextEncoder
@@ -94,8 +96,9 @@ def small(arch: str) -> Sizes:
     return Sizes(channels=32, text=text, vocabulary=64, size_embedding=16, vae=8)
 
 
-def checkpoint_shapes(arch: str, sizes: Sizes | None = None) -> dict[str, Shape]:
-    """Canonical key -> shape of a whole checkpoint: schedule, UNet, text encoders and VAE.
+@cache
+def checkpoint_shapes(arch: str, sizes: Sizes | None = None) -> Mapping[str, Shape]:
+    """Canonical key -> shape of a whole checkpoint: schedule, UNet, text encoders and VAE. Not to be changed: made once.
 
     For sd1 and sdxl the keys are those of the published half-precision files. SD 2 has the same schedule as SD 1 here;
     its files differ in which more of these constants they carry.
@@ -108,7 +111,7 @@ def checkpoint_shapes(arch: str, sizes: Sizes | None = None) -> dict[str, Shape]
         rows = (_hf_clip if encoder.naming == "hf" else _open_clip)(encoder, width, sizes.vocabulary)
         shapes.update((encoder.prefix + key, shape) for key, shape in rows)
     shapes.update(("first_stage_model." + key, shape) for key, shape in _vae(sizes.vae))
-    return shapes
+    return MappingProxyType(shapes)
 
 
 def checkpoint_dtype(key: str) -> str:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from lib_dpo.errors import BadTensorError, MismatchError
-from lib_dpo.families.arch import ARCHITECTURES, Architecture, Shape
+from lib_dpo.families.arch import ARCHITECTURES, Architecture
 from lib_dpo.families.keymap import LoraModule
 from lib_dpo.families.shapes import checkpoint_shapes
 from lib_dpo.files.checkpoint import Checkpoint
@@ -279,14 +278,9 @@ def _has_real_size(arch: Architecture, group: Group, checkpoint: Checkpoint) -> 
     """Whether a module is as large as in the published models: cross-attention sees 768, 1024, 2048 or 1280 columns."""
     module = find_module(arch.name, group.module)
     assert module is not None, "only modules of the architecture are measured"
-    shape = _real_shapes(arch.name)[module.key]
+    shape = checkpoint_shapes(arch.name)[module.key]
     size = (shape[0] // (3 if module.part is not None else 1), math.prod(shape[1:]))
     return _size(group, checkpoint) == (size[::-1] if module.transposed else size)
-
-
-@cache
-def _real_shapes(arch_name: str) -> Mapping[str, Shape]:
-    return checkpoint_shapes(arch_name)
 
 
 def _size(group: Group, checkpoint: Checkpoint) -> tuple[int, int] | None:
