@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bench.command import measure_command
+from bench.command import measure_command, process_start
 from bench.contest import prepare
+from bench.floors import measure_rates
 from bench.table import (
     command_goals,
     command_table,
     contest_goals,
     contest_json,
     contest_table,
+    floors_table,
     machine,
     machine_line,
     tour_table,
@@ -122,10 +124,13 @@ def _bench(arch: str, args: argparse.Namespace, folder: Path, device: torch.devi
             figures, spent = _contest(arch, args, base, tuned, folder, device, show)
             seconds |= spent
         begin = time.perf_counter()
+        rates = measure_rates([base, tuned], process_start(device)[0], folder, device)
         stops = list(tour(arch, base, tuned, args.rank, device, folder, beside_others=args.busy))
         seconds["tour"] = time.perf_counter() - begin
-    figures |= {"tour": [asdict(stop) for stop in stops], "seconds": seconds}
+    floors = [stop.needs.floor(rates) for stop in stops]
+    figures |= {"tour": [asdict(stop) for stop in stops], "rates": asdict(rates), "floors": floors, "seconds": seconds}
     show(tour_table(stops))
+    show(floors_table(stops, rates))
     show("Took: " + ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items()) + ".")
     return figures, "\n\n".join(tables)
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
+from bench.floors import of_extraction
 from bench.measure import PeakMemory, matmul_rate, read_seconds, timed
 from lib_dpo.errors import DpoError
 from lib_dpo.files.checkpoint import Checkpoint
-from lib_dpo.maths.lowrank import operations
 from lib_dpo.offsets.layers import Layer
 from lib_dpo.offsets.offset import Pair
 
@@ -85,19 +85,12 @@ def measure_command(pair: Pair, layers: Sequence[Layer], rank: int, device: torc
         start=start,
         read=statistics.mean(reads),
         to_device=statistics.mean(to_device) if to_device else None,
-        operations=sum(_operations(layer, rank) for layer in layers),
+        operations=of_extraction(layers, rank),
         rate=max(rates),
         peak=peak,
         file_bytes=report["file_bytes"],
         energy_kept=report["energy_kept"],
     )
-
-
-def _operations(layer: Layer, rank: int) -> float:
-    """Of the factorisation, and of the product that energy kept is measured with."""
-    short, long = sorted(layer.matrix)
-    rank = min(rank, short)
-    return operations(short, long, rank, "auto") + 2.0 * short * long * rank
 
 
 def process_start(device: torch.device) -> tuple[float, int]:

@@ -13,6 +13,7 @@ import torch
 
 from bench.command import CommandFigures
 from bench.contest import Score
+from bench.floors import Rates
 from bench.tour import Stop
 
 # What the project wants to reach (issue 2), on two CPU cores; the last on a GPU.
@@ -159,6 +160,23 @@ def tour_table(stops: Sequence[Stop]) -> str:
         "Times copying: to the time in which the base's file is copied and on the disk, measured just before. Beside two busy: "
         "the time beside two processes that keep a core busy each, to the one alone; only with `--busy`. *Save as checkpoint* "
         "in the tab does what `bake` does."
+    )
+    return "\n".join([*head, *rows, "", note])
+
+
+def floors_table(stops: Sequence[Stop], rates: Rates) -> str:
+    """Every command beside its floors: bytes over bandwidth, operations over rate."""
+    rows = [
+        f"| {one.title} | {one.needs.bandwidth(rates):.2f} s | {one.needs.arithmetic(rates):.2f} s "
+        f"| {one.needs.floor(rates):.3g} s | {_seconds(one.seconds)} | {one.seconds / one.needs.floor(rates):.2f} |"
+        for one in stops
+    ]
+    head = ("| beside its floors | bytes | operations | floor | time | ratio |", "|---|--:|--:|--:|--:|--:|")
+    note = (
+        f"Bytes: each that it must read or write once, at {rates.reading / 1e9:.2f} GB/s read and "
+        f"{rates.writing / 1e9:.2f} GB/s written to the disk. Operations: SHA-256 at {rates.hashing / 1e9:.2f} GB/s for each "
+        f"core, products and eigenvalues at {rates.multiplying / 1e9:.4g} GFLOP/s for all. Floor: both, after the "
+        f"{rates.start:.2f} s in which a process starts and imports the engine."
     )
     return "\n".join([*head, *rows, "", note])
 

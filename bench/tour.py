@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,13 @@ import torch
 from safetensors import safe_open
 
 from bench.command import process_start, run_command
+from bench.floors import Needs, of_extraction, of_products, of_recompression, of_spectra
 from bench.measure import busy, copy_seconds
+from lib_dpo.families.model import open_model
 from lib_dpo.families.shapes import unet_name_pairs
+from lib_dpo.files.header import tensor_nbytes
+from lib_dpo.offsets.layers import Layer, plan_layers
+from lib_dpo.offsets.offset import open_pair
 
 _SMALLER = 4  # times, by `resize`
 _OTHERS = 2  # busy processes
@@ -31,6 +36,7 @@ class Stop:
     copying: float  # seconds to copy the base's file to the disk, just before
     busy: float | None  # seconds beside as many busy processes as `_OTHERS`; None where that was not asked for
     found: str  # what its figures say, or what its file was checked for
+    needs: Needs  # what it cannot do without
 
 
 def tour(
@@ -51,7 +57,7 @@ def tour(
         lora, smaller, offset, baked = (place / f"{each}.safetensors" for each in ("lora", "smaller", "offset", "baked"))
         report, picture = place / "report.json", place / "diff.png"
 
-        def stop(title: str, find: Callable[[Any], str], output: Path | None, *command: object) -> Stop:
+        def stop(title: str, find: Callable[[Any], str], output: Path | None, needs: Needs, *command: object) -> Stop:
             arguments = [*map(str, command), "--json", str(report), "--overwrite"]
             copying = copy_seconds(base, place)
             seconds, peak = run_fresh(arguments)
@@ -60,7 +66,8 @@ def tour(
                 with busy(_OTHERS):
                     slow, _ = run_fresh(arguments)
             said = json.loads(report.read_text(encoding="utf-8"))
-            return Stop(title, seconds, peak, output.stat().st_size if output else 0, copying, slow, find(said))
+            written = _size(output) if output else 0
+            return Stop(title, seconds, peak, written, copying, slow, find(said), replace(needs, written=written))
 
         def run_fresh(arguments: list[str]) -> tuple[float, int]:
             with tempfile.TemporaryDirectory(dir=place) as cache:
@@ -70,16 +77,46 @@ def tour(
         bake = ("bake", "--target", base.resolve(), "-o", baked, "--offset")
         where = ("--device", str(device))
         fewer = max(1, rank // _SMALLER)
-        yield stop("`inspect`, the base", _kind, None, "inspect", base.resolve())
-        yield stop("`diff --plot`", _verdict, picture, "diff", *pair, "--plot", picture, *where)
-        yield stop(f"`extract --rank {rank}`", _kept, lora, "extract", *pair, "-o", lora, "--rank", rank, *where)
-        yield stop("`verify`", _kept, None, "verify", "--lora", lora, *pair)
-        yield stop(f"`resize --rank {fewer}`", _kept_of_lora, smaller, "resize", "--lora", lora, "-o", smaller, "--rank", fewer)
-        yield stop("`bake` of the LoRA", lambda _: _untouched(arch, base, baked), baked, *bake, lora)
+        layers, unets = _layers(base, tuned)
+        unet, tuned_unet = unets
+        products = of_products(layers, rank)
+        yield stop("`inspect`, the base", _kind, None, _hashed(base), "inspect", base.resolve())
+        needs = Needs(unet + tuned_unet, operations=of_spectra(layers))
+        yield stop("`diff --plot`", _verdict, picture, needs, "diff", *pair, "--plot", picture, *where)
+        needs = _hashed(base, tuned, operations=of_extraction(layers, rank))
+        yield stop(f"`extract --rank {rank}`", _kept, lora, needs, "extract", *pair, "-o", lora, "--rank", rank, *where)
+        needs = Needs(unet + tuned_unet + _size(lora), operations=products)
+        yield stop("`verify`", _kept, None, needs, "verify", "--lora", lora, *pair)
+        needs = Needs(_size(lora), operations=of_recompression(layers, rank))
+        command: tuple[object, ...] = ("resize", "--lora", lora, "-o", smaller, "--rank", fewer)
+        yield stop(f"`resize --rank {fewer}`", _kept_of_lora, smaller, needs, *command)
+        needs = _hashed(base, lora, operations=products)
+        yield stop("`bake` of the LoRA", lambda _: _untouched(arch, base, baked), baked, needs, *bake, lora)
         baked.unlink()
-        yield stop("`offset`", lambda _: "", offset, "offset", *pair, "-o", offset)
-        yield stop("`bake` of the offset", lambda _: _restored(arch, base, tuned, baked), baked, *bake, offset)
-        yield stop("`compat`, of that", _inside, None, "compat", "--target", baked, *pair)
+        yield stop("`offset`", lambda _: "", offset, _hashed(base, tuned), "offset", *pair, "-o", offset)
+        needs = _hashed(base, offset)
+        yield stop("`bake` of the offset", lambda _: _restored(arch, base, tuned, baked), baked, needs, *bake, offset)
+        needs = Needs(2 * unet + tuned_unet)
+        yield stop("`compat`, of that", _inside, None, needs, "compat", "--target", baked, *pair)
+
+
+def _hashed(*files: Path, operations: float = 0.0) -> Needs:
+    """Of a command that reads these files whole, and whose result names their SHA-256."""
+    sizes = tuple(map(_size, files))
+    return Needs(sum(sizes), hashed=sizes, operations=operations)
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file."""
+    return file.stat().st_size
+
+
+def _layers(base: Path, tuned: Path) -> tuple[list[Layer], tuple[int, int]]:
+    """All layers of the UNet, and the bytes of both UNets."""
+    with open_model(base) as first, open_model(tuned) as second:
+        pair = open_pair(first, second)
+        unets = [sum(tensor_nbytes(model.dtype(key), model.shape(key)) for key in pair.keys) for model in (first, second)]
+        return plan_layers(pair, "portable", ("unet",)), (unets[0], unets[1])
 
 
 def _restored(arch: str, base: Path, tuned: Path, baked: Path) -> str:

@@ -14,9 +14,12 @@ import psutil
 import pytest
 import torch
 
+from bench.floors import Needs, Rates, of_products, of_recompression, of_spectra
 from bench.measure import busy
 from bench.tour import tour
+from lib_dpo.families.keymap import LoraModule
 from lib_dpo.families.synthetic import small_pair
+from lib_dpo.offsets.layers import Layer
 
 pytestmark = [pytest.mark.newest, pytest.mark.slow]  # LyCORIS is one of the contestants
 
@@ -84,6 +87,36 @@ def test_every_command_runs_and_what_it_writes_holds(run: tuple[dict[str, Any], 
     assert same == total > 1e6
     assert found[7].endswith("as in the tuned file; " + found[5])
     assert float(found[8].split()[2]) == pytest.approx(1, abs=0.02)  # less than one: fp16 rounds the smallest changes away
+
+
+def test_every_command_stands_beside_its_floors(run: tuple[dict[str, Any], str]):
+    figures = run[0]["architectures"]["sd1"]
+    lines = {line.split(" | ")[0].strip("| "): line for line in run[1].split("beside its floors")[1].splitlines()}
+    for stop, floor in zip(figures["tour"], figures["floors"], strict=True):
+        assert (
+            0 < figures["rates"]["start"] < floor < 2 * stop["seconds"]
+        )  # a machine is noisy; most of a small one is the start
+        assert lines[stop["title"]].endswith(f"| {stop['seconds'] / floor:.2f} |")
+        assert stop["needs"]["read"] >= sum(stop["needs"]["hashed"])
+        assert stop["needs"]["written"] == stop["written"]
+
+
+def test_a_floor_is_start_bytes_and_operations():
+    rates = Rates(start=1, reading=100, writing=50, hashing=10, multiplying=1000, cores=2)
+    needs = Needs(read=400, written=100, hashed=(100, 300), operations=2000)
+    assert needs.bandwidth(rates) == 4 + 2
+    assert needs.arithmetic(rates) == 30 + 2  # one core has the larger file
+    assert needs.floor(rates) == 1 + 6 + 32
+    assert replace(needs, hashed=(100, 100)).arithmetic(rates) == 10 + 2
+    assert Needs(100).floor(rates) == 1 + 1
+
+
+def test_operations_are_those_of_the_field():
+    layer = Layer(LoraModule("lora_unet_k", "k.weight"), (20, 10, 3, 3), "pair")  # 20 x 90
+    assert of_spectra([layer]) == pytest.approx(2 * 20 * 20 * 90 + 4 / 3 * 20**3)
+    assert of_products([layer, layer], 4) == 2 * (2 * 20 * 90 * 4)
+    assert of_products([layer], 64) == 2 * 20 * 90 * 20  # no rank beyond the short side
+    assert of_recompression([layer], 4) == 6 * (20 + 90) * 16
 
 
 def test_goals_stand_below_with_what_was_reached(run: tuple[dict[str, Any], str]):

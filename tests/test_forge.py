@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
+import shutil
 import sys
 import weakref
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,13 @@ import tiny
 import torch
 from fakes_forge import FORKS, LATE, FakeForge
 
-from lib_dpo.errors import HostError, NoModelError
+from lib_dpo.errors import BadFileError, HostError, NoModelError
 from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.families.keymap import UNET
-from lib_dpo.hosts.forge import modules
+from lib_dpo.hosts.forge import live as live_module
+from lib_dpo.hosts.forge import modules, patches
 from lib_dpo.hosts.forge.live import ForgeLive
+from lib_dpo.hosts.forge.on_demand import OnDemand
 from lib_dpo.offsets.patch import Patch, open_patch
 
 
@@ -30,6 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     of = ("--base", pair[0], "--tuned", pair[1])
     assert tiny.run("extract", *of, "-o", folder / "sd1.safetensors", "--rank", 4, "--profile", "webui") == 0
     assert tiny.run("offset", *of, "-o", folder / "dense.safetensors") == 0
+    assert tiny.run("extract", *of, "-o", folder / "exact.safetensors", "--form", "exact") == 0
     generator = torch.Generator().manual_seed(1)
     unet = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
     te = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
@@ -396,3 +402,95 @@ def test_what_is_missing_is_said(host: FakeForge, live: ForgeLive, monkeypatch: 
 
 def test_not_a_fork(monkeypatch: pytest.MonkeyPatch):
     assert not modules.is_forge()
+
+
+# ---- deltas that are made when the host merges ----
+
+
+def test_a_bake_reads_its_deltas_when_the_host_merges(
+    host: FakeForge, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bakes_alike(host, files / "exact.safetensors", "", files, tmp_path, monkeypatch)
+
+
+def test_block_weights_of_an_offset_file_are_applied_when_the_host_merges(
+    forge: FakeForge, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bakes_alike(forge, files / "dense.safetensors", "mid=0.5, out=2", files, tmp_path, monkeypatch)
+
+
+def bakes_alike(
+    host: FakeForge, offset: Path, blocks: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bake, merge with another LoRA and undo, once with all deltas in memory and once on demand: equal to the bit."""
+    clean, found, kept = weights(host), [], []
+    for small in (1 << 60, 0):  # all in memory, and all on demand
+        monkeypatch.setattr(patches, "_SMALL", small)
+        file = Path(shutil.copy(offset, tmp_path / "offset.safetensors"))
+        live = ForgeLive()
+        with closing(open_patch(file, blocks=parse_blocks(blocks))) as patch:
+            live.bake(patch, 0.7)
+            assert off_by(host, expected(host, patch, 0.7)) <= 1e-3
+        shutil.copy(files / "te.safetensors", tmp_path / "other.safetensors")
+        (tmp_path / "other.safetensors").replace(file)  # as a person does who extracts again
+        gc.collect()
+        record = live_module._state(host.data.sd_model).bake
+        assert record is not None
+        kept.append(sum(isinstance(value[1][0], OnDemand) for value in record.patches.unet.values() if value[0] == "diff"))
+        with_other = host.picture(live, patch_of(files, "te"), 0.5)  # the host takes its weights out and merges both
+        host.picture(live)
+        found.append((weights(host), with_other))
+        assert live.unbake()
+        host.picture(live)
+        assert all(map(torch.equal, weights(host).values(), clean.values()))
+    assert kept == [0, len(record.patches.unet)]
+    assert all(map(torch.equal, found[0][0].values(), found[1][0].values()))
+    assert all(map(torch.equal, found[0][1], found[1][1]))
+
+
+def test_what_is_read_on_demand_takes_no_memory(host: FakeForge, live: ForgeLive, files: Path):
+    originals = {
+        key: math.prod(shape) * host.dtype.itemsize
+        for key, shape in patch_of(files, "exact").offset.shapes.items()
+        if UNET in key
+    }
+    for patch in (patch_of(files, "exact"), patch_of(files, "dense"), patch_of(files, "dense", blocks=parse_blocks("mid=0.5"))):
+        rest = live.bake_bytes(patch) - sum(originals[key] for key in patch.changed_keys())
+        biases = sum(patch.checkpoint.infos[key].nbytes for key in patch.checkpoint.infos if key.endswith("diff_b"))
+        norms = 4 * sum(
+            math.prod(patch.offset.shapes[key]) for key in patch.changed_keys() if len(patch.offset.shapes[key]) == 1
+        )
+        assert 0 <= rest <= biases + norms
+
+
+def test_a_file_that_was_replaced_is_not_baked(forge: FakeForge, live: ForgeLive, files: Path, tmp_path: Path):
+    file = Path(shutil.copy(files / "exact.safetensors", tmp_path / "offset.safetensors"))
+    before = weights(forge)
+    patch = open_patch(file)
+    shutil.copy(files / "te.safetensors", tmp_path / "other.safetensors")
+    (tmp_path / "other.safetensors").replace(file)
+    with pytest.raises(BadFileError, match="was replaced while"):
+        live.bake(patch, 1.0)
+    assert live.baked() is None
+    assert all(map(torch.equal, weights(forge).values(), before.values()))
+
+
+def test_a_tensor_on_demand_is_made_for_each_computation():
+    whole, made = torch.arange(6.0).reshape(2, 3), []
+    tensor = OnDemand((2, 3), lambda: (made.append(1), whole)[1])
+    assert (tensor.shape, tensor.dtype, tensor.device.type, made) == ((2, 3), torch.float32, "cpu", [])
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            sums = torch.ones(2, 3)
+            sums += 0.5 * tensor
+            assert torch.equal(sums, 1 + 0.5 * whole)
+            results = (
+                tensor.to(torch.float16),
+                tensor.to("cpu", copy=True),
+                torch.cat([tensor, tensor]),
+                tensor.flatten(),
+                sums,
+            )
+            assert {type(result) for result in results} == {torch.Tensor}
+            assert torch.equal(torch.empty(2, 3).copy_(tensor), whole)
+    assert len(made) == 2 * 7

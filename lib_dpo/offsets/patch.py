@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib_dpo.errors import BadTensorError, MismatchError, NothingToDoError, SettingError
+from lib_dpo.errors import BadFileError, BadTensorError, MismatchError, NothingToDoError, SettingError
 from lib_dpo.families.arch import Architecture
 from lib_dpo.families.blocks import EVERYWHERE, BlockWeights, check_blocks
 from lib_dpo.families.keymap import UNET
@@ -102,6 +102,18 @@ class Patch:
             weight = self.weight(layer.module.key)
             if weight:
                 yield self._lora_row(self.lora, layer, weight)
+
+    def again(self) -> Patch:
+        """The same, with its file opened anew: for whoever keeps it longer than the one who opened this one.
+
+        Raises:
+            BadFileError: another file has the name by now.
+        """
+        other = open_patch(self.checkpoint.path, self.architecture, blocks=self.blocks, rank=self.rank)
+        if other.id != self.id:
+            other.close()
+            raise BadFileError(f"{self.checkpoint.path}: was replaced while it was being read; start again")
+        return other
 
     def close(self) -> None:
         self.offset.close()

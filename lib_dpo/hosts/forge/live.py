@@ -140,7 +140,7 @@ class ForgeLive:
         unknown = _parts(patch) - sums.keys()
         to_read = sum(torch.Size(patch.offset.shapes[key]).numel() for key in patch.changed_keys())
         steps = Steps(to_read + _numel(clean, unknown), on_progress)
-        patches = _prepared(engine, patch, steps)
+        patches = _read(engine, patch, steps, on_demand=not _is_online(engine))
         try:
             if unknown:
                 sums |= fingerprint_of(clean, steps, checksum, unknown)
@@ -210,7 +210,8 @@ class ForgeLive:
         if engine is not None:
             stored = next(iter(parameters_of(engine.forge_objects_original.unet).values()))
             item = 0 if quantised(stored) else stored.element_size()
-        return patch_bytes(patch) + item * sum(torch.Size(patch.offset.shapes[key]).numel() for key in changed)
+        in_memory = patch_bytes(patch, on_demand=engine is not None and not _is_online(engine))
+        return in_memory + item * sum(torch.Size(patch.offset.shapes[key]).numel() for key in changed)
 
     def fingerprint(self) -> Mapping[str, str]:
         original = loaded_engine().forge_objects_original
@@ -358,19 +359,30 @@ def _name(engine: Any) -> str:
 
 
 def _prepared(engine: Any, patch: Patch, steps: Steps) -> HostPatches:
-    """The patch in the host's form, read once for all strengths."""
-    state, original = _state(engine), engine.forge_objects_original
+    """The patch of a generation in the host's form, read once for all strengths."""
+    state = _state(engine)
     kept = state.patches.pop(patch.id, None)
     if kept is None:
-        _check_fits(engine, patch)
-        model = HostModel(_name(engine), parameters_of(original.unet), clip_parameters(original.clip))
-        kept = host_patches(patch, model, lora_module().load_lora, steps), patch_bytes(patch)
+        kept = _read(engine, patch, steps), patch_bytes(patch)
     while state.patches and (
         len(state.patches) >= _PATCHES_KEPT or kept[1] + sum(size for _, size in state.patches.values()) > _BYTES_KEPT
     ):
         state.patches.pop(next(iter(state.patches)))
     state.patches[patch.id] = kept
     return kept[0]
+
+
+def _read(engine: Any, patch: Patch, steps: Steps, *, on_demand: bool = False) -> HostPatches:
+    """The patch in the host's form; see `host_patches`."""
+    _check_fits(engine, patch)
+    original = engine.forge_objects_original
+    model = HostModel(_name(engine), parameters_of(original.unet), clip_parameters(original.clip))
+    return host_patches(patch, model, lora_module().load_lora, steps, on_demand=on_demand)
+
+
+def _is_online(engine: Any) -> bool:
+    """Whether the UNet is quantised, so that the host adds patches in each step of a picture, or this code refuses."""
+    return any(quantised(parameter) for parameter in parameters_of(engine.forge_objects_original.unet).values())
 
 
 def _patched_clone(base: Any, patches: Mapping[str, Any], patch: Patch, strength: float) -> Any:

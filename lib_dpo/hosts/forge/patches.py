@@ -1,7 +1,7 @@
 """A patch in the form that Forge's patchers take: parameter name -> host patch. Low-rank stays low-rank.
 
 LoRA pairs go through the host's own `load_lora` (tuples on some forks, objects on others), everything else is
-("diff", (tensor,)), which every fork takes.
+("diff", (tensor,)), which every fork takes. Such a tensor is a view of the file, lies in memory, or is made on demand.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from torch import Tensor
 from lib_dpo.errors import HostError, MismatchError
 from lib_dpo.families.arch import Architecture, TextEncoder
 from lib_dpo.families.keymap import QKV, UNET, text_encoder_to_hf
+from lib_dpo.hosts.forge.on_demand import OnDemand
 from lib_dpo.offsets.patch import Patch, Row, fitted
 from lib_dpo.progress import Steps
 
 Parameters = Mapping[str, Tensor]
 _FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")
+_SMALL = 1 << 16  # weights: biases and norms, which lie in memory always
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -67,27 +70,43 @@ def shape_of(parameter: Any) -> tuple[int, ...]:
     return tuple(real if real is not None else parameter.shape)
 
 
-def patch_bytes(patch: Patch) -> int:
-    """Memory that the host's form of a patch takes: a LoRA's pairs, or dense deltas that are no views of the file."""
-    infos = patch.checkpoint.infos
-    if patch.lora is not None:
-        layers = (layer for layer in patch.lora.layers if patch.weight(layer.module.key))
-        return sum(infos[key].nbytes for layer in layers for key in layer.parts.values())
-    if not patch.blocks.weights and all(info.dtype == "F32" for info in infos.values()):
-        return 0
-    return sum(4 * math.prod(patch.offset.shapes[key]) for key in patch.changed_keys())
+def patch_bytes(patch: Patch, *, on_demand: bool = False) -> int:
+    """Memory that the host's form of a patch takes: a LoRA's pairs and biases, and dense deltas that lie in memory."""
+    infos, shapes = patch.checkpoint.infos, patch.offset.shapes
+    if patch.lora is None:
+        return 0 if on_demand or _are_views(patch) else sum(4 * math.prod(shapes[key]) for key in patch.changed_keys())
+    total = 0
+    for layer in patch.lora.layers:
+        if not patch.weight(layer.module.key):
+            continue
+        as_stored = layer.form is None or layer.form.name == "LoRA"
+        total += sum(infos[key].nbytes for part, key in layer.parts.items() if as_stored or part == "diff_b")
+        if not (as_stored or on_demand):
+            total += 4 * math.prod(shapes[layer.module.key]) // (1 if layer.module.part is None else 3)
+    return total
 
 
-def host_patches(patch: Patch, model: HostModel, load_lora: Callable[[Any, Any], Any], steps: Steps) -> HostPatches:
-    """Read a patch into the host's form. Dense float32 deltas stay views of the file, everything else is copied.
+def _are_views(patch: Patch) -> bool:
+    """Whether dense deltas are the file's own pages."""
+    plain = patch.lora is None and not patch.blocks.weights
+    return plain and all(info.dtype == "F32" for info in patch.checkpoint.infos.values())
+
+
+def host_patches(
+    patch: Patch, model: HostModel, load_lora: Callable[[Any, Any], Any], steps: Steps, *, on_demand: bool = False
+) -> HostPatches:
+    """Read a patch into the host's form. Dense float32 deltas stay views of the file.
 
     Args:
         load_lora: the host's own.
+        on_demand: other dense deltas are read again whenever the host merges, and take no memory; else they are copied. For
+            patches that are kept, of weights that are merged once: for others it would be done in each step of a picture.
 
     Raises:
         MismatchError: tensors that the model lacks or has in other shapes.
         BadTensorError: NaN or Inf, by key.
         HostError: the host's `load_lora` does not understand a pair.
+        BadFileError: the file was replaced since the patch was opened.
     """
     shapes = {name: shape_of(parameter) for name, parameter in (*model.unet.items(), *model.clip.items())}
     places = {key: _places(patch.architecture, key, shapes) for key in patch.changed_keys()}
@@ -104,22 +123,35 @@ def host_patches(patch: Patch, model: HostModel, load_lora: Callable[[Any, Any],
             fit(_piece(torch.empty(patch.offset.shapes[key], device="meta"), place), place, key)
     low: dict[str, tuple[Tensor, Tensor, float]] = {}
     dense: dict[str, Tensor] = {}
+    nothing: set[str] = set()
+    kept = patch.again() if on_demand and not _are_views(patch) else None
+
+    def made(source: Patch, place: _Place, key: str) -> Tensor:
+        return fit(_piece(source.delta(key), place), place, key)
+
+    def put(place: _Place, tensor: Tensor, key: str) -> None:
+        (nothing.discard if bool(tensor.any()) else nothing.add)(place.name)
+        if kept is not None and tensor.numel() > _SMALL:
+            tensor = OnDemand(tensor.shape, partial(made, kept, place, key))
+        dense[place.name] = tensor
+
     for row in patch.rows():
         for place in places.get(row.key, ()):
             if row.part not in (None, place.part) or (row.up is None and row.diff is None):
                 continue
             if place.transposed or place.name in low or place.name in dense:  # several modules change this one: all of them
                 low.pop(place.name, None)
-                dense[place.name] = fit(_piece(patch.delta(row.key), place), place, row.key)
+                put(place, made(patch, place, row.key), row.key)
             elif row.up is not None:
                 low[place.name] = _factors(row, shapes[place.name])
             elif row.diff is not None:
-                dense[place.name] = fit(_piece(row.diff, place) if row.part is None else row.diff, place, row.key)
+                put(place, fit(_piece(row.diff, place) if row.part is None else row.diff, place, row.key), row.key)
         if row.bias is not None:
-            dense |= {place.name: row.bias for place in places.get(row.key.removesuffix("weight") + "bias", ())}
+            bias = row.key.removesuffix("weight") + "bias"
+            for place in places.get(bias, ()):
+                put(place, row.bias, bias)
         steps.advance(math.prod(patch.offset.shapes.get(row.key, ())), row.key)
-    nothing = {name for name, (up, down, alpha) in low.items() if not (alpha and bool(up.any()) and bool(down.any()))}
-    nothing |= {name for name, tensor in dense.items() if not bool(tensor.any())}
+    nothing |= {name for name, (up, down, alpha) in low.items() if not (alpha and bool(up.any()) and bool(down.any()))}
     patches = _pairs(low, load_lora) | {name: ("diff", (tensor,)) for name, tensor in dense.items()}
     return HostPatches(
         unet={name: value for name, value in patches.items() if name in model.unet},
