@@ -21,6 +21,7 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 # What takes minutes comes first, so that no process is left alone with it at the end; the demo after what it waits for.
 LONGEST = (
+    "test_hosts",
     "test_bundled",
     "test_bench",
     "test_extract",

@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from tiny import FAULTS, SHORT_FORM, TORCH
 
 from lib_dpo.families.arch import ARCHITECTURES
 from lib_dpo.families.keymap import UNET, lora_modules, text_encoder_from_hf
@@ -26,6 +27,14 @@ from lib_dpo.hosts.forge.live import ForgeLive
 from lib_dpo.offsets.lora.aliases import lora_aliases
 
 FORKS = ("forge", "classic", "reforge", "neo", "neo-comfy")  # the last: Neo since its patcher is ComfyUI's own
+if FAULTS > SHORT_FORM:
+    FORKS_HERE = FORKS
+elif TORCH < (2, 2):  # AUTOMATIC1111's
+    FORKS_HERE = ()
+elif TORCH < (2, 5):  # what these three ship
+    FORKS_HERE = ("forge", "classic", "reforge")
+else:
+    FORKS_HERE = ("forge", "neo", "neo-comfy")
 LATE = ("forge", "neo", "neo-comfy")  # load a checkpoint for the next picture only
 _MOST_UNMATCHED = 0.5  # of a LoRA's keys: Neo leaves a file with more of them out
 

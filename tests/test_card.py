@@ -20,6 +20,8 @@ from lib_dpo.errors import OutputError, SettingError
 from lib_dpo.files.ours import is_our_json, is_our_png, signed_json, signed_png
 from lib_dpo.offsets.lora import card
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 Files = tuple[Path, Path]
 
 

@@ -26,6 +26,8 @@ from lib_dpo.webui.axes import add_axes
 from lib_dpo.webui.generation import INFOTEXT, Wish, wish_of
 from lib_dpo.webui.session import Session
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 figures = st.floats(allow_nan=True) | st.integers() | st.sampled_from([10**400, -(10**400), 1e308, 5e-324, 0.1 + 0.2])
 typed = (
     st.text(max_size=12)

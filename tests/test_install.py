@@ -14,6 +14,8 @@ import pytest
 from lib_dpo import __version__
 from lib_dpo.errors import missing_extra
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -22,6 +22,8 @@ from lib_dpo.errors import Cancelled, MismatchError, NothingToDoError, OutputErr
 from lib_dpo.toy.bundled import BASE, FOLDER, REFERENCE, load
 from tests import tiny
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = re.findall(
     r"^## (.+?)$.*?^```python$(.*?)^```$", (ROOT / "docs" / "library.md").read_text(encoding="utf-8"), re.M | re.S

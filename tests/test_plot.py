@@ -20,6 +20,8 @@ from lib_dpo.webui.axes import add_axes
 from lib_dpo.webui.generation import Generation
 from lib_dpo.webui.session import Session
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 LENGTH = 48  # of the sides of a picture
 
 

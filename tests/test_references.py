@@ -24,6 +24,8 @@ from lib_dpo.errors import BadFileError, MissingExtraError, OutputError
 from lib_dpo.files.references import fetch as fetching
 from lib_dpo.files.references.known import FORMS, NOT_KNOWN, REFERENCES, UNET_FILE, Known, known
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 needs_library = pytest.mark.skipif(not importlib.util.find_spec("huggingface_hub"), reason="needs huggingface_hub")
 MB = 1_000_000
 DPO = "mhdang/dpo-sd1.5-text2image-v1"

@@ -26,6 +26,8 @@ from lib_dpo.webui.tab import clicks, compare
 from lib_dpo.webui.tab.bake import before
 from lib_dpo.webui.tab.bake import page as bake
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Session:

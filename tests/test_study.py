@@ -20,6 +20,8 @@ from lib_dpo.toy.sheets import lora_sheet, strength_sheet, turned_sheet
 from lib_dpo.toy.study import Findings, Interval, Scores, find, gain, point, share_of_gain
 from tools.bundled.recipe import SHIPPED
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 N = 400
 
 

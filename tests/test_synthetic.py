@@ -24,6 +24,8 @@ from lib_dpo.families.shapes import (
 from lib_dpo.families.synthetic import base_tensor, make_pair, offset_tensor, small_pair
 from lib_dpo.files.header import read_header
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 CONV = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
 NORM = "model.diffusion_model.out.0.weight"
 

@@ -14,6 +14,8 @@ import torch
 from lib_dpo.families.model import open_model
 from lib_dpo.offsets.prediction import Prediction, prediction_of
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 HALF = torch.float16
 V_YAML = 'model:\n  target: ldm.models.diffusion.ddpm.LatentDiffusion\n  params:\n    parameterization: "v"\n'
 EPS_YAML = V_YAML.replace('"v"', '"eps"')

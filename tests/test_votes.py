@@ -25,6 +25,8 @@ from lib_dpo.pictures.votes.prompts import PROMPTS, shipped
 from lib_dpo.pictures.votes.strengths import MIN_PROMPTS, best_strength, next_pair
 from lib_dpo.pictures.votes.tally import Tally, log_e_value, tally, wilson
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 VOTE = Vote("2026-01-02T03:04:05.678+00:00", "base", "dpo", "", 1.0, 0.0, "a cat", 7, "left", "a")
 FIELDS = ["time", "model", "offset", "blocks", "a", "b", "prompt", "seed", "side", "answer"]
 

@@ -26,6 +26,8 @@ from lib_dpo.webui.tab import extract as page
 from lib_dpo.webui.tab.bake import before
 from lib_dpo.webui.tab.bake import page as bake
 
+pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
+
 PACKAGE = Path(__file__).resolve().parent.parent / "lib_dpo"
 COMMAND_LINE = re.compile(r"(?<![\w-])--(?!dpo-)[a-z]|`|python -m|pip install|\bexit code")  # --dpo-… is a style's
 ONLY_ON_THE_COMMAND_LINE = {

@@ -22,7 +22,9 @@ from lib_dpo.families.shapes import Sizes, checkpoint_shapes, unet_name_pairs
 from lib_dpo.families.synthetic import base_tensor, offset_tensor
 
 Tensors = dict[str, torch.Tensor]
-FAULTS = int(os.environ.get("DPO_FAULTS", "24"))  # how often each kind of fault happens; `make faults` sets it
+SHORT_FORM = 24
+FAULTS = int(os.environ.get("DPO_FAULTS", SHORT_FORM))  # how often each kind of fault happens; `make faults` sets it
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 
 WIDTH = 8  # of the UNet's first level: no matrix of sd1 or sdxl is wider than 4 * WIDTH on its short side
 LARGEST_RANK = 4 * WIDTH
