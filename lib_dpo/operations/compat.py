@@ -16,7 +16,7 @@ from lib_dpo.families.keymap import component_of
 from lib_dpo.families.model import Model
 from lib_dpo.maths.lowrank import energy
 from lib_dpo.maths.precision import full_precision
-from lib_dpo.maths.threads import side_by_side
+from lib_dpo.maths.threads import Scratch, side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out_of_unets, nothing_changed
 from lib_dpo.offsets.offset import Pair, blocks_in, check_finite, check_is_model, check_left_out
 from lib_dpo.offsets.prediction import Prediction, prediction_doubt, prediction_of, predictions, target_doubt
@@ -32,6 +32,7 @@ _COULD_BE = 0.5  # a model in which so much of DPO may be, within three errors, 
 _CONTAINED, _ERRORS = 0.15, 3.0  # DPO counts as contained from this strength on, if it is beyond three errors
 
 
+_PIECE = 1 << 16  # values of an inner product in float32
 _SAME_FILE = (
     "{} was given as the base too, so it was compared with itself: if DPO started from it, the offset fits exactly, at "
     "strength 1. If it is a finetune or merge, give as the base the checkpoint that DPO started from."
@@ -146,14 +147,17 @@ def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) ->
     no_place: list[str] = []
     blocks: dict[str, _Sums] = {name: _Sums() for name in block_labels(pair.architecture)}
 
+    largest = max((math.prod(pair.base.shape(key)) for key in keys), default=0)
+    bases, drifts = Scratch(largest), Scratch(largest)
+
     def compared(key: str) -> _Sums | None:
         """None for a tensor that the target does not have."""
         if key not in held:
             check_left_out(target, its, key, "the pair")
             return None
-        base = pair.weight(key)
-        drift = _comparable(target.read(key).float(), base, key, target) - base
-        if not bool(torch.isfinite(drift).all()):
+        base = pair.weight(key, out=bases.memory)
+        drift = _fresh(drifts.memory, base.shape).copy_(_comparable(target.read(key), base, key, target)).sub_(base)
+        if not bool(torch.isfinite(drift.sum())):
             check_finite(target, key)
         size = energy(base)
         offset = pair.to_delta_(base, key)
@@ -188,10 +192,18 @@ def _comparable(weight: Tensor, base: Tensor, key: str, target: Model) -> Tensor
     raise MismatchError(f"{target.path.name}: {key} is {shapes[0]} but {shapes[1]} in the base; the offset does not fit")
 
 
+def _fresh(memory: Tensor | None, shape: torch.Size) -> Tensor:
+    """Memory of a shape, to be written to."""
+    return torch.empty(shape) if memory is None else memory[: shape.numel()].view(shape)
+
+
 def _inner(a: Tensor, b: Tensor) -> float:
-    """<a, b>: rows in float32, their sum in float64."""
-    rows = (a * b).flatten(1).sum(dim=-1) if a.ndim > 1 else a.double() * b.double()
-    return float(rows.double().sum())
+    """<a, b>: pieces in float32, their sum in float64; of what has one dimension in float64."""
+    if a.ndim < 2:
+        return float((a.double() * b.double()).sum())
+    return math.fsum(
+        float(x @ y) for x, y in zip(torch.split(a.flatten(), _PIECE), torch.split(b.flatten(), _PIECE), strict=True)
+    )
 
 
 def _judge(

@@ -10,7 +10,7 @@ from lib_dpo.errors import BadTensorError, MismatchError
 from lib_dpo.families.keymap import component_of
 from lib_dpo.maths.lowrank import energy
 from lib_dpo.maths.precision import full_precision
-from lib_dpo.maths.threads import side_by_side
+from lib_dpo.maths.threads import Scratch, side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out, nothing_changed
 from lib_dpo.offsets.offset import Offset, Pair
 from lib_dpo.operations.measure import Row, Tally, measure
@@ -64,11 +64,11 @@ def verify(offset: Offset, pair: Pair, *, on_progress: Progress | None = None) -
         )
     numel = {key: math.prod(pair.base.shape(key)) for key in pair.keys}
     steps = Steps(sum(numel.values()), on_progress)
-    tally = Tally(pair.architecture)
+    tally, scratch = Tally(pair.architecture), Scratch(max(numel.values()))
 
     def missed(key: str) -> Row:
         """Its figures, and what the offset misses of it."""
-        delta, row = measure(pair, key)
+        delta, row = measure(pair, key, out=scratch.memory)
         row.residual = row.offset
         if key in offset.shapes:
             if math.prod(offset.shapes[key]) != delta.numel():

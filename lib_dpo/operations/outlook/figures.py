@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lib_dpo.maths.devices import resolve_device
 from lib_dpo.maths.precision import full_precision
 from lib_dpo.maths.ranks import Energies
-from lib_dpo.maths.threads import side_by_side
+from lib_dpo.maths.threads import Scratch, side_by_side
 from lib_dpo.offsets.coverage import nothing_changed
 from lib_dpo.offsets.layers import Layer, plan_layers
 from lib_dpo.offsets.offset import Pair
@@ -62,7 +62,8 @@ def measure_figures(pair: Pair, *, spectra: bool = True, device: str = "auto", o
     found: dict[str, Row] = {}
     steps = Steps(sum(math.prod(pair.base.shape(key)) for key in pair.keys) * (2 if spectra else 1), on_progress)
     with full_precision():
-        with side_by_side(lambda key: measure(pair, key)[1], pair.keys) as rows:
+        scratch = Scratch(max(math.prod(pair.base.shape(key)) for key in pair.keys))
+        with side_by_side(lambda key: measure(pair, key, out=scratch.memory)[1], pair.keys) as rows:
             for key, row in zip(pair.keys, rows, strict=True):
                 found[key] = row
                 tally.add(key, row)
