@@ -14,8 +14,7 @@ from bench.measure import copy_seconds, matmul_rate, read_seconds
 from lib_dpo.maths.lowrank import operations
 from lib_dpo.offsets.layers import Layer
 
-_HASHED = 256 << 20  # bytes to measure the rate with
-_PIECE = 4 << 20
+_HASHED = 64 << 20  # bytes to measure the rate with
 
 
 @dataclass(frozen=True)
@@ -65,19 +64,19 @@ def measure_rates(files: Sequence[Path], start: float, folder: Path, device: tor
 
 
 def _hash_rate() -> float:
-    piece = bytes(_PIECE)
-    best = 0.0
+    data = bytes(_HASHED)
+    seconds = []
     for _ in range(3):
-        begin, digest = time.perf_counter(), hashlib.sha256()
-        for _ in range(_HASHED // _PIECE // 3):
-            digest.update(piece)
-        best = max(best, _HASHED // _PIECE // 3 * _PIECE / (time.perf_counter() - begin))
-    return best
+        begin = time.perf_counter()
+        hashlib.sha256(data)
+        seconds.append(time.perf_counter() - begin)
+    return _HASHED / min(seconds)
 
 
 def of_extraction(layers: Sequence[Layer], rank: int) -> float:
     """Operations of the factorisations and of the products that energy kept is measured with."""
-    return sum(operations(*_sides(layer), min(rank, _sides(layer)[0]), "auto") for layer in layers) + of_products(layers, rank)
+    factorised = sum(operations(short, long, min(rank, short), "auto") for short, long in map(_sides, layers))
+    return factorised + of_products(layers, rank)
 
 
 def of_spectra(layers: Sequence[Layer]) -> float:

@@ -26,7 +26,7 @@ from lib_dpo.hosts.forge.live import ForgeLive
 from lib_dpo.hosts.forge.on_demand import OnDemand
 from lib_dpo.offsets.patch import Patch, open_patch
 
-if not FORKS_HERE:
+if not FORKS_HERE:  # on AUTOMATIC1111's versions: the sets of Forge and the newest run this file
     pytest.skip("no fork of Forge ships these versions", allow_module_level=True)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -73,3 +74,8 @@ class Scratch(threading.local):
 
     def __init__(self, numel: int) -> None:
         self.memory = torch.empty(numel) if numel else None
+
+    def shaped(self, shape: Sequence[int]) -> torch.Tensor:
+        """The memory in a shape, to be written to."""
+        numel = math.prod(shape)
+        return torch.empty(shape) if self.memory is None else self.memory[:numel].view(shape)

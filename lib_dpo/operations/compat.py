@@ -156,7 +156,7 @@ def compat(target: Model, pair: Pair, *, on_progress: Progress | None = None) ->
             check_left_out(target, its, key, "the pair")
             return None
         base = pair.weight(key, out=bases.memory)
-        drift = _fresh(drifts.memory, base.shape).copy_(_comparable(target.read(key), base, key, target)).sub_(base)
+        drift = drifts.shaped(base.shape).copy_(_comparable(target.read(key), base, key, target)).sub_(base)
         if not bool(torch.isfinite(drift.sum())):
             check_finite(target, key)
         size = energy(base)
@@ -190,11 +190,6 @@ def _comparable(weight: Tensor, base: Tensor, key: str, target: Model) -> Tensor
             return ordinary
     shapes = ["x".join(map(str, shape)) for shape in (weight.shape, base.shape)]
     raise MismatchError(f"{target.path.name}: {key} is {shapes[0]} but {shapes[1]} in the base; the offset does not fit")
-
-
-def _fresh(memory: Tensor | None, shape: torch.Size) -> Tensor:
-    """Memory of a shape, to be written to."""
-    return torch.empty(shape) if memory is None else memory[: shape.numel()].view(shape)
 
 
 def _inner(a: Tensor, b: Tensor) -> float:

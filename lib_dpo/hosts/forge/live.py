@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 
-from lib_dpo.errors import Cancelled, HostError, MismatchError, SettingError
-from lib_dpo.families.arch import recognise
+from lib_dpo.errors import Cancelled, HostError
 from lib_dpo.families.keymap import UNET
 from lib_dpo.files.checkpoint import open_checkpoint
 from lib_dpo.hosts.base import Baked, Check, LoadedModel
@@ -38,7 +37,6 @@ from lib_dpo.hosts.forge.patchers import (
     add_patches,
     carries,
     check_finite,
-    clip_parameters,
     fingerprint_of,
     keep_uuid,
     load_now,
@@ -48,7 +46,8 @@ from lib_dpo.hosts.forge.patchers import (
     storage_of,
     weights_of,
 )
-from lib_dpo.hosts.forge.patches import HostModel, HostPatches, host_patches, patch_bytes, quantised, shape_of
+from lib_dpo.hosts.forge.patches import HostPatches, patch_bytes, quantised
+from lib_dpo.hosts.forge.reading import is_online, name_of, read_patch
 from lib_dpo.hosts.inplace import check_memory
 from lib_dpo.offsets.lora.keys import group_keys
 from lib_dpo.offsets.patch import Patch
@@ -114,7 +113,7 @@ class ForgeLive:
         if engine is None:
             return None
         state = _state(engine)
-        return LoadedModel(_name(engine), Path(engine.sd_checkpoint_info.filename), state.storage, state.token)
+        return LoadedModel(name_of(engine), Path(engine.sd_checkpoint_info.filename), state.storage, state.token)
 
     def chosen(self) -> Path | None:
         return chosen_file()
@@ -140,7 +139,7 @@ class ForgeLive:
         unknown = _parts(patch) - sums.keys()
         to_read = sum(torch.Size(patch.offset.shapes[key]).numel() for key in patch.changed_keys())
         steps = Steps(to_read + _numel(clean, unknown), on_progress)
-        patches = _read(engine, patch, steps, on_demand=not _is_online(engine))
+        patches = read_patch(engine, patch, steps, on_demand=not is_online(engine))
         try:
             if unknown:
                 sums |= fingerprint_of(clean, steps, checksum, unknown)
@@ -210,7 +209,7 @@ class ForgeLive:
         if engine is not None:
             stored = next(iter(parameters_of(engine.forge_objects_original.unet).values()))
             item = 0 if quantised(stored) else stored.element_size()
-        in_memory = patch_bytes(patch, on_demand=engine is not None and not _is_online(engine))
+        in_memory = patch_bytes(patch, on_demand=engine is not None and not is_online(engine))
         return in_memory + item * sum(torch.Size(patch.offset.shapes[key]).numel() for key in changed)
 
     def fingerprint(self) -> Mapping[str, str]:
@@ -341,48 +340,18 @@ def _bake_name(patch_id: str) -> str:
     return f"dpo-bake:{patch_id}"  # never that of a generation: Forge replaces patches of one name and strength
 
 
-def _check_fits(engine: Any, patch: Patch) -> None:
-    """Raises MismatchError for another architecture, SettingError where nothing would change."""
-    shapes = {key: shape_of(parameter) for key, parameter in parameters_of(engine.forge_objects_original.unet).items()}
-    found = recognise(shapes, name=_name(engine)).architecture
-    if found is not patch.architecture:
-        raise MismatchError(
-            f"{patch.name} is an offset for {patch.architecture.title} but {_name(engine)} is {found.title}; they must be of "
-            "one architecture"
-        )
-    if not patch.changed_keys():
-        raise SettingError(f"{patch.name} changes nothing with these block weights ({patch.blocks}); set some above 0")
-
-
-def _name(engine: Any) -> str:
-    return Path(engine.sd_checkpoint_info.filename).stem
-
-
 def _prepared(engine: Any, patch: Patch, steps: Steps) -> HostPatches:
     """The patch of a generation in the host's form, read once for all strengths."""
     state = _state(engine)
     kept = state.patches.pop(patch.id, None)
     if kept is None:
-        kept = _read(engine, patch, steps), patch_bytes(patch)
+        kept = read_patch(engine, patch, steps), patch_bytes(patch)
     while state.patches and (
         len(state.patches) >= _PATCHES_KEPT or kept[1] + sum(size for _, size in state.patches.values()) > _BYTES_KEPT
     ):
         state.patches.pop(next(iter(state.patches)))
     state.patches[patch.id] = kept
     return kept[0]
-
-
-def _read(engine: Any, patch: Patch, steps: Steps, *, on_demand: bool = False) -> HostPatches:
-    """The patch in the host's form; see `host_patches`."""
-    _check_fits(engine, patch)
-    original = engine.forge_objects_original
-    model = HostModel(_name(engine), parameters_of(original.unet), clip_parameters(original.clip))
-    return host_patches(patch, model, lora_module().load_lora, steps, on_demand=on_demand)
-
-
-def _is_online(engine: Any) -> bool:
-    """Whether the UNet is quantised, so that the host adds patches in each step of a picture, or this code refuses."""
-    return any(quantised(parameter) for parameter in parameters_of(engine.forge_objects_original.unet).values())
 
 
 def _patched_clone(base: Any, patches: Mapping[str, Any], patch: Patch, strength: float) -> Any:

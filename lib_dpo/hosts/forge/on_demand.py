@@ -31,7 +31,7 @@ class OnDemand(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]  # torch's stub has no name for its keyword
         return f"OnDemand({tuple(self.shape)})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results are plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # results stay plain tensors
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # a class method, as torch's own notes write it

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -110,56 +110,72 @@ def host_patches(
     """
     shapes = {name: shape_of(parameter) for name, parameter in (*model.unet.items(), *model.clip.items())}
     places = {key: _places(patch.architecture, key, shapes) for key in patch.changed_keys()}
-
-    def fit(delta: Tensor, place: _Place, key: str) -> Tensor:
-        return fitted(delta, shapes[place.name], key, patch.name, model.name)
-
-    for key, found in places.items():
-        if not found and key.startswith(UNET):
-            raise MismatchError(
-                f"{model.name} lacks the UNet tensor {key}, which {patch.name} changes; expected a complete UNet"
-            )
-        for place in found:
-            fit(_piece(torch.empty(patch.offset.shapes[key], device="meta"), place), place, key)
+    _check_places(patch, places, shapes, model.name)
     low: dict[str, tuple[Tensor, Tensor, float]] = {}
-    dense: dict[str, Tensor] = {}
-    nothing: set[str] = set()
-    kept = patch.again() if on_demand and not _are_views(patch) else None
-
-    def made(source: Patch, place: _Place, key: str) -> Tensor:
-        return fit(_piece(source.delta(key), place), place, key)
-
-    def put(place: _Place, tensor: Tensor, key: str) -> None:
-        (nothing.discard if bool(tensor.any()) else nothing.add)(place.name)
-        if kept is not None and tensor.numel() > _SMALL:
-            tensor = OnDemand(tensor.shape, partial(made, kept, place, key))
-        dense[place.name] = tensor
-
+    dense = _Dense(patch, shapes, model.name, patch.again() if on_demand and not _are_views(patch) else None)
     for row in patch.rows():
         for place in places.get(row.key, ()):
             if row.part not in (None, place.part) or (row.up is None and row.diff is None):
                 continue
-            if place.transposed or place.name in low or place.name in dense:  # several modules change this one: all of them
+            if place.transposed or place.name in low or place.name in dense.tensors:  # several modules change it: all of them
                 low.pop(place.name, None)
-                put(place, made(patch, place, row.key), row.key)
+                dense.put(place, row.key, dense.fit(_piece(patch.delta(row.key), place), place, row.key))
             elif row.up is not None:
                 low[place.name] = _factors(row, shapes[place.name])
             elif row.diff is not None:
-                put(place, fit(_piece(row.diff, place) if row.part is None else row.diff, place, row.key), row.key)
+                dense.put(place, row.key, dense.fit(_piece(row.diff, place) if row.part is None else row.diff, place, row.key))
         if row.bias is not None:
             bias = row.key.removesuffix("weight") + "bias"
             for place in places.get(bias, ()):
-                put(place, row.bias, bias)
+                dense.put(place, bias, row.bias)
         steps.advance(math.prod(patch.offset.shapes.get(row.key, ())), row.key)
-    nothing |= {name for name, (up, down, alpha) in low.items() if not (alpha and bool(up.any()) and bool(down.any()))}
-    patches = _pairs(low, load_lora) | {name: ("diff", (tensor,)) for name, tensor in dense.items()}
+    nothing = {name for name, (up, down, alpha) in low.items() if not (alpha and bool(up.any()) and bool(down.any()))}
+    patches = _pairs(low, load_lora) | {name: ("diff", (tensor,)) for name, tensor in dense.tensors.items()}
     return HostPatches(
         unet={name: value for name, value in patches.items() if name in model.unet},
         clip={name: value for name, value in patches.items() if name in model.clip},
         keys={place.name: key for key, found in places.items() for place in found},
         not_applied=(*(key for key, found in places.items() if not found), *patch.offset.unmatched),
-        empty=frozenset(nothing),
+        empty=frozenset(nothing | dense.nothing),
     )
+
+
+def _check_places(
+    patch: Patch, places: Mapping[str, Sequence[_Place]], shapes: Mapping[str, tuple[int, ...]], model: str
+) -> None:
+    """Raises MismatchError for UNet tensors that the model lacks, and for those of other shapes, before anything is read."""
+    for key, found in places.items():
+        if not found and key.startswith(UNET):
+            raise MismatchError(f"{model} lacks the UNet tensor {key}, which {patch.name} changes; expected a complete UNet")
+        for place in found:
+            empty = torch.empty(patch.offset.shapes[key], device="meta")
+            fitted(_piece(empty, place), shapes[place.name], key, patch.name, model)
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Whole differences by the host's names, and which of them are all 0."""
+
+    patch: Patch
+    shapes: Mapping[str, tuple[int, ...]]
+    model: str
+    kept: Patch | None  # reads them on demand; None: what is put here stays
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    nothing: set[str] = field(default_factory=set)
+
+    def fit(self, delta: Tensor, place: _Place, key: str) -> Tensor:
+        return fitted(delta, self.shapes[place.name], key, self.patch.name, self.model)
+
+    def put(self, place: _Place, key: str, tensor: Tensor) -> None:
+        (self.nothing.discard if bool(tensor.any()) else self.nothing.add)(place.name)
+        if self.kept is not None and tensor.numel() > _SMALL:
+            tensor = OnDemand(tensor.shape, partial(_whole, self.kept, place, key, self.shapes[place.name], self.model))
+        self.tensors[place.name] = tensor
+
+
+def _whole(patch: Patch, place: _Place, key: str, shape: tuple[int, ...], model: str) -> Tensor:
+    """All that a patch changes at a place. It holds on to nothing else: hosts keep it as long as the model."""
+    return fitted(_piece(patch.delta(key), place), shape, key, patch.name, model)
 
 
 def _pairs(low: Mapping[str, tuple[Tensor, Tensor, float]], load_lora: Callable[[Any, Any], Any]) -> dict[str, Any]:
