@@ -84,7 +84,7 @@ def headers(draw: st.DrawFn) -> bytes:
     for _ in range(draw(st.integers(0, 2)) if entries else 0):
         place, how = draw(st.integers(0, len(entries) - 1)), draw(change)
         name, own = entries[place]
-        own = list(own) if isinstance(own, list) else []
+        own = list(own) if isinstance(own, list) and all(isinstance(each, tuple) for each in own) else []
         spot = draw(st.integers(0, max(len(own) - 1, 0)))
         if how == "field" and own:
             own[spot] = (own[spot][0], draw(anything | st.lists(numbers, max_size=3)))

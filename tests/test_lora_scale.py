@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 
 from lib_dpo.cli.text import inspect_text
 from lib_dpo.errors import BadFileError, MismatchError
+from lib_dpo.families.shapes import unet_diffusers_shapes
 from lib_dpo.files.checkpoint import open_checkpoint
+from lib_dpo.files.small import MOST
 from lib_dpo.offsets.lora.aliases import find_module
 from lib_dpo.offsets.lora.offset import open_offset
-from lib_dpo.offsets.lora.scale import _HARMLESS_STARTS, _REFUSED
+from lib_dpo.offsets.lora.scale import _HARMLESS_STARTS, _REFUSED, PeftSettings
 from lib_dpo.offsets.patch import open_patch
 from lib_dpo.operations.inspect import inspect
 from lib_dpo.operations.resize import resize
@@ -242,6 +245,10 @@ def test_every_setting_of_peft_is_looked_at_or_known_to_change_nothing() -> None
         ('{"r": 4, "lora_alpha": true}', "lora_alpha"),
         ('{"r": 4, "alpha_pattern": ["to_q"]}', "alpha_pattern"),
         ('{"r": 4, "alpha_pattern": {"to_(q": 1}}', "no regular expression"),
+        ('{"r": 4, "alpha_pattern": {"(.*_?)+z": 1}}', "matched for hours"),
+        ('{"r": 4, "rank_pattern": {"' + ".?" * 40 + "z" * 40 + '": 1}}', "matched for hours"),
+        ('{"r": 4, "rank_pattern": {"' + "(t|t)" * 40 + 'z": 1}}', "matched for hours"),
+        ('{"r": 4, "title": "' + "x" * MOST + '"}', "more than 8 MB"),
     ],
 )
 def test_settings_that_cannot_be_read_are_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -249,3 +256,13 @@ def test_settings_that_cannot_be_read_are_refused(tmp_path: Path, text: str, mes
     path = saved(tmp_path / "adapter_model.safetensors", peft(PEFT_NAME, *pair()))
     with pytest.raises(BadFileError, match=message):
         open_offset(path)
+
+
+def test_a_pattern_for_each_layer_takes_no_time() -> None:
+    """As PEFT and diffusers write them where ranks differ; `re` compiled each again and again: a minute for SDXL."""
+    names = [key.removesuffix(".weight") for key in unet_diffusers_shapes("sdxl") if key.endswith(".weight")]
+    ranks = {name: 4 + number for number, name in enumerate(names)}
+    settings = PeftSettings("file", "adapter_config.json", {"r": 2, "rank_pattern": ranks})
+    began = time.thread_time()
+    assert [settings.scale(name, ranks[name]).value for name in names] == [8 / rank for rank in ranks.values()]
+    assert time.thread_time() - began < 20

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 
 from conftest import LORA, Report
-from page import Tab
+from page import TIMEOUT_MS, Tab
 from playwright.sync_api import Browser
 from server import Server
 
 _VOTES = 4
-_NEXT_PAIR = """() => new Promise((done, failed) => {
+_NEXT_PAIR = """(limit) => new Promise((done, failed) => {
     const pictures = () => [...document.querySelectorAll("#dpo_blind_view .dpo-blind img")].map((each) => each.src).join();
     const before = pictures(), began = performance.now();
     const watch = setInterval(() => {
         const now = pictures(), took = performance.now() - began;
-        if ((now && now !== before) || took > 20000) {
+        if ((now && now !== before) || took > limit) {
             clearInterval(watch);
-            took > 20000 ? failed(new Error("no other pair")) : done(took);
+            took > limit ? failed(new Error("no other pair")) : done(took);
         }
     }, 5);
     document.body.dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowLeft", bubbles: true}));
@@ -40,7 +40,7 @@ def test_votes_by_keyboard_are_kept(chromium: Browser, server: Server, lora: dic
     for _ in range(_VOTES):
         tab.until(lambda: pair.count() == 2, "a pair to vote on")
         tab.page.wait_for_timeout(6000 if not server.flavour.any_width else 1500)  # the next one is drawn ahead
-        took.append(tab.page.evaluate(_NEXT_PAIR))
+        took.append(tab.page.evaluate(_NEXT_PAIR, TIMEOUT_MS))
     tab.wait_for_text("dpo_blind_figures", f"of {_VOTES}")
     votes = [json.loads(line) for line in server.get("blind/votes")["votes"].splitlines()]
     assert sum(vote["answer"] in ("a", "b") for vote in votes) >= _VOTES

@@ -15,6 +15,16 @@ from pictures import PROMPT, Offset, distance, known
 from safetensors.torch import load_file, save_file
 from server import Server
 
+INT8 = "dpo-int8"
+
+
+@pytest.fixture
+def int8(server: Server) -> str:
+    """The name of the exact LoRA, extracted by the API and known to the host."""
+    server.do("extract", reference=REFERENCE, name=INT8, form="exact", overwrite=True)
+    server.post("/sdapi/v1/refresh-loras")
+    return INT8
+
 
 def test_the_host_knows_every_key(server: Server, lora: dict) -> None:
     matched = lora["matched_keys"]
@@ -31,7 +41,7 @@ def test_it_changes_a_picture(server: Server, lora: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"), [("dpo-fp8", {"rank": 16, "precision": "fp8"}), ("dpo-int8", {"form": "exact"})], ids=str
+    ("name", "settings"), [("dpo-fp8", {"rank": 16, "precision": "fp8"}), (INT8, {"form": "exact"})], ids=str
 )
 def test_the_hosts_own_loader_reads_the_numbers_that_are_in_it(
     server: Server, name: str, settings: dict[str, Any], report: Report
@@ -50,9 +60,9 @@ def test_the_hosts_own_loader_reads_the_numbers_that_are_in_it(
     assert largest <= 2
 
 
-def test_an_exact_lora_draws_what_the_offset_file_draws(server: Server, exact: dict, report: Report) -> None:
+def test_an_exact_lora_draws_what_the_offset_file_draws(server: Server, exact: dict, int8: str, report: Report) -> None:
     for strength in (0.5, 1.0):
-        one = known(server, f"{PROMPT} <lora:dpo-int8:{strength}>")
+        one = known(server, f"{PROMPT} <lora:{int8}:{strength}>")
         other = known(server, offset=Offset(EXACT, strength))
         largest = int(np.abs(one.astype(int) - other.astype(int)).max())
         report.measure(f"exact LoRA and offset file at {strength}: largest difference of a pixel", largest, "of 255")
@@ -60,16 +70,15 @@ def test_an_exact_lora_draws_what_the_offset_file_draws(server: Server, exact: d
         assert distance(known(server), one) > 0.1
 
 
-def test_how_much_of_the_function_a_lora_keeps(server: Server, lora: dict, exact: dict, report: Report) -> None:
-    """Measured with the host's own pipeline: nearly all by the exact LoRA, part of it by one of low rank."""
-    server.do("extract", reference=REFERENCE, name="dpo-int8", form="exact", overwrite=True)
+def test_how_much_of_the_function_a_lora_keeps(server: Server, lora: dict, exact: dict, int8: str, report: Report) -> None:
+    """Measured with the host's own pipeline: part of it by a LoRA of low rank; not asked of one that holds all."""
     asked = {"prompts": [PROMPT, "a blue house"], "strengths": "1", "steps": 2, "width": 64, "height": 64, "function": True}
     found = server.do("compare", offset=LORA, **asked)
     report.measure(f"function kept by rank {RANK}", round(found["function_kept"], 4), f"of that of {found['function_of']}")
     assert 0 < found["function_kept"] < 0.98
     low, high = found["function_interval"]
     assert low <= found["function_kept"] <= high
-    refused = server.ask("POST", "compare", {"offset": "dpo-int8", **asked})
+    refused = server.ask("POST", "compare", {"offset": int8, **asked})
     assert "or this file is one itself" in refused.json()["detail"]
 
 

@@ -60,7 +60,8 @@ def _is_ours(path: Path) -> bool:
     """Whether a file is empty, or a report or picture of this command line."""
     if not path.is_file():
         return False
-    head = path.read_bytes()[:4096]
+    with path.open("rb") as file:
+        head = file.read(4096)
     return not head or head.startswith(b'{\n  "command": ') or (head.startswith(b"\x89PNG") and b"sd-webui-dpo" in head)
 
 

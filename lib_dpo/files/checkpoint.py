@@ -30,6 +30,7 @@ from lib_dpo.files.header import (
 )
 from lib_dpo.files.mapped import MappedFile, OpenFile, changed, state_of
 from lib_dpo.files.pickles import PickledFile
+from lib_dpo.files.small import read_small
 
 __all__ = [
     "COMPONENTS",
@@ -271,7 +272,7 @@ def _sharded_parts(folder: Path, index: str, prefix: str) -> list[_Part]:
 def _weight_map(path: Path) -> dict[str, str]:
     """Key -> file name of an index of shards; the files must lie beside it."""
     try:
-        weight_map: dict[str, str] = json.loads(path.read_bytes())["weight_map"]
+        weight_map: dict[str, str] = json.loads(read_small(path))["weight_map"]
         sound = all(isinstance(name, str) and Path(name).name == name for name in weight_map.values())
     except OSError as error:
         raise unreadable(path, error) from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lib_dpo.files.atomic import check_output, write_bytes_atomic
+from lib_dpo.files.small import read_small
 
 SidecarFate = Literal["copied", "replaced", "removed", "kept", "none"]
 
@@ -42,7 +43,7 @@ def _sidecar_fate(target: Path, output: Path) -> SidecarFate:
 def _sidecar(checkpoint: Path) -> bytes | None:
     """The .yaml beside a checkpoint file, from which hosts read the prediction type; None without one."""
     file = checkpoint.with_suffix(".yaml") if checkpoint.name and not checkpoint.is_dir() else None
-    return file.read_bytes() if file and file.is_file() else None
+    return read_small(file) if file and file.is_file() else None
 
 
 @contextmanager
@@ -63,5 +64,5 @@ def _put(file: Path, content: bytes | None) -> None:
     if content is None:
         if file.is_file():
             file.unlink()
-    elif not file.is_file() or file.read_bytes() != content:
+    elif not file.is_file() or read_small(file) != content:
         write_bytes_atomic(file, content)

@@ -20,6 +20,7 @@ from lib_dpo.errors import MismatchError, missing_extra
 from lib_dpo.families.arch import Architecture, TextEncoder
 from lib_dpo.families.keymap import QKV, VAE, fused_layer, text_encoder_to_hf, unet_to_diffusers, vae_to_diffusers
 from lib_dpo.families.model import Model
+from lib_dpo.files.small import read_small
 from lib_dpo.offsets.offset import blocks_in
 from lib_dpo.offsets.prediction import prediction_of
 
@@ -119,7 +120,7 @@ def _sidecar(path: Path) -> Mapping[str, Any]:
         return {}
     import yaml
 
-    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    content = yaml.safe_load(read_small(file))
     found = content.get("model", {}).get("params", {}) if isinstance(content, dict) else {}
     return found if isinstance(found, dict) else {}
 
@@ -316,5 +317,5 @@ def _text_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
     file = Path(str(folder or "")) / "config.json"
     if not folder or not file.is_file():
         return {}
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(read_small(file))
     return {"text_heads": content.get("text_config", content).get("num_attention_heads")}

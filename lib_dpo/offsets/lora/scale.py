@@ -1,15 +1,14 @@
 """What a pair, LoHa, LoKr or GLoRA is multiplied by: alpha / rank, from alpha in the file or from the settings of PEFT for it.
 
 PEFT keeps them in adapter_config.json beside its adapter_model file, diffusers in the metadata of its own. How a module's
-own rank and alpha are found follows `get_pattern_key` in peft/utils/other.py, LoraModel in peft/tuners/lora/model.py and
-LycorisLayer in peft/tuners/lycoris_utils.py.
+own rank and alpha are found follows `patterns.py`, LoraModel in peft/tuners/lora/model.py and LycorisLayer in
+peft/tuners/lycoris_utils.py.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,10 @@ from typing import Any, Literal
 
 from lib_dpo.errors import BadFileError, MismatchError
 from lib_dpo.files.checkpoint import Checkpoint
+from lib_dpo.files.small import read_small
 from lib_dpo.offsets.lora.decompositions import LOHA, LOKR
 from lib_dpo.offsets.lora.keys import PEFT_PAIR, Group, parse_key
+from lib_dpo.offsets.lora.patterns import first_match
 
 ADAPTER_METADATA = "lora_adapter_metadata"  # entry of diffusers' own files
 ADAPTER_CONFIG: Literal["adapter_config.json"] = "adapter_config.json"
@@ -112,17 +113,10 @@ class PeftSettings:
         return value
 
     def _pattern_key(self, patterns: Iterable[str], module: str) -> str:
-        """The first pattern, in the order of the config, that matches a module's name or its last parts."""
-        for pattern in patterns:
-            try:
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    return pattern
-            except re.error as error:
-                raise BadFileError(
-                    f"{self.file}: its {self._words} has the pattern {pattern!r}, which is no regular expression ({error}); "
-                    "get the file again"
-                ) from error
-        return module
+        try:
+            return first_match(patterns, module) or module
+        except ValueError as error:
+            raise BadFileError(f"{self.file}: its {self._words} has the pattern {error}; get the file again") from error
 
     def _unreadable(self, name: str) -> BadFileError:
         return BadFileError(f"{self.file}: {name} in its {self._words} cannot be read; get the file again")
@@ -149,7 +143,7 @@ def read_settings(checkpoint: Checkpoint, groups: Iterable[Group]) -> PeftSettin
     if not (checkpoint.path.name.startswith(_ADAPTER_MODEL) and is_peft and config.is_file()):
         return None
     try:
-        text = config.read_text(encoding="utf-8")
+        text = read_small(config).decode("utf-8")
     except (OSError, ValueError) as error:
         raise BadFileError(f"{config}: cannot be read ({error}); the scale of {checkpoint.path.name} is in it") from error
     return _checked(PeftSettings(checkpoint.path.name, ADAPTER_CONFIG, _parsed(config, text)), groups)
