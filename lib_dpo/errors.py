@@ -38,7 +38,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     folded: dict[str, str] = {}
     for name in known:
         folded.setdefault(name.casefold(), name)
-    near = difflib.get_close_matches(word.casefold(), folded, n=1)
+    near = difflib.get_close_matches(word.casefold(), folded, n=1, cutoff=0.7)
     return folded[near[0]] if near else None
 
 

@@ -492,7 +492,7 @@ NOISE = np.random.default_rng(0).uniform(0, 255, (64, 64, 3))
     [
         ({0.5: 3.0, 1.0: 6.0, 2.0: NOISE}, "up to 1; the pictures fall apart from 2 on; start with 1."),
         ({1.0: NOISE, 2.0: NOISE}, "fall apart from strength 1 on; try lower ones, such as 0.25."),
-        ({0.5: 2.0, 1.0: 4.0, 1.5: 40.0}, "jumps between 1 and 1.5; start with 1."),
+        ({0.5: 2.0, 1.0: 4.0, 1.5: 40.0}, "jumps between 1 and 1.5; start with 1, where it is subtle."),
         ({0.5: 0.5, 1.0: 30.0}, "jumps between 0.5 and 1; compare strengths between the two."),
         ({0.5: 20.0, 1.0: 5.0}, "does not grow steadily"),
         ({0.5: 8.0, 1.0: 16.0, 2.0: 15.0}, "In these pictures the effect grows up to 1 and no further; start with 1."),

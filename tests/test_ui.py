@@ -956,6 +956,15 @@ def test_a_model_that_is_its_own_base_is_asked_about(session: Session):
     assert "so it was compared with itself" in html
 
 
+def test_a_bake_in_the_loaded_model_does_not_count_for_its_file(with_lora: Session):
+    asked = (with_lora, inspect.does_it_fit, parts.LOADED, "base.safetensors", "dpo-sd1")
+    assert "does not count here" not in run(*asked)[0]
+    with_lora.jobs.run("bake", lambda job: with_lora.bake(job, offset="mine", strength=0.5))
+    assert "Baked into the loaded model: mine × 0.5. That does not count here" in run(*asked)[0]
+    other = run(with_lora, inspect.does_it_fit, "other.safetensors", "base.safetensors", "dpo-sd1")[0]
+    assert "does not count here" not in other
+
+
 def test_the_base_is_found_by_what_is_in_it(session: Session, monkeypatch: pytest.MonkeyPatch):
     html = run(session, inspect.does_it_fit, "other.safetensors", inspect.FOUND, "dpo-sd1")[0]
     assert re.search("Base, found among your checkpoints<[^a-z]*[a-z]*><[a-z]*>base.safetensors", html)

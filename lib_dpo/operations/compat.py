@@ -20,6 +20,7 @@ from lib_dpo.maths.threads import Scratch, side_by_side
 from lib_dpo.offsets.coverage import LeftOut, left_out_of_unets, nothing_changed
 from lib_dpo.offsets.offset import Pair, blocks_in, check_finite, check_is_model, check_left_out
 from lib_dpo.offsets.prediction import Prediction, prediction_doubt, prediction_of, predictions, target_doubt
+from lib_dpo.offsets.recipe import baked_in
 from lib_dpo.operations.measure import rounding_energy
 from lib_dpo.operations.verdict import baked_doubt, order_doubt
 from lib_dpo.progress import Progress, Steps
@@ -34,7 +35,7 @@ _CONTAINED, _ERRORS = 0.15, 3.0  # DPO counts as contained from this strength on
 
 _PIECE = 1 << 16  # values of an inner product in float32
 _SAME_FILE = (
-    "{} was given as the base too, so it was compared with itself: if DPO started from it, the offset fits exactly, at "
+    "{} is the base too, so it was compared with itself: if DPO started from it, the offset fits exactly, at "
     "strength 1. If it is a finetune or merge, give as the base the checkpoint that DPO started from."
 )
 
@@ -103,7 +104,7 @@ class CompatReport:
     no_place: tuple[str, ...] = ()  # tensors of the offset that a pruned target does not have
     left_out: tuple[LeftOut, ...] = ()
     predictions: Mapping[str, Prediction] = field(default_factory=dict)
-    itself: bool = False  # the target was given as the base too
+    itself: bool = False  # the target is the base too
 
     def as_json(self) -> dict[str, Any]:
         """The figures that the command prints."""
@@ -220,8 +221,13 @@ def _judge(
         level, text = "base", f"{target.name} holds the same UNet as the base: the offset fits exactly. Start at strength 1."
     elif contained:
         level = "contained"
-        advice = f"add {rest:.2f} more for the full change" if rest else "adding more would overdo it"
-        text = f"DPO is already in {target.name}, at strength {inside}: {advice}."
+        record = " and ".join(map(str, baked_in(target.checkpoint.metadata)))
+        recorded = f" ({record}, as its metadata says)" if record else ""
+        advice = "adding more would overdo it"
+        if rest:
+            # a LoRA that lacks a part of the change never arrives there, at any strength
+            advice = f"for all of it add about {rest:.2f} more, from a file that holds the whole change"
+        text = f"DPO is already in {target.name}, {inside} times the whole change{recorded}: {advice}."
     elif strength < -_CONTAINED and strength < -_ERRORS * error:
         level, rest = "fits", round((1.0 - strength) / 0.05) * 0.05
         text = f"{target.name} holds the opposite of DPO, at strength {inside}: add {rest:.2f} for the full change."

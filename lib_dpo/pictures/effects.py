@@ -261,8 +261,9 @@ def _strengths(found: list[Effect]) -> tuple[str, Variant | None]:
     if len(rising) == 1:
         times = 0.5 if rising[0].level == "strong" else 2  # of a subtle effect more may be wanted
         return f"{text}; compare it with others, such as {rising[0].variant.value * times:g}.", None
-    start = min(visible, key=lambda effect: (abs(effect.variant.value - 1), effect.variant.value)).variant
-    return f"{text}; start with {start.value:g}.", start
+    start = min(visible, key=lambda effect: (abs(effect.variant.value - 1), effect.variant.value))
+    though = ", where it is subtle" if start.level == "subtle" and any(effect.level == "strong" for effect in sound) else ""
+    return f"{text}; start with {start.variant.value:g}{though}.", start.variant
 
 
 def _growth(sound: list[Effect]) -> tuple[str, list[Effect]]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from inspect import Parameter, signature
 from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, Field
 
-from lib_dpo.errors import SettingError, printable
+from lib_dpo.errors import SettingError, nearest, printable
 from lib_dpo.settings import FIELDS, is_finite
 
 _SHOWN = 60  # characters of a value that a message repeats
@@ -207,8 +206,8 @@ def check_names(given: Iterable[str], known: Iterable[str], what: str) -> None:
             raise SettingError(f"{what}: {name} is given twice; expected it once")
         seen.add(name)
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            meant = f"did you mean {near[0]}? " if near else ""
+            near = nearest(name, known)
+            meant = f"did you mean {near}? " if near else ""
             takes = f"it takes {', '.join(known)}" if known else "it takes none"
             raise SettingError(f"{what}: {printable(name)[:_SHOWN]!r} is unknown; {meant}{takes}")
 

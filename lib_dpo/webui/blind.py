@@ -23,6 +23,7 @@ from lib_dpo.hosts.base import Host, Job, LoadedModel, Request
 from lib_dpo.offsets.patch import Patch
 from lib_dpo.pictures.votes import ballots
 from lib_dpo.pictures.votes.ballots import SIDES, Answer, Side, Vote
+from lib_dpo.settings import BUNDLED_BASE, BUNDLED_PROMPTS
 from lib_dpo.webui.jobs import Jobs, Record
 
 if TYPE_CHECKING:  # numpy is imported when it is needed: a WebUI starts without it
@@ -138,7 +139,7 @@ class Blind:
         """Begin a test, or go on with it, and draw the first pair; the others follow while one votes.
 
         Args:
-            prompts: without any, those that come with the project.
+            prompts: without any, those that come with the project; for the bundled model those that it can draw.
             blocks, steps, ...: as `Session.compare`; a rank is no part of a vote, so there is none.
 
         Raises:
@@ -155,10 +156,11 @@ class Blind:
             raise SettingError("strength 0 is the untouched model itself; give another one, such as 1")
         if len(wanted) > MOST_STRENGTHS:
             raise SettingError(f"{len(wanted)} strengths are too many to vote on; give at most {MOST_STRENGTHS - 1} beside 0")
-        own = tuple(dict.fromkeys(encodable(text) for line in prompts if (text := line.strip()))) or shipped()
+        own = tuple(dict.fromkeys(encodable(text) for line in prompts if (text := line.strip())))
         patch, model = self._patch(offset, blocks, None), self._host.live.loaded()
         if model is None:
             raise NoModelError("no checkpoint is loaded yet; choose one in the WebUI, make one picture, and try again")
+        own = own or (BUNDLED_PROMPTS if model.path.name == BUNDLED_BASE else shipped())
         test = _Test(model, offset, patch.name, blocks.strip(), wanted, own, parse_seeds(seeds), request)
         self._check_model(test)
         with self._lock:

@@ -122,7 +122,12 @@ def does_it_fit(session: Session, task: str | None, target: str, base: str, refe
         found = session.references.nearest_base(session.library.reference(names[1]), job) if base == FOUND else ""
         return session.compat(job, target=names[0], base=found or _name(base), reference=names[1]), found
 
-    return _fit_html(*session.jobs.run("Does it fit?", work, task_id=task))
+    html = _fit_html(*session.jobs.run("Does it fit?", work, task_id=task))
+    baked = session.status().baked
+    if baked and (not names[0] or session.library.checkpoint(names[0]) == session.loaded().path):
+        told = f"Baked into the loaded model: {baked.offset} × {baked.strength:g}"
+        html = markup.note(f"{told}. That does not count here: what is asked about is the model's file.") + html
+    return html
 
 
 # ---- in words ----

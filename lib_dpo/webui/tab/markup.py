@@ -17,9 +17,10 @@ LEVELS: Mapping[str, Mood] = {
     "fits": "good", "base": "good", "doubtful": "doubt", "weaker": "doubt", "contained": "doubt", "other": "doubt",
     "wrong": "bad",
 }  # fmt: skip
+NEARLY_ALL = 0.9  # of the change: what a LoRA lacks then is not to be seen
 _SHARES: tuple[tuple[float, str], ...] = (
     (0.995, "all"),
-    (0.9, "nearly all"),
+    (NEARLY_ALL, "nearly all"),
     (0.7, "most"),
     (0.55, "more than half"),
     (0.45, "about half"),

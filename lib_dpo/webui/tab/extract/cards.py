@@ -16,7 +16,7 @@ from lib_dpo.webui.tab.markup import Mood
 if TYPE_CHECKING:
     from lib_dpo.operations.diff import DiffReport, Spectra
     from lib_dpo.operations.write_offset import OffsetReport
-_NEARLY_ALL, _MUCH = 0.9, 0.5  # of the change, from which on a LoRA of the default rank does for all, or for most uses
+_MUCH = 0.5  # of the change, from which on a LoRA of the default rank does for most uses
 
 
 def first_view(session: Session, reference: str | None) -> str:
@@ -91,8 +91,8 @@ def _lora_or_bake(spectra: Spectra | None) -> list[str]:
     rank = min(DEFAULT_RANK, max(kept_at))
     kept, most = kept_at[rank], max(kept_at.values())
     found = f"at rank {rank} it keeps {markup.percent(kept)} of this change ({markup.in_words(kept)})"
-    if kept >= _NEARLY_ALL:
-        return [f"A LoRA: {found}. A bake would add nothing that you can see."]
+    if kept >= markup.NEARLY_ALL:
+        return [f"A LoRA: {found}. Then a bake would add nothing that you can see."]
     if kept >= _MUCH:
         return [
             f"Start with a LoRA: {found}, and at its largest {markup.percent(most)}.",

@@ -65,7 +65,7 @@ def drawn(
     marked, words = None, ""
     try:
         marked = sizes.exact() if by == EXACT else sizes.foresee(policy_of(by, rank, conv_rank, size, energy))
-        words = f'<p class="dpo-marked-words">{markup.text(_sentence(by, marked, rank))}</p>'
+        words = f'<p class="dpo-marked-words">{markup.text(_sentence(by, marked, rank) + _rest(by, marked))}</p>'
     except SettingError as error:
         words = parts.error_html(session, error)
     way = _WAYS.get(by, "rank")
@@ -126,6 +126,13 @@ def _sentence(by: str, found: Foreseen, rank: Any) -> str:
     if by == BY_RANK:
         return f"Rank {int(rank)} → {size}, keeps {kept}"
     return f"{size} → keeps {kept}, ranks up to {found.largest_rank}"
+
+
+def _rest(by: str, found: Foreseen) -> str:
+    """What holds the part of the change that this LoRA would lack; nothing where it lacks none to speak of."""
+    if by == EXACT or found.energy_kept >= markup.NEARLY_ALL:
+        return ""
+    return ". All of it: an exact LoRA, or an offset file to bake"
 
 
 def _dots(way: Way, curve: Sequence[Foreseen]) -> list[Foreseen]:
