@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from lib_dpo.errors import DpoError, HostError, NotFoundError, OutputError, Sett
 from lib_dpo.hosts.base import Picture, Request
 from lib_dpo.pictures.votes.ballots import Vote
 from lib_dpo.pictures.votes.prompts import shipped
+from lib_dpo.settings import BUNDLED_BASE, BUNDLED_PROMPTS
 from lib_dpo.webui.api import PREFIX, add_routes
 from lib_dpo.webui.blind import AHEAD, Asked
 from lib_dpo.webui.session import Session
@@ -71,6 +73,17 @@ def pixels(data: bytes) -> Any:
 
 
 # ---- one test ----
+
+
+def test_without_prompts_a_model_is_asked_for_what_it_can_draw(session: Session):
+    start(session)
+    assert pair(session).prompt in shipped()
+    until(lambda: idle(session))
+    toy = fake(session).checkpoint_dir / BUNDLED_BASE
+    shutil.copyfile(fake(session).checkpoint_dir / "base.safetensors", toy)
+    fake(session).live.load(toy)
+    start(session)
+    assert pair(session).prompt in BUNDLED_PROMPTS
 
 
 def test_a_vote_is_written_before_the_next_pair_is_shown(session: Session):

@@ -134,7 +134,9 @@ def test_the_whole_chain(any_arch: tuple[str, Layouts], tmp_path: Path, capsys: 
         assert inside["verdict"]["level"] == "contained"
         assert inside["strength_inside"] == pytest.approx(1 if name is offset else verified["energy_kept"], abs=0.05)
         assert f"times the whole change ({name.stem} × 1, as its metadata says)" in inside["verdict"]["text"]
-        assert ("from a file that holds the whole change" in inside["verdict"]["text"]) == (name is lora)
+        assert ("the part which the LoRA keeps; for all of it bake an offset file" in inside["verdict"]["text"]) == (
+            name is lora
+        )
     assert tiny.figures(report, "compat", "--target", files["base.ldm16"], *pair(files))["verdict"]["level"] == "base"
 
 

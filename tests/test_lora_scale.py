@@ -152,6 +152,7 @@ PATTERNS = [
     {r"down_blocks\.[12]\..*(to_q|to_k)": 6},
     {"o_q": 7, "attn2.to_.": 9},
     {"transformer_blocks.0": 7, r"mid_block.*": 1},
+    {r"(down|up)_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.\d+\.attn\d+\.to_[qk]": 5, r".*(attn2|attn1)?\.to_q": 3},
 ]
 
 
@@ -245,10 +246,14 @@ def test_every_setting_of_peft_is_looked_at_or_known_to_change_nothing() -> None
         ('{"r": 4, "lora_alpha": true}', "lora_alpha"),
         ('{"r": 4, "alpha_pattern": ["to_q"]}', "alpha_pattern"),
         ('{"r": 4, "alpha_pattern": {"to_(q": 1}}', "no regular expression"),
-        ('{"r": 4, "alpha_pattern": {"(.*_?)+z": 1}}', "matched for hours"),
-        ('{"r": 4, "rank_pattern": {"' + ".?" * 40 + "z" * 40 + '": 1}}', "matched for hours"),
-        ('{"r": 4, "rank_pattern": {"' + "(t|t)" * 40 + 'z": 1}}', "matched for hours"),
-        ('{"r": 4, "title": "' + "x" * MOST + '"}', "more than 8 MB"),
+        ('{"r": 4, "alpha_pattern": {"(.*_?)+z": 1}}', "hours to match"),
+        ('{"r": 4, "rank_pattern": {".*.*.*.*z": 1}}', "hours to match"),
+        ('{"r": 4, "rank_pattern": {"' + ".?" * 40 + "z" * 40 + '": 1}}', "hours to match"),
+        ('{"r": 4, "rank_pattern": {"' + "(t|t)" * 40 + 'z": 1}}', "hours to match"),
+        ('{"r": 4, "rank_pattern": {"' + ".*" * 900 + '": 1}}', "hours to match"),
+        ('{"r": 4, "rank_pattern": {"x{99999999999}": 1}}', "no regular expression"),
+        pytest.param('{"r": 4, "title": "' + "x" * MOST + '"}', "more than 8 MB", id="large"),
+        pytest.param(json.dumps({"r": 4, "alpha_pattern": {f"to_{n}": 1 for n in range(10_001)}}), "alpha_pattern", id="many"),
     ],
 )
 def test_settings_that_cannot_be_read_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -960,7 +960,10 @@ def test_a_bake_in_the_loaded_model_does_not_count_for_its_file(with_lora: Sessi
     asked = (with_lora, inspect.does_it_fit, parts.LOADED, "base.safetensors", "dpo-sd1")
     assert "does not count here" not in run(*asked)[0]
     with_lora.jobs.run("bake", lambda job: with_lora.bake(job, offset="mine", strength=0.5))
-    assert "Baked into the loaded model: mine × 0.5. That does not count here" in run(*asked)[0]
+    for target in (parts.LOADED, "base.safetensors"):
+        html = run(with_lora, inspect.does_it_fit, target, "base.safetensors", "dpo-sd1")[0]
+        assert "the loaded model had mine × 0.5 baked in. That does not count here" in html
+    assert "dpo-card" in run(with_lora, inspect.does_it_fit, "dpo-sd1", "base.safetensors", "dpo-sd1")[0]
     other = run(with_lora, inspect.does_it_fit, "other.safetensors", "base.safetensors", "dpo-sd1")[0]
     assert "does not count here" not in other
 

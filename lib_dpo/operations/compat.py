@@ -30,6 +30,7 @@ from lib_dpo.settings import in_digits
 # 25 %; Pony and Illustrious, trained for very long, beyond.
 _NEAR, _FAR = 0.02, 0.35
 _COULD_BE = 0.5  # a model in which so much of DPO may be, within three errors, is not called one without it
+_ALL = 0.97  # of the strength that was baked in: beyond it a LoRA kept the whole change, as an exact one does
 _CONTAINED, _ERRORS = 0.15, 3.0  # DPO counts as contained from this strength on, if it is beyond three errors
 
 
@@ -221,12 +222,12 @@ def _judge(
         level, text = "base", f"{target.name} holds the same UNet as the base: the offset fits exactly. Start at strength 1."
     elif contained:
         level = "contained"
-        record = " and ".join(map(str, baked_in(target.checkpoint.metadata)))
-        recorded = f" ({record}, as its metadata says)" if record else ""
-        advice = "adding more would overdo it"
-        if rest:
-            # a LoRA that lacks a part of the change never arrives there, at any strength
-            advice = f"for all of it add about {rest:.2f} more, from a file that holds the whole change"
+        record = baked_in(target.checkpoint.metadata)
+        recorded = f" ({' and '.join(map(str, record))}, as its metadata says)" if record else ""
+        advice = f"add about {rest:.2f} more for the full change" if rest else "adding more would overdo it"
+        if any(each.kind == "lora" for each in record) and strength < _ALL * sum(each.strength for each in record):
+            # more of anything would overdo what the LoRA kept, and not make up for what it did not
+            advice = "that is the part which the LoRA keeps; for all of it bake an offset file into the model as it was before"
         text = f"DPO is already in {target.name}, {inside} times the whole change{recorded}: {advice}."
     elif strength < -_CONTAINED and strength < -_ERRORS * error:
         level, rest = "fits", round((1.0 - strength) / 0.05) * 0.05

@@ -26,6 +26,7 @@ ADAPTER_CONFIG: Literal["adapter_config.json"] = "adapter_config.json"
 _ADAPTER_MODEL = "adapter_model."  # the file that PEFT puts its config beside
 _RESIZED = "dpo.resized"  # a file of ours: its factors carry what no alpha says
 _PEFT = "base_model.model."
+_MOST_PATTERNS = 10_000  # SDXL has 2,000 layers
 _DEFAULT_RANK = _DEFAULT_ALPHA = 8  # LoraConfig's own, and those of LoHa and LoKr
 # the kinds of adapter by their parts, with the names of their alpha
 _KINDS: Mapping[str, tuple[tuple[str, ...], str]] = {
@@ -102,7 +103,7 @@ class PeftSettings:
 
     def _number(self, component: str, module: str, patterns: str, name: str, default: int) -> float:
         own = self._setting(component, patterns) or {}
-        if not isinstance(own, dict):
+        if not isinstance(own, dict) or len(own) > _MOST_PATTERNS:
             raise self._unreadable(patterns)
         value = own.get(self._pattern_key(own, module))
         if value is None:
@@ -116,7 +117,7 @@ class PeftSettings:
         try:
             return first_match(patterns, module) or module
         except ValueError as error:
-            raise BadFileError(f"{self.file}: its {self._words} has the pattern {error}; get the file again") from error
+            raise BadFileError(f"{self.file}: its {self._words} has the pattern {error}") from error
 
     def _unreadable(self, name: str) -> BadFileError:
         return BadFileError(f"{self.file}: {name} in its {self._words} cannot be read; get the file again")

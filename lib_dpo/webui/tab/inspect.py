@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lib_dpo.errors import DpoError
 from lib_dpo.hosts.base import Job
 from lib_dpo.offsets.file_kinds import labelled, plain_name
 from lib_dpo.pictures.bars import block_columns, rank_columns, strength_line
@@ -123,11 +124,21 @@ def does_it_fit(session: Session, task: str | None, target: str, base: str, refe
         return session.compat(job, target=names[0], base=found or _name(base), reference=names[1]), found
 
     html = _fit_html(*session.jobs.run("Does it fit?", work, task_id=task))
-    baked = session.status().baked
-    if baked and (not names[0] or session.library.checkpoint(names[0]) == session.loaded().path):
-        told = f"Baked into the loaded model: {baked.offset} × {baked.strength:g}"
-        html = markup.note(f"{told}. That does not count here: what is asked about is the model's file.") + html
-    return html
+    return _beside_a_bake(session, names[0]) + html
+
+
+def _beside_a_bake(session: Session, target: str) -> str:
+    """That a bake in the loaded model does not count, where its file was asked about."""
+    try:
+        status = session.status()
+        if not status.baked or not status.model or (target and session.library.any(target) != status.model.path):
+            return ""
+    except DpoError:  # it went meanwhile; the answer stands
+        return ""
+    told = f"{status.baked.offset} × {status.baked.strength:g}"
+    return markup.note(
+        f"When this was asked, the loaded model had {told} baked in. That does not count here, only its file does."
+    )
 
 
 # ---- in words ----
