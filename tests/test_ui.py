@@ -611,7 +611,7 @@ def test_write_offset_file(session: Session, host: FakeHost):
 def test_what_baking_costs_is_said_before(with_lora: Session):
     html = before.foresee(with_lora, "mine", "")
     assert "a LoRA for SD 1.x, as the loaded model is" in html
-    assert "of memory" in html
+    assert "of main memory" in html
     assert "282 weights" in html
     assert before.foresee(with_lora, "", "") == ""
     assert "block weight" in before.foresee(with_lora, "mine", "NOSE=1")

@@ -65,7 +65,7 @@ def foresee(session: Session, offset: str | None, blocks: str | None, strength: 
     return markup.card(
         title,
         f"{patch.name} is {kind} for {family}, as the loaded model is: it can be baked.",
-        f"Undo needs {markup.size(needed)} of memory, for the {len(patch.changed_keys()):,} weights that change.",
+        f"Undo needs {markup.size(needed)} of main memory, for the {len(patch.changed_keys()):,} weights that change.",
         survives,
         f"The loaded file has {inside} baked in already: this comes on top." if inside else "",
         f"It takes the place of {status.baked.offset}, which is baked in now." if status.baked else "",
