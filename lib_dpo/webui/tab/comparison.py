@@ -28,7 +28,7 @@ _WIDE, _HIGH, _MARGIN = 320, 120, 28  # of the curve, in SVG's own units
 def report_html(found: Comparison) -> str:
     """The verdict, what it rests on, and what is to be known of model and file."""
     report = found.report
-    head = ("", "Effect", "Mean difference", "Least to most", "Same structure")
+    head = ("", "Effect", "Mean", "Range", "Same structure")
     rows = [_row(effect, report) for effect in report.effects]
     caption = "Differences in grey levels of 255, against the untouched model"
     offsets = found.offsets
