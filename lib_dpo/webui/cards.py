@@ -71,7 +71,9 @@ def give_previews(
         pair = images[Cell(prompt, seed, UNTOUCHED)], images[Cell(prompt, seed, strengths[strength])]
         try:
             if write_preview(patch.checkpoint.path, preview_png(*pair)):
-                said.append(f"the preview beside {patch.name}, which lists of LoRAs show, is the first pair at strength {strength:g} now")
+                said.append(
+                    f"the preview beside {patch.name}, which lists show, is now the first pair at strength {strength:g}"
+                )
         except (DpoError, OSError):
             logger.exception("the preview of %s could not be written", patch.checkpoint.path)
             said.append(f"the card of {patch.name} could not be given a picture")
