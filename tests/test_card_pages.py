@@ -57,7 +57,7 @@ def test_a_comparison_gives_the_card_its_picture(session: Session, monkeypatch: 
     assert preview.crop((0, 0, 64, 64)).getcolors() == [(64 * 64, (0, 5, 0))]
     assert preview.crop((preview.width - 64, 0, preview.width, 64)).getcolors() == [(64 * 64, (100, 5, 0))]
     assert is_our_png(preview_file(lora(session)).read_bytes())
-    assert any("strength 1 now" in remark for remark in found.remarks)
+    assert any("now the first pair at strength 1" in remark for remark in found.remarks)
 
 
 @pytest.mark.parametrize("options", [{"blocks": "IN=0"}, {"rank": 1}, {"strengths": "1.5, 2"}, {"strengths": "-1"}])

@@ -876,7 +876,7 @@ def test_a_reason_for_no_effect_is_said_where_it_is_known(
     asked = Asked("mine", ["a cat"], strengths=strengths, seeds="1", steps=1, width=64, height=64, blocks=blocks)
     found = with_lora.jobs.run("compare", lambda job: compare(with_lora, job, asked))
     assert found.report.level == "none"
-    assert [remark for remark in found.remarks if "the card of" not in remark] == ([reason] if reason else [])
+    assert [remark for remark in found.remarks if "preview beside" not in remark] == ([reason] if reason else [])
 
 
 def test_undo_and_compare_is_offered_where_something_is_baked(with_lora: Session, host: FakeHost):
