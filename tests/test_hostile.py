@@ -393,6 +393,7 @@ def test_a_link_is_replaced_and_never_written_through(own: Session, tmp_path: Pa
     assert not link.is_symlink()
 
 
+@pytest.mark.newest
 def test_links_in_a_circle_are_walked_once(own: Session, tmp_path: Path):
     for number in range(40):  # 40 links three folders deep are 2.6 million places
         (own.host.reference_dir / f"again {number}").symlink_to(own.host.reference_dir, target_is_directory=True)

@@ -239,6 +239,7 @@ def test_a_list_waits_no_longer_than_it_was_told_to(tmp_path: Path, monkeypatch:
     assert file_kinds.labelled(files, seconds=0)[-1] == "19 · UNet"
 
 
+@pytest.mark.newest
 def test_of_two_hundred_files_the_rest_is_read_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     one = tiny.save(tmp_path / "0.safetensors", tiny.only_unet(tiny.base("sdxl")), torch.float16)
     files = [(f"{n}", tmp_path / f"{n}.safetensors") for n in range(200)]
