@@ -221,14 +221,7 @@ def _judge(
     elif total.relative_drift == 0:
         level, text = "base", f"{target.name} holds the same UNet as the base: the offset fits exactly. Start at strength 1."
     elif contained:
-        level = "contained"
-        record = baked_in(target.checkpoint.metadata)
-        recorded = f" ({' and '.join(map(str, record))}, as its metadata says)" if record else ""
-        advice = f"add about {rest:.2f} more for the full change" if rest else "adding more would overdo it"
-        if any(each.kind == "lora" for each in record) and strength < _ALL * sum(each.strength for each in record):
-            # more of anything would overdo what the LoRA kept, and not make up for what it did not
-            advice = "that is the part which the LoRA keeps; for all of it bake an offset file into the model as it was before"
-        text = f"DPO is already in {target.name}, {inside} times the whole change{recorded}: {advice}."
+        level, text = "contained", _contained(target, strength, inside, rest)
     elif strength < -_CONTAINED and strength < -_ERRORS * error:
         level, rest = "fits", round((1.0 - strength) / 0.05) * 0.05
         text = f"{target.name} holds the opposite of DPO, at strength {inside}: add {rest:.2f} for the full change."
@@ -268,6 +261,17 @@ def _judge(
         left_out=rows,
         predictions=predictions(pair) | {"target": prediction_of(target)},
     )
+
+
+def _contained(target: Model, strength: float, inside: str, rest: float) -> str:
+    """That DPO is in the target already, what its metadata says was baked in, and what to do about the rest."""
+    record = baked_in(target.checkpoint.metadata)
+    recorded = f" ({' and '.join(map(str, record))}, as its metadata says)" if record else ""
+    advice = f"add about {rest:.2f} more for the full change" if rest else "adding more would overdo it"
+    if any(each.kind == "lora" for each in record) and strength < _ALL * sum(each.strength for each in record):
+        # more of anything would overdo what the LoRA kept, and not make up for what it did not
+        advice = "that is the part which the LoRA keeps; for all of it bake an offset file into the model as it was before"
+    return f"DPO is already in {target.name}, {inside} times the whole change{recorded}: {advice}."
 
 
 def _with_no_place(report: CompatReport, target: Model, no_place: list[str], count: int) -> CompatReport:

@@ -131,9 +131,10 @@ def _beside_a_bake(session: Session, target: str) -> str:
     """That a bake in the loaded model does not count, where its file was asked about."""
     try:
         status = session.status()
-        if not status.baked or not status.model or (target and session.library.any(target) != status.model.path):
-            return ""
+        asked = session.library.any(target) if target else None
     except DpoError:  # it went meanwhile; the answer stands
+        return ""
+    if not status.baked or not status.model or asked not in (None, status.model.path):
         return ""
     told = f"{status.baked.offset} × {status.baked.strength:g}"
     return markup.note(
