@@ -232,7 +232,8 @@ def _wait_for(path: Path) -> None:
 
 @pytest.fixture
 def second_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", **meeting}.items():
         monkeypatch.setenv(name, value)
 
 
@@ -247,6 +248,19 @@ def test_several_need_accelerate(offset: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "accelerate", None)
     assert tiny.run(*compare(offset, tmp_path)) == 2
     assert "-m pip install accelerate" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("second_of_two")
+@pytest.mark.parametrize("missing", [["MASTER_ADDR"], ["MASTER_ADDR", "MASTER_PORT"]])
+def test_several_that_cannot_meet_are_refused(
+    missing: list[str], offset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    for name in missing:
+        monkeypatch.delenv(name)
+    assert tiny.run(*compare(offset, tmp_path)) == 2
+    said = capsys.readouterr().err
+    assert f"2 processes, but {' and '.join(missing)} is not set" in said
+    assert "unset WORLD_SIZE" in said
 
 
 @pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "2"}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}])

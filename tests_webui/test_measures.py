@@ -117,7 +117,8 @@ def test_the_tab_on_a_model_of_the_real_size(full_server: Server, offsets: None,
         for what in ("the spectra are in no cache", "again"):
             report.measure(f"Analyse, SD 1.5: {what}", tab.seconds("dpo_extract_analyse", "dpo_extract_pair_result"), "s")
         tab.wait_for_text("dpo_extract_outlook", "→")
-        report.measure("from a slider to the moved point", tab.milliseconds_of_a_move("dpo_extract_rank", 40), "ms")
+        first, *others = [tab.milliseconds_of_a_move("dpo_extract_rank", rank) for rank in range(35, 41)]
+        report.measure("from a slider to the moved point", median(others), "ms", f"the first time {first:.0f} ms")
         job = full_server.post("extract", reference=REFERENCE, name=LORA, rank=RANK, overwrite=True, wait=False)
         moves = [tab.milliseconds_of_a_move("dpo_extract_rank", rank) for rank in range(41, 46)]
         running = full_server.get(f"jobs/{job['id']}")["state"] == "running"

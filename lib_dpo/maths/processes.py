@@ -205,6 +205,11 @@ def together() -> Iterator[Processes]:
     if launched() == 1:
         yield ALONE
         return
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise HostError(
+            f"WORLD_SIZE in the environment says {launched()} processes, but {' and '.join(missing)} is not set, which says "
+            "where they meet; start the command by `accelerate launch`, or unset WORLD_SIZE for a single process"
+        )
     try:
         from accelerate import PartialState
     except ImportError as error:
