@@ -12,7 +12,8 @@ import tiny
 import torch
 from fakes_a1111 import A1111
 
-from lib_dpo.errors import HostError, NoModelError
+from lib_dpo.errors import Cancelled, HostError, NoModelError
+from lib_dpo.hosts.a1111.live import A1111Live
 from lib_dpo.maths.delta import Whole
 from lib_dpo.offsets.patch import Patch, open_patch
 from lib_dpo.webui.tab.bake.page import _baked_html
@@ -242,6 +243,30 @@ def test_a_bake_under_a_poll_of_the_status(host: A1111, unet: Patch, text: Patch
     seen = []
     host.live.bake(text, 1.0, lambda done, total, key: seen.append(host.live.baked()))
     assert seen == [first]
+
+
+@pytest.mark.parametrize("edit", ["bake", "undo"])
+def test_a_bake_is_kept_in_mind_when_the_ui_is_reloaded_during_an_edit(host: A1111, unet: Patch, text: Patch, edit: str):
+    """Reload UI runs scripts/dpo.py again, and so makes a new live model, while the job that holds the lock goes on."""
+    clean = host.weights()
+    first = host.live.bake(unet, 1.0)
+    reloaded, seen = A1111Live(), []
+
+    def look(done: int, total: int, key: str) -> None:
+        seen.append(reloaded.baked())
+        if edit == "bake" and done > total / 2:
+            raise Cancelled("stopped")
+
+    if edit == "bake":
+        with pytest.raises(Cancelled):
+            host.live.bake(text, 1.0, look)
+        assert reloaded.baked() == first
+        assert reloaded.unbake()
+    else:
+        assert host.live.unbake(look)
+    assert {id(baked) for baked in seen} == {id(first)}
+    assert reloaded.baked() is None
+    assert all(torch.equal(tensor, clean[key]) for key, tensor in host.weights().items())
 
 
 def test_weights_in_channels_last_and_made_in_inference_mode(host: A1111, tmp_path: Path):

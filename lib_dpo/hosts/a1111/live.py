@@ -58,9 +58,7 @@ class A1111Live:
     """Implements `LiveModel` for A1111. Weights are edited where they lie; no module is ever moved."""
 
     refiner = "a refiner of another architecture, such as SDXL's, draws without it"
-
-    def __init__(self) -> None:
-        self._editing = threading.Lock()
+    _editing = threading.Lock()  # of all instances: Reload UI makes a new one while an edit that began before it goes on
 
     def loaded(self) -> LoadedModel | None:
         model = _model()
@@ -312,9 +310,9 @@ def _verdict(model: Any, record: inplace.Record, live: Mapping[str, LiveTensor])
 
 
 def _forget(model: Any, record: inplace.Record) -> None:
-    """Free the originals of a bake that is not in the weights any more."""
-    delattr(model, _RECORD)
-    delattr(model, _PLACES)
+    """Free the originals of a bake that is not in the weights any more; nothing where that was done already."""
+    for name in (_RECORD, _PLACES):
+        vars(model).pop(name, None)
     if record.text_encoder:
         conds.clear()
 
