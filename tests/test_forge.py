@@ -17,7 +17,7 @@ import tiny
 import torch
 from fakes_forge import FORKS_HERE, LATE, FakeForge
 
-from lib_dpo.errors import BadFileError, HostError, NoModelError
+from lib_dpo.errors import BadFileError, BadTensorError, HostError, NoModelError
 from lib_dpo.families.blocks import parse_blocks
 from lib_dpo.families.keymap import UNET
 from lib_dpo.hosts.forge import live as live_module
@@ -301,6 +301,26 @@ def test_undo_notices_that_others_wrote_to_the_weights(host: FakeForge, live: Fo
     with pytest.raises(HostError, match="changed by something else"):
         live.unbake()
     assert live.baked() is None
+
+
+def test_a_bake_is_kept_in_mind_when_the_status_is_asked_for_while_another_fails(
+    host: FakeForge, live: ForgeLive, files: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The tab asks without the host's lock, and Reload UI makes a new live model meanwhile."""
+    clean, first = weights(host), live.bake(patch_of(files), 0.5)
+
+    def fail(*_: Any) -> None:
+        ForgeLive().baked()
+        raise BadTensorError("a tensor holds NaN")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(live_module, "check_finite", fail)
+        with pytest.raises(BadTensorError):
+            live.bake(patch_of(files, "dense"), 1.0)
+    assert live.baked() == first
+    assert live.unbake()
+    host.picture(live)
+    assert all(map(torch.equal, weights(host).values(), clean.values()))
 
 
 def test_patches_of_others_on_top_of_a_bake_are_left_alone(host: FakeForge, live: ForgeLive, files: Path):

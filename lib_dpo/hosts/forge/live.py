@@ -150,6 +150,7 @@ class ForgeLive:
             patch.checkpoint.check_unchanged()
         except BaseException:
             _install(engine, before)
+            state.bake = earlier  # whoever looked meanwhile found other patchers, and forgot it
             load_now(before)
             raise
         baked = self._record(patch, float(strength), patches, refused, clean)
