@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from lib_dpo.errors import HostError
+from lib_dpo.errors import Cancelled, HostError
 from lib_dpo.hosts import picture_folder
+from lib_dpo.hosts.base import Picture, Request
 from lib_dpo.webui.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -266,6 +267,33 @@ def test_figures_are_kept_beside_the_hosts_own_caches(host: Host, monkeypatch: p
     assert found.cache_dir == Path("/webui/cache/dpo")
     monkeypatch.setenv("SD_WEBUI_CACHE_DIR", "/elsewhere")
     assert found.cache_dir == Path("/elsewhere/dpo")
+
+
+@pytest.mark.parametrize("flag", ["interrupted", "skipped", "stopping_generation"])
+def test_an_unfinished_picture_is_none(host: Host, monkeypatch: pytest.MonkeyPatch, flag: str):
+    """A sampler that is stopped returns what it has; A1111's processing.py:935 clears `skipped` with the next picture only."""
+    processing, shared = host.modules["modules.processing"], host.modules["modules.shared"]
+    asked: list[dict[str, Any]] = []
+
+    class Processing(SimpleNamespace):
+        def close(self) -> None:
+            asked.append(vars(self))
+
+    def process_images(p: Any) -> Any:
+        shared.state.skipped = False
+        setattr(shared.state, flag, p.prompt == "stopped")
+        return SimpleNamespace(images=["a picture"], infotexts=["its infotext"], comments="")
+
+    processing.StableDiffusionProcessingTxt2Img, processing.process_images = Processing, process_images
+    shared.sd_model = object()
+    host.modules["modules.scripts"].ScriptRunner = SimpleNamespace
+    webui = importlib.import_module("lib_dpo.hosts.a1111_family")
+    found = webui.WebUI("AUTOMATIC1111", "1.10", SimpleNamespace())
+    with found.job("Blind test"):
+        assert found.generate(Request("whole", sampler="Euler"), None, 0.0) == Picture("a picture", "its infotext")
+        with pytest.raises(Cancelled, match="nothing was left behind"):
+            found.generate(Request("stopped", sampler="Euler"), None, 0.0)
+    assert len(asked) == 2
 
 
 def test_the_folder_that_answers_put_their_pictures_in_is_made(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -127,7 +127,8 @@ class WebUI:
             p.scripts = _only(_Apply(self.live, patch, strength))
             p.script_args = ()
             processed = processing.process_images(p)
-        if shared.state.interrupted or shared.state.stopping_generation:
+        state = shared.state  # a skipped sampler returns what it has, and only the next picture clears the flag
+        if state.interrupted or state.skipped or state.stopping_generation:
             raise Cancelled("stopped by Interrupt; nothing was left behind")
         if not processed.images:
             raise HostError(f"{self.name} made no picture: {processed.comments or 'see its console'}")
