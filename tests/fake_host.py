@@ -43,6 +43,7 @@ class FakeLive:
         self._originals: dict[str, torch.Tensor] = {}
         self._baked: Baked | None = None
         self._unet = FakeUnet()
+        self.adds_by_networks = False  # what it is asked to add to a picture
 
     def load(self, path: Path) -> None:
         with open_model(path) as model:
@@ -110,6 +111,9 @@ class FakeLive:
         with checkpoint:
             assert file is not None
             return sum(len(group.parts) for group in group_keys(checkpoint.infos)[0]), len(checkpoint.infos)
+
+    def needs_networks(self, p: Any, patch: Patch) -> bool:
+        return self.adds_by_networks
 
     def on_networks(self, p: Any, patch: Patch | None, strength: float, extra_network_data: dict[str, Any]) -> None:
         p.calls.append(("networks", patch and patch.name, strength))

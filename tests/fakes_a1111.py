@@ -415,14 +415,16 @@ class A1111:
         *,
         loras: Sequence[tuple[Path, float]] = (),
         hires: bool = False,
+        disable_extra_networks: bool = False,
     ) -> Tensors:
-        p = SimpleNamespace(extra_network_data={}, comment=self.comments.append)
+        p = SimpleNamespace(extra_network_data={}, comment=self.comments.append, disable_extra_networks=disable_extra_networks)
         if hires:
             p.hr_extra_network_data = {}
         self.p = p
         passes = [p.extra_network_data] + ([p.hr_extra_network_data] if hires else [])
         for data in passes:
-            self._activate(p, data, loras, patch, strength)
+            if not disable_extra_networks:  # processing.py:959 and 1435: the list stays as the last picture left it
+                self._activate(p, data, loras, patch, strength)
             self.live.on_batch(p, patch, strength)
             self.live.on_sampling(p, patch, strength)
             self._run()

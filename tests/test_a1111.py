@@ -151,6 +151,20 @@ def test_the_network_is_kept_for_another_strength_and_dropped_with_the_patch(hos
     assert not hasattr(host.model, "_dpo_network")
 
 
+def test_a_picture_without_extra_networks_has_no_offset_of_the_last_one(host: A1111, unet: Patch, tmp_path: Path):
+    """The host leaves the prompt's LoRAs in its list then; those are its own."""
+    before, lora = host.weights(), tmp_path / "lora.safetensors"
+    tiny.save(lora, {f"{TO_Q}.lora_up.weight": torch.ones(32, 1), f"{TO_Q}.lora_down.weight": torch.ones(1, 32) * 0.1})
+    host.generate(unet, 1.0)
+    found = host.generate(None, disable_extra_networks=True)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in found.items())
+    with_lora = host.generate(None, loras=[(lora, 1.0)])
+    host.generate(unet, 1.0, loras=[(lora, 1.0)])
+    found = host.generate(None, disable_extra_networks=True)
+    assert all(torch.equal(tensor, with_lora[key]) for key, tensor in found.items())
+    assert host.live.needs_networks(host.p, unet)
+
+
 def test_what_cannot_be_applied_while_generating_is_said(host: A1111, tmp_path: Path):
     embedding = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
     norm = "model.diffusion_model.out.0.bias"

@@ -9,6 +9,7 @@ import sys
 import weakref
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fakes_forge
@@ -107,6 +108,11 @@ def test_all_passes_of_hires_get_the_patch_once(host: FakeForge, live: ForgeLive
     assert torch.equal(base[1], base[3])
     assert not torch.equal(base[1], first)
     assert not torch.equal(base[0], conds)
+
+
+def test_only_a_text_encoder_in_the_hires_pass_needs_the_hook_of_networks(live: ForgeLive, files: Path):
+    for name, enable_hr, needed in (("te", True, True), ("te", False, False), ("sd1", True, False)):
+        assert live.needs_networks(SimpleNamespace(enable_hr=enable_hr), patch_of(files, name)) is needed
 
 
 def test_equal_generations_merge_once(host: FakeForge, live: ForgeLive, files: Path):

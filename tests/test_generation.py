@@ -165,6 +165,17 @@ def test_what_cannot_be_applied_stops_the_generation_with_a_sentence(session: Se
     assert told.startswith("DPO offset: ")
 
 
+def test_a_request_that_disables_what_an_offset_is_added_through_is_refused(session: Session):
+    """A1111's processing.py:959 skips the hook then: the picture would be without the offset that its infotext names."""
+    for by_networks in (False, True):
+        fake(session).live.adds_by_networks = by_networks
+        for args in ((False, "dpo"), (True, "dpo", 0.0), (True, "dpo", 1.0)):
+            generate(session, new_p(disable_extra_networks=True), *args)
+        generate(session, new_p(disable_extra_networks=False), True, "dpo", 1.0)
+    (told,) = fake(session).aborted
+    assert told.startswith("DPO offset: the request sets disable_extra_networks, and this WebUI adds dpo the way it adds LoRAs")
+
+
 def test_errors_while_applying_stop_the_generation(session: Session):
     def fail(*_: Any) -> None:
         raise BadTensorError("dpo: a tensor holds NaN")

@@ -169,6 +169,9 @@ class LiveModel(Protocol):
         """How many tensors of a LoRA file this host's own loader matches to the loaded model, and how many it has."""
 
     # ---- one generation: called by the always-on script with the host's `p`; patch None: nothing to apply ----
+    def needs_networks(self, p: Any, patch: Patch) -> bool:
+        """Whether a part of it is added in `on_networks`, which a host skips where `p.disable_extra_networks` is set."""
+
     def on_networks(self, p: Any, patch: Patch | None, strength: float, extra_network_data: dict[str, Any]) -> None:
         """In `after_extra_networks_activate`. May be called several times for one batch, in the hires pass too."""
 

@@ -145,6 +145,9 @@ class StandaloneLive:
         earlier = self._generation[1] if self._generation else None
         self._generation = (wanted, inplace.bake(plan, patch, strength, slots, earlier=earlier))
 
+    def needs_networks(self, p: Any, patch: Patch) -> bool:
+        return False
+
     def on_networks(self, p: Any, patch: Patch | None, strength: float, extra_network_data: dict[str, Any]) -> None:
         """There are no extra networks here."""
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lib_dpo.errors import DpoError, NotFoundError, SettingError
+from lib_dpo.errors import DpoError, HostError, NotFoundError, SettingError
 from lib_dpo.hosts.base import Baked
 from lib_dpo.offsets.patch import Patch
 from lib_dpo.offsets.recipe import Ingredient
@@ -142,6 +142,7 @@ class Generation:
             patch = patch_for(self._session, wish)
             p.extra_generation_params.update(_infotext(wish, self._session.library.name_of(patch.checkpoint.path)))
             if wish.strength and patch.changed_keys():  # blocks that are all 0 leave nothing
+                self._check_networks(p, patch)
                 setattr(p, _ACTIVE, (patch, wish.strength))
                 self._tell_of_refiner(p)
                 if baked and _is_same(baked, patch.checkpoint.path):
@@ -165,6 +166,14 @@ class Generation:
         patch, strength = getattr(p, _ACTIVE, (None, 0.0))
         with self._refusing(p):
             self._session.host.live.on_sampling(p, patch, strength)
+
+    def _check_networks(self, p: Any, patch: Patch) -> None:
+        """Raises HostError where a request switches off what the offset would be added through."""
+        if getattr(p, "disable_extra_networks", False) and self._session.host.live.needs_networks(p, patch):
+            raise HostError(
+                f"the request sets disable_extra_networks, and this WebUI adds {patch.name} the way it adds LoRAs; leave that "
+                "field out, or switch the script off and bake the offset"
+            )
 
     def _tell_of_refiner(self, p: Any) -> None:
         refiner, switch_at = getattr(p, "refiner_checkpoint", None), getattr(p, "refiner_switch_at", None)

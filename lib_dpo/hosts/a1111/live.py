@@ -167,6 +167,9 @@ class A1111Live:
 
     # ---- one generation ----
 
+    def needs_networks(self, p: Any, patch: Patch) -> bool:
+        return True
+
     def on_networks(self, p: Any, patch: Patch | None, strength: float, extra_network_data: dict[str, Any]) -> None:
         model = _model()
         if model is None:
@@ -193,7 +196,10 @@ class A1111Live:
             delattr(model, _BUILT)
 
     def on_batch(self, p: Any, patch: Patch | None, strength: float) -> None:
-        """Nothing: `on_networks` did it all."""
+        """Where `on_networks` was left out, take out what the last picture left in the list; else that did it all."""
+        networks = builtin_lora.extension()
+        if networks is not None and getattr(p, "disable_extra_networks", False):
+            builtin_lora.remove(networks)
 
     def on_sampling(self, p: Any, patch: Patch | None, strength: float) -> None:
         """Nothing: `on_networks` did it all."""

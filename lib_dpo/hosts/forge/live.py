@@ -237,6 +237,9 @@ class ForgeLive:
 
     # ---- one generation ----
 
+    def needs_networks(self, p: Any, patch: Patch) -> bool:
+        return bool(getattr(p, "enable_hr", False)) and patch.changes_text_encoder()
+
     def on_networks(self, p: Any, patch: Patch | None, strength: float, extra_network_data: dict[str, Any]) -> None:
         """The hires pass makes conds of its own from patchers that were reset, and calls no other hook before it does."""
         if getattr(p, "is_hr_pass", False):
