@@ -43,6 +43,7 @@ class FakeLive:
         self._originals: dict[str, torch.Tensor] = {}
         self._baked: Baked | None = None
         self._unet = FakeUnet()
+        self.kept: Baked | None = None  # what is baked into the one that is chosen, as it was kept in memory
         self.adds_by_networks = False  # what it is asked to add to a picture
 
     def load(self, path: Path) -> None:
@@ -59,6 +60,7 @@ class FakeLive:
     def ready(self) -> None:
         if self.later:
             self.load(self.later)
+            self._baked, self.kept = self.kept, None
 
     def bake(self, patch: Patch, strength: float, on_progress: Progress | None = None) -> Baked:
         if self.path is None:
@@ -93,6 +95,9 @@ class FakeLive:
 
     def baked(self) -> Baked | None:
         return self._baked
+
+    def baked_next(self) -> Baked | None:
+        return self.kept if self.later else self._baked
 
     def bake_bytes(self, patch: Patch) -> int:
         return sum(4 * self.weights[key].numel() for key in patch.changed_keys() if key in self.weights)

@@ -256,7 +256,14 @@ class A1111:
         txt2img = SimpleNamespace(cached_hr_c=[None, None], cached_hr_uc=[None, None])
         data = SimpleNamespace(sd_model=None, loaded_sd_models=[])
         own = {
-            "sd_models": module("modules.sd_models", model_data=data, get_empty_cond=self._empty_cond),
+            "sd_models": module(
+                "modules.sd_models",
+                model_data=data,
+                get_empty_cond=self._empty_cond,
+                checkpoint_aliases={},
+                reload_model_weights=self._reload_model_weights,
+            ),
+            "shared": module("modules.shared", opts=SimpleNamespace(sd_model_checkpoint=None)),
             "sd_unet": module("modules.sd_unet", current_unet=None),
             "devices": module("modules.devices", autocast=contextlib.nullcontext),
             "extra_networks": module("modules.extra_networks", ExtraNetworkParams=SimpleNamespace),
@@ -301,8 +308,16 @@ class A1111:
         path = self.folder / f"{name}.safetensors"
         path.touch()
         self.files[name] = {key: tensor.clone() for key, tensor in tensors.items()}
+        self.modules.sd_models.checkpoint_aliases[name] = self._info(name)
+
+    def _info(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(name_for_extra=name, filename=str(self.folder / f"{name}.safetensors"))
 
     def load(self, name: str) -> None:
+        self.modules.shared.opts.sd_model_checkpoint = name
+        self._load(name)
+
+    def _load(self, name: str) -> None:
         data = self.modules.sd_models.model_data
         kept = [model for model in data.loaded_sd_models if model.sd_checkpoint_info.name_for_extra == name]
         if kept:
@@ -315,7 +330,26 @@ class A1111:
         self._loaded_callback(data.sd_model)
 
     def load_beside(self, name: str) -> None:
+        self.modules.shared.opts.sd_model_checkpoint = name
         self._new(name)
+
+    def refine(self, name: str, *, keep: bool) -> None:
+        """What a refiner (sd_samplers_common.py:196), a hires checkpoint (processing.py:1360) and an API request that
+        overrides the checkpoint (processing.py:855) leave: another model is live, and the setting is as it was.
+
+        Args:
+            keep: the other model as well, as `sd_checkpoints_limit` of 2 or more does.
+        """
+        if keep:
+            self._new(name)
+        else:
+            self._load(name)
+
+    def _reload_model_weights(self) -> None:
+        """Each picture begins with it (processing.py:830)."""
+        name = self.modules.shared.opts.sd_model_checkpoint
+        if name is not None and self.model.sd_checkpoint_info.name_for_extra != name:
+            self._load(name)
 
     def reload(self) -> None:
         self._read(self.model, self.model.sd_checkpoint_info.name_for_extra)
@@ -351,7 +385,7 @@ class A1111:
         if self.fp8:
             self._to_fp8(model)
         model.first_stage_model = vae
-        model.sd_checkpoint_info = SimpleNamespace(name_for_extra=name, filename=str(self.folder / f"{name}.safetensors"))
+        model.sd_checkpoint_info = self._info(name)
 
     def _to_fp8(self, model: Any) -> None:
         for module in model.modules():
@@ -417,6 +451,7 @@ class A1111:
         hires: bool = False,
         disable_extra_networks: bool = False,
     ) -> Tensors:
+        self._reload_model_weights()
         p = SimpleNamespace(extra_network_data={}, comment=self.comments.append, disable_extra_networks=disable_extra_networks)
         if hires:
             p.hr_extra_network_data = {}

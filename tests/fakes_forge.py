@@ -341,6 +341,7 @@ class FakeForge:
             self.data.forge_hash = ""
         else:
             self.data.loaded_sd_models = []
+        self.opts, self.aliases = SimpleNamespace(sd_model_checkpoint=None), dict[str, SimpleNamespace]()
         self.Processing = type("StableDiffusionProcessing", (), {"cached_c": [None, None], "cached_uc": [None, None]})
         hires = {"cached_hr_c": [None, None], "cached_hr_uc": [None, None]}
         self.ProcessingTxt2Img = type("StableDiffusionProcessingTxt2Img", (self.Processing,), hires)
@@ -365,6 +366,9 @@ class FakeForge:
         }
         if self.fork in LATE:
             sd_models.forge_model_reload = self.forge_model_reload  # type: ignore[attr-defined]
+        else:
+            modules["modules.shared"] = _module("shared", opts=self.opts)
+            vars(sd_models).update(checkpoint_aliases=self.aliases, reload_model_weights=self.reload_model_weights)
         if self.fork == "neo-comfy":
             modules |= {"comfy": _module("comfy"), "comfy.lora": lora, "comfy.model_management": memory}
         elif self.fork in LATE:
@@ -429,6 +433,8 @@ class FakeForge:
 
     def load(self, path: Path) -> Any:
         """A new model object of a file; the old one is let go."""
+        self.opts.sd_model_checkpoint = str(path)
+        self.aliases[str(path)] = SimpleNamespace(filename=str(path))
         for patcher in self.loaded:  # all models are unloaded first
             patcher.unmerge()
         self.loaded.clear()
@@ -472,9 +478,29 @@ class FakeForge:
             return self.data.sd_model, False
         return self.load(Path(self.data.forge_loading_parameters["checkpoint"])), True
 
+    def refine(self, path: Path, *, keep: bool) -> None:
+        """What a refiner leaves in reForge and Classic (processing.py:907 of reForge): the setting is as it was.
+
+        Args:
+            keep: the model before it as well, as reForge's `sd_checkpoints_limit` does.
+        """
+        chosen, before = self.opts.sd_model_checkpoint, self.data.sd_model
+        self.data.loaded_sd_models = [self.load(path), *([before] if keep else [])]
+        self.opts.sd_model_checkpoint = chosen
+
+    def reload_model_weights(self) -> None:
+        """Each picture of reForge and Classic begins with it (sd_models.py:1089 of reForge)."""
+        wanted = self.opts.sd_model_checkpoint
+        kept = [model for model in self.data.loaded_sd_models if model.sd_checkpoint_info.filename == wanted]
+        if kept:
+            self.take_back(kept[0])
+        elif self.data.sd_model.sd_checkpoint_info.filename != wanted:
+            self.load(Path(wanted))
+
     def take_back(self, engine: Any) -> None:
         """Return to a model that was kept, as reForge does: nothing is loaded."""
         self.data.sd_model = engine
+        self.opts.sd_model_checkpoint = engine.sd_checkpoint_info.filename
         if self.fork in LATE:
             self.data.forge_loading_parameters = {"checkpoint": engine.sd_checkpoint_info.filename}
             self.data.forge_hash = str(self.data.forge_loading_parameters)

@@ -236,6 +236,41 @@ def test_it_is_told_by_its_file_and_storage(host: A1111):
     assert host.live.loaded() == loaded
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_after_a_refiner_the_checkpoint_that_draws_is_loaded_before_work(host: A1111, unet: Patch, keep: bool):
+    host.add("refiner", tiny.base(seed=3))
+    host.refine("refiner", keep=keep)
+    refiner = host.live.loaded()
+    assert refiner is not None
+    assert (refiner.name, host.live.chosen()) == ("refiner", host.folder / "base.safetensors")
+    host.live.ready()
+    model = host.live.loaded()
+    assert model is not None
+    assert (model.name, host.live.chosen()) == ("base", None)
+    baked = host.live.bake(unet, 1.0)
+    with_bake = host.weights()
+    assert all(torch.equal(tensor, with_bake[key]) for key, tensor in host.generate().items())
+    assert host.live.baked() == baked
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_bake_in_a_model_that_was_kept_draws_the_next_picture(host: A1111, unet: Patch, keep: bool):
+    baked = host.live.bake(unet, 1.0)
+    host.add("refiner", tiny.base(seed=3))
+    host.refine("refiner", keep=keep)
+    assert host.live.baked() is None
+    assert host.live.baked_next() == (baked if keep else None)
+    host.live.ready()
+    assert host.live.baked() == host.live.baked_next() == (baked if keep else None)
+    assert host.live.unbake() is keep
+
+
+def test_a_checkpoint_that_is_in_no_list_any_more_is_not_waited_for(host: A1111):
+    for name in (None, "gone"):
+        host.modules.shared.opts.sd_model_checkpoint = name
+        assert host.live.chosen() is None
+
+
 def test_a_model_that_was_thrown_away_is_none(host: A1111, unet: Patch):
     host.live.bake(unet, 1.0)
     host.throw_away()

@@ -265,10 +265,29 @@ def test_forge_bakes_what_is_chosen(forge: FakeForge, live: ForgeLive, files: Pa
     assert live.baked() is not None
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_after_a_refiner_the_checkpoint_that_draws_is_loaded_before_work(
+    host: FakeForge, live: ForgeLive, files: Path, keep: bool
+):
+    if host.fork in LATE:
+        pytest.skip("the refiner gives the checkpoint back by itself, and it is loaded for the next picture")
+    baked = live.bake(patch_of(files), 0.5)
+    host.refine(host.checkpoint("b", 1), keep=keep)
+    assert (live.loaded().name, live.chosen()) == ("b", host.folder / "a.safetensors")
+    assert live.baked() is None
+    assert live.baked_next() == (baked if keep else None)
+    live.ready()
+    assert (live.loaded().name, live.chosen()) == ("a", None)
+    assert live.baked() == live.baked_next() == (baked if keep else None)
+    assert live.unbake() is keep
+
+
 def test_before_the_first_load(host: FakeForge, live: ForgeLive, files: Path):
     host.data.sd_model = fakes_forge.FakeInitialModel() if host.fork in LATE else None
     assert live.loaded() is None
     assert live.baked() is None
+    assert live.baked_next() is None
+    assert live.chosen() is None
     assert not live.unbake()
     assert live.bake_bytes(patch_of(files)) > 0
     for call in (

@@ -254,3 +254,13 @@ def test_other_axes_plot_the_baked_model_and_every_cell_says_so(baked: Session):
 def test_a_checkpoint_that_is_yet_to_be_loaded_is_clean(baked: Session):
     fake(baked).live.later = fake(baked).checkpoint_dir / "other.safetensors"
     Plot(baked).run(("[DPO] Strength", [0.0, 1.0]))
+
+
+@pytest.mark.parametrize("axis", ["[DPO] Strength", "Checkpoint name"])
+def test_a_checkpoint_that_was_kept_with_a_bake_is_not(baked: Session, axis: str):
+    """A refiner drew last, and the host keeps several models in memory: the first cell takes the baked one up again."""
+    live = fake(baked).live
+    live.kept, live.later = live.baked(), live.path
+    live._baked = None  # of the refiner, which is loaded
+    with pytest.raises(RuntimeError, match=r"dpo × 0\.8 .* is baked into"):
+        Plot(baked).run((axis, [0.0, 1.0]))

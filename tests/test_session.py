@@ -150,6 +150,16 @@ def test_bake_undo_and_save(session: Session):
     assert all(torch.equal(live(session)[key], tensor) for key, tensor in clean.items())
 
 
+def test_undo_finds_the_bake_in_a_model_that_was_kept_while_another_drew(session: Session):
+    session.jobs.run("offset", lambda job: session.write_offset(job, base="", reference="dpo-sd1", name="exact"))
+    session.jobs.run("bake", lambda job: session.bake(job, offset="exact.safetensors", strength=1.0))
+    fake_live = fake(session).live
+    fake_live.kept, fake_live.later, fake_live._baked = fake_live.baked(), fake_live.path, None
+    assert session.jobs.run("undo", session.unbake) is True
+    assert fake_live.chosen() is None
+    assert session.jobs.run("undo", session.unbake) is False
+
+
 @pytest.mark.parametrize("form", ["DoRA", "GLoRA"])
 def test_what_is_bound_to_the_weights_is_saved_as_the_command_line_bakes_it(session: Session, form: str, tmp_path: Path):
     """The live weights may carry other things; the file has what it is bound to."""

@@ -152,6 +152,12 @@ class LiveModel(Protocol):
         Needs no lock, costs milliseconds.
         """
 
+    def baked_next(self) -> Baked | None:
+        """What is in the weights that the next picture is drawn with: `baked` where they are loaded.
+
+        A checkpoint that is yet to be loaded is clean, unless the host kept it in memory. Needs no lock.
+        """
+
     def bake_bytes(self, patch: Patch) -> int:
         """Memory that baking this will keep occupied until Undo."""
 

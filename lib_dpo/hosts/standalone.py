@@ -109,6 +109,9 @@ class StandaloneLive:
     def baked(self) -> Baked | None:
         return self._bake.baked if self._bake else None
 
+    def baked_next(self) -> Baked | None:
+        return self.baked()
+
     def bake_bytes(self, patch: Patch) -> int:
         return inplace.plan_edit(patch, self._slots(), self._name()).nbytes
 

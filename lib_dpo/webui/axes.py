@@ -96,8 +96,7 @@ class _Axes:
 
     def _baked(self) -> Ingredient | None:
         """What is baked into the model that the first cell would be drawn with."""
-        live = self._session.host.live
-        baked = live.baked() if live.chosen() is None else None  # a model that is yet to be loaded is clean
+        baked = self._session.host.live.baked_next()
         return Ingredient(baked.offset, baked.strength, baked.blocks, baked.rank) if baked else None
 
     def _check(self, p: Any, name: str, value: Any) -> None:

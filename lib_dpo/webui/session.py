@@ -312,8 +312,11 @@ class Session:
         return self.host.live.bake(self.to_add(offset, blocks, rank), strength, job.progress)
 
     def unbake(self, job: Job) -> bool:
-        """Put the loaded model back as it was, bit for bit; False where nothing was baked."""
-        return self.host.live.unbake(job.progress)
+        """Put the loaded model, or the one that draws next, back as it was, bit for bit; False where nothing was baked."""
+        live = self.host.live
+        if live.baked() is None and live.baked_next() is not None:  # in a model that was kept while a refiner drew
+            live.ready()
+        return live.unbake(job.progress)
 
     # ---- helpers ----
 

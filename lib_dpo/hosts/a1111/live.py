@@ -25,6 +25,7 @@ from lib_dpo.hosts import checksums, inplace
 from lib_dpo.hosts.a1111 import builtin_lora, conds
 from lib_dpo.hosts.a1111.builtin_lora import LiveTensor, live_tensors
 from lib_dpo.hosts.base import Baked, Check, LoadedModel
+from lib_dpo.hosts.chosen import chosen_in_settings, kept_model
 from lib_dpo.offsets.lora.unplaced import unplaced_lines
 from lib_dpo.offsets.patch import Patch
 from lib_dpo.progress import Progress
@@ -40,6 +41,7 @@ _RELOAD = (
 _CHECKS = (
     ("modules.sd_models", "model_data.sd_model", "the loaded checkpoint cannot be found: no bake, no status"),
     ("modules.sd_models", "get_empty_cond", "offsets for the text encoder cannot be baked"),
+    ("modules.sd_models", "checkpoint_aliases", "after a refiner the tab works on the refiner's checkpoint"),
     ("modules.sd_unet", "current_unet", "no bake: a TensorRT UNet, which ignores it, would not be noticed"),
     ("modules.processing", "StableDiffusionProcessing.cached_c", "offsets for the text encoder cannot be baked"),
     ("modules.processing", "StableDiffusionProcessingTxt2Img.cached_hr_c", "offsets for the text encoder cannot be baked"),
@@ -70,10 +72,13 @@ class A1111Live:
         return LoadedModel(info.name_for_extra, Path(info.filename), str(dtype).removeprefix("torch."), token)
 
     def chosen(self) -> Path | None:
-        return None
+        return chosen_in_settings(_model())
 
     def ready(self) -> None:
-        """Nothing: what is chosen is loaded at once."""
+        if self.chosen() is not None:
+            from modules import sd_models
+
+            sd_models.reload_model_weights()
 
     # ---- bake and undo ----
 
@@ -125,7 +130,15 @@ class A1111Live:
         return True
 
     def baked(self) -> Baked | None:
-        model = _model()
+        return self._baked_in(_model())
+
+    def baked_next(self) -> Baked | None:
+        from modules import sd_models
+
+        chosen = self.chosen()
+        return self._baked_in(kept_model(sd_models.model_data.loaded_sd_models, chosen) if chosen else _model())
+
+    def _baked_in(self, model: Any | None) -> Baked | None:
         record = _record(model)
         if record is None:
             return None

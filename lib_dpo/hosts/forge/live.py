@@ -21,6 +21,7 @@ from lib_dpo.families.keymap import UNET
 from lib_dpo.files.checkpoint import open_checkpoint
 from lib_dpo.hosts.base import Baked, Check, LoadedModel
 from lib_dpo.hosts.checksums import checksum
+from lib_dpo.hosts.chosen import kept_model
 from lib_dpo.hosts.forge.checks import checks
 from lib_dpo.hosts.forge.modules import (
     chosen_engine,
@@ -194,7 +195,13 @@ class ForgeLive:
         return True
 
     def baked(self) -> Baked | None:
-        engine = live_engine()
+        return self._baked_in(live_engine())
+
+    def baked_next(self) -> Baked | None:
+        chosen = chosen_file()
+        return self._baked_in(kept_model(kept_engines() or (), chosen) if chosen else live_engine())
+
+    def _baked_in(self, engine: Any | None) -> Baked | None:
         state = _state(engine) if engine is not None else None
         if engine is None or state is None or state.bake is None:
             return None

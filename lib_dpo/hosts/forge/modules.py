@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from lib_dpo.errors import HostError, NoModelError
+from lib_dpo.hosts.chosen import chosen_in_settings
 
 # Forge and Neo; Classic and reForge; Neo since it vendors ComfyUI
 _LORA = ("backend.patcher.lora", "ldm_patched.modules.lora", "comfy.lora")
@@ -101,8 +102,10 @@ def chosen_engine() -> Any:
 
 
 def chosen_file() -> Path | None:
-    """The checkpoint that Forge or Neo load for the next picture; None where it is loaded, and on forks that load at once."""
+    """The checkpoint that is loaded for the next picture; None where it is loaded."""
     model_data = import_module("modules.sd_models").model_data
+    if not hasattr(model_data, "forge_loading_parameters"):  # reForge and Classic
+        return chosen_in_settings(live_engine())
     chosen = (getattr(model_data, "forge_loading_parameters", None) or {}).get("checkpoint_info")
     engine = live_engine()
     if chosen is None or (engine is not None and engine.sd_checkpoint_info.filename == chosen.filename):
@@ -112,7 +115,11 @@ def chosen_file() -> Path | None:
 
 def load_chosen() -> None:
     """Load the chosen checkpoint now, as the next picture would."""
-    import_module("modules.sd_models").forge_model_reload()
+    sd_models = import_module("modules.sd_models")
+    if hasattr(sd_models.model_data, "forge_loading_parameters"):
+        sd_models.forge_model_reload()
+    else:
+        sd_models.reload_model_weights()
 
 
 def cond_caches(p: Any = None) -> list[list[Any]]:
