@@ -288,12 +288,16 @@ def test_an_unfinished_picture_is_none(host: Host, monkeypatch: pytest.MonkeyPat
     shared.sd_model = object()
     host.modules["modules.scripts"].ScriptRunner = SimpleNamespace
     webui = importlib.import_module("lib_dpo.hosts.a1111_family")
-    found = webui.WebUI("AUTOMATIC1111", "1.10", SimpleNamespace())
+    live = SimpleNamespace(chosen=lambda: None)
+    found = webui.WebUI("AUTOMATIC1111", "1.10", live)
     with found.job("Blind test"):
         assert found.generate(Request("whole", sampler="Euler"), None, 0.0) == Picture("a picture", "its infotext")
         with pytest.raises(Cancelled, match="nothing was left behind"):
             found.generate(Request("stopped", sampler="Euler"), None, 0.0)
     assert len(asked) == 2
+    live.chosen = lambda: Path("/webui/models/Stable-diffusion/other.safetensors")
+    with found.job("Compare"), pytest.raises(HostError, match="the checkpoint other was chosen while pictures"):
+        found.generate(Request("whole", sampler="Euler"), None, 0.0)
 
 
 def test_the_folder_that_answers_put_their_pictures_in_is_made(host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -110,6 +110,12 @@ class WebUI:
         return [sampler.name for sampler in sd_samplers.samplers]
 
     def generate(self, request: Request, patch: Patch | None, strength: float) -> Picture:
+        chosen = self.live.chosen()
+        if chosen is not None:  # the list of checkpoints on the page can be used during a job, and would count at once
+            raise HostError(
+                f"the checkpoint {chosen.stem} was chosen while pictures were being made with another one; start again, or "
+                "choose the first one again before you do"
+            )
         p = processing.StableDiffusionProcessingTxt2Img(
             sd_model=shared.sd_model,
             prompt=request.prompt,
