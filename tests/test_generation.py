@@ -75,7 +75,8 @@ def test_strength_0_applies_nothing_and_says_so(session: Session):
 
 
 def test_a_refiner_is_told_of_only_where_there_is_one(session: Session):
-    for refiner, switch_at, told in ((None, None, False), ("xl-refiner", 0.8, True), ("xl-refiner", 1.0, False)):
+    cases = ((None, None, False), ("xl-refiner", 0.8, True), ("xl-refiner", 1.0, False), ("xl-refiner", None, True))
+    for refiner, switch_at, told in cases:  # without a time it takes over at once: sd_samplers_common.py:173 of A1111
         comments: list[str] = []
         p = new_p(refiner_checkpoint=refiner, refiner_switch_at=switch_at, comment=comments.append)
         generate(session, p, True, "dpo", 1.0, "")
@@ -120,6 +121,47 @@ def test_what_an_infotext_tells_of_a_bake_is_read(text: str, read: Any):
 
 def bake(session: Session, **options: Any) -> None:
     session.jobs.run("bake", lambda job: session.bake(job, **options))
+
+
+@pytest.mark.parametrize(
+    "other", [{"refiner_checkpoint": "other", "refiner_switch_at": 0.5}, {"enable_hr": True, "hr_checkpoint_name": "other"}]
+)
+def test_batches_after_one_that_took_the_bake_away_do_not_name_it(session: Session, other: dict[str, Any]):
+    """The host reads the first checkpoint again before the second batch: processing.py:941 of A1111."""
+    bake(session, offset="dpo", strength=0.8)
+    comments: dict[str, int] = {}
+    p, hooks, said = new_p(comment=lambda text: comments.setdefault(text, 1), **other), Generation(session), []
+    hooks.process(p)
+    for _ in range(2):
+        hooks.on_networks(p, {})
+        hooks.on_batch(p)
+        said.append(p.extra_generation_params.get("DPO baked"))
+        live = fake(session).live
+        assert live.path
+        live.load(live.path)  # after the other one
+    assert said == ["dpo x 0.8", None]
+    (told,) = comments
+    assert "dpo × 0.8 is baked into the model, and the " in told
+    assert "the bake is lost then" in told
+    assert not fake(session).aborted
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"refiner_checkpoint": "None", "refiner_switch_at": 0.8}, {"refiner_checkpoint": "other", "refiner_switch_at": 1.0},
+        {"enable_hr": True, "hr_checkpoint_name": "Use same checkpoint"}, {"enable_hr": True, "hr_checkpoint_name": None},
+        {"enable_hr": False, "hr_checkpoint_name": "other"},
+    ],
+)  # fmt: skip
+def test_a_bake_that_outlasts_the_picture_is_said_in_every_batch_and_not_warned_of(session: Session, options: dict[str, Any]):
+    bake(session, offset="dpo", strength=0.8)
+    same = SimpleNamespace(filename=str(fake(session).live.path))
+    for more in ({}, {"refiner_checkpoint": "base", "refiner_switch_at": 0.5, "refiner_checkpoint_info": same}):
+        p = new_p(**options | more)  # without `comment`: nothing is said
+        generate(session, p)
+        assert p.extra_generation_params["DPO baked"] == "dpo x 0.8"
+        assert not fake(session).aborted
 
 
 def comments_of(session: Session, *args: Any, loras: tuple[str, ...] = ()) -> list[str]:

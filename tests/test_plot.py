@@ -59,6 +59,7 @@ class Plot:
             add_axes(module, session, lambda p: self.script)
         self.current_axis_options = module.axis_options  # type: ignore[attr-defined]
         self.args_from, self.args_to, self.confirmed = 1, 10, 0
+        self.refiner = ""
 
     def _confirm_checkpoint(self, p: Any, values: list[Any]) -> None:
         self.confirmed += 1
@@ -72,6 +73,7 @@ class Plot:
             extra_generation_params={}, comments={}, width=LENGTH, height=LENGTH, prompts=["a"], sampler=None, calls=[],
         )  # fmt: skip
         p.comment = lambda text: p.comments.__setitem__(text, 1)
+        p.refiner_checkpoint, p.refiner_switch_at = self.refiner, 0.8
         return p
 
     def run(self, *axes: tuple[str, Sequence[Any]]) -> list[Any]:
@@ -249,6 +251,20 @@ def test_other_axes_plot_the_baked_model_and_every_cell_says_so(baked: Session):
     found = Plot(baked).run(("Steps", [1, 2]))
     assert [cell.extra_generation_params["DPO baked"] for cell in found] == ["dpo x 0.8 (rank 2; IN=0.5)"] * 2
     assert [cell.picture for cell in found] == ["a picture"] * 2
+
+
+def test_a_refiner_is_refused_where_it_would_take_the_bake_away(baked: Session):
+    """All axes: what is set on the page, too, would leave the bake to the first cell alone."""
+    plot = Plot(baked)
+    plot.refiner = "other"
+    found = plot.run(("Steps", [1, 2]))
+    assert all(is_card(cell.picture) for cell in found)
+    (told,) = {cell.extra_generation_params["DPO error"] for cell in found}
+    assert "the refiner is loaded in its place" in told
+    assert "the first cell would hold it, and the others not; undo the bake" in told
+    assert baked.host.live.baked()
+    baked.jobs.run("undo", baked.unbake)
+    assert [cell.picture for cell in plot.run(("Steps", [1, 2]))] == ["a picture"] * 2
 
 
 def test_a_checkpoint_that_is_yet_to_be_loaded_is_clean(baked: Session):

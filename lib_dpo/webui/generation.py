@@ -131,9 +131,9 @@ class Generation:
         p.extra_generation_params = {key: text for key, text in p.extra_generation_params.items() if key not in ours}
         setattr(p, _ACTIVE, (None, 0.0))
         with self._refusing(p):
-            baked = self._session.host.live.baked()
+            baked = self._write_baked(p)
             if baked:
-                p.extra_generation_params[INFOTEXT["baked"]] = self._ingredient(baked).text
+                self._tell_of_loss(p, baked)
             wish = wish_of(p, *args)
             if not wish.is_on:
                 return
@@ -160,12 +160,48 @@ class Generation:
     def on_batch(self, p: Any) -> None:
         patch, strength = getattr(p, _ACTIVE, (None, 0.0))
         with self._refusing(p):
+            self._write_baked(p)  # a refiner may have taken it away since the batch before
             self._session.host.live.on_batch(p, patch, strength)
 
     def on_sampling(self, p: Any) -> None:
         patch, strength = getattr(p, _ACTIVE, (None, 0.0))
         with self._refusing(p):
             self._session.host.live.on_sampling(p, patch, strength)
+
+    def _write_baked(self, p: Any) -> Baked | None:
+        """Let the infotext say what is in the weights now; that is given back."""
+        baked = self._session.host.live.baked()
+        if baked:
+            p.extra_generation_params[INFOTEXT["baked"]] = self._ingredient(baked).text
+        else:
+            p.extra_generation_params.pop(INFOTEXT["baked"], None)
+        return baked
+
+    def _tell_of_loss(self, p: Any, baked: Baked) -> None:
+        """Say that a bake does not outlast a picture for which another checkpoint is loaded.
+
+        Raises:
+            HostError: in a plot, of which the cells would differ.
+        """
+        other = "the refiner" if self._is_refined(p) else "the hires checkpoint" if _has_hires_checkpoint(p) else ""
+        if not other:
+            return
+        found = f"{self._ingredient(baked)} is baked into the model, and {other} is loaded in its place to finish the picture"
+        instead = "undo the bake and switch this script on, or save the baked model as a checkpoint and choose that"
+        if cells.plot_axes(p) is not None:
+            raise HostError(f"{found}: the first cell would hold it, and the others not; {instead}")
+        p.comment(
+            f"{TITLE}: {found}: unless the WebUI keeps both in memory, the bake is lost then, and the pictures after the first "
+            f"batch are without it; to have it in all, {instead}"
+        )
+
+    def _is_refined(self, p: Any) -> bool:
+        """Whether a refiner takes over: at once where no time is set, never at 1 or where it is the loaded checkpoint."""
+        refiner, switch_at = getattr(p, "refiner_checkpoint", None), getattr(p, "refiner_switch_at", None)
+        if refiner in (None, "", "None", "none") or (switch_at is not None and switch_at >= 1):
+            return False
+        found, loaded = getattr(p, "refiner_checkpoint_info", None), self._session.host.live.loaded()
+        return found is None or loaded is None or Path(found.filename) != loaded.path
 
     def _check_networks(self, p: Any, patch: Patch) -> None:
         """Raises HostError where a request switches off what the offset would be added through."""
@@ -176,9 +212,8 @@ class Generation:
             )
 
     def _tell_of_refiner(self, p: Any) -> None:
-        refiner, switch_at = getattr(p, "refiner_checkpoint", None), getattr(p, "refiner_switch_at", None)
         told = self._session.host.live.refiner
-        if told and refiner not in (None, "", "None") and switch_at is not None and switch_at < 1:
+        if told and self._is_refined(p):
             p.comment(f"{TITLE}: {told}")
 
     def _tell_of_loras(self, p: Any, patch: Patch | None, extra_network_data: Mapping[str, Any]) -> None:
@@ -224,6 +259,11 @@ class Generation:
             cells.fail(p, why)
         else:
             self._session.host.abort(p, f"{TITLE}: {why}")
+
+
+def _has_hires_checkpoint(p: Any) -> bool:
+    chosen = getattr(p, "hr_checkpoint_name", None)
+    return bool(getattr(p, "enable_hr", False)) and chosen not in (None, "", "None", "Use same checkpoint")
 
 
 def _is_same(baked: Baked, file: Path) -> bool:
