@@ -77,7 +77,8 @@ def draw(recipe: Recipe, world: World, base: Any, vae: Any, folder: Path, say: C
     latents, fits = [], []
     for start in range(0, len(scenes), _BATCH):
         part = slice(start, start + _BATCH)
-        found = sample(base, world.context_of(scenes[part]), world.context_of([None]), seeds[part])
+        said, empty = world.context_of(scenes[part]), world.context_of([None])
+        found = sample(base, said, empty, seeds[part], steps=recipe.drawing_steps)
         fits.append(torch.from_numpy(adherence(decode(vae, found), scenes[part])[:, 0]))
         latents.append(found.cpu())
         if start // _BATCH % 10 == 0:

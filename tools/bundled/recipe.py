@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lib_dpo.toy.generate import STEPS
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -28,6 +30,7 @@ class Recipe:
     beta: float = 2000.0  # of the Diffusion-DPO loss
     pictures: int = 32  # of every scene, drawn by the program and encoded once
     drawn: int = 8  # of every scene, by the base: those that are compared
+    drawing_steps: int = STEPS  # of each of them
     autoencoder_widths: tuple[int, ...] = (32, 32, 32, 32)
     unet_widths: tuple[int, ...] = (32, 64, 32, 32)
     unet_heads: int = 8
@@ -46,6 +49,7 @@ SMOKE = replace(
     preference=Stage(2, 2, 1e-4),
     pictures=1,
     drawn=2,
+    drawing_steps=1,
 )
 
 # SD 1.5's own numbers
