@@ -475,6 +475,18 @@ def test_families_that_are_not_supported_are_named(key: str, family: str, good: 
     assert tiny.figures(tmp_path / "r.json", "inspect", path)["kind"] == known
 
 
+@pytest.mark.parametrize("end", ["scale", "weight.scale", "scale_inv", "weight_scalar", "input_scale", "weight.absmax"])
+def test_a_weight_that_others_multiply_is_not_taken_as_it_is(end: str, good: Files, tmp_path: Path, refused: Refused):
+    """As quantisers write them: the stored number, of fp8 say, means something with its scale alone."""
+    layer = tiny.UNET + "middle_block.1.proj_in"
+    tensors = tiny.base()
+    tensors[f"{layer}.{end}"] = torch.tensor(1e-4)
+    path = tiny.save(tmp_path / "scaled.safetensors", tensors)
+    for name, role in (("bake", "target"), ("compat", "target"), ("extract", "base"), ("diff", "tuned")):
+        line = refused(*command(name, good, tmp_path, **{role: path}))
+        assert f"whose numbers are multiplied by others such as {layer}.{end}" in line
+
+
 @pytest.mark.parametrize(
     "suffixes", [("oft_blocks",), ("ia3_l", "on_input"), ("vera_lambda_b", "vera_lambda_d"), ("hada_w3",), ("lokr_t1",)]
 )

@@ -552,6 +552,15 @@ def test_pickles_are_read(tmp_path: Path, suffix: str, is_zip: bool):
         assert checkpoint.sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@needs_pickles
+def test_a_plain_number_as_alpha_is_read(tmp_path: Path):
+    """As kohya's scripts take it; other numbers are none of a model."""
+    torch.save({"x.lora_up.weight": torch.ones(2), "x.alpha": 2.0, "y.alpha": 4, "z.alpha": True, "step": 7}, tmp_path / "l.pt")
+    with open_checkpoint(tmp_path / "l.pt") as checkpoint:
+        assert checkpoint.infos.keys() == {"x.lora_up.weight", "x.alpha", "y.alpha"}
+        assert (float(checkpoint.read("x.alpha")), float(checkpoint.read("y.alpha"))) == (2.0, 4.0)
+
+
 def evil_zip(path: Path, folder: Path) -> None:
     torch.save({"state_dict": {"a": torch.ones(2)}, "callback": Runs(folder)}, path)
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lib_dpo.cli.text import bake_text, inspect_text, resize_text, verify_text
 from lib_dpo.errors import MismatchError
 from lib_dpo.families.arch import ARCHITECTURES
+from lib_dpo.families.keymap import UNET
 from lib_dpo.families.model import open_model
 from lib_dpo.families.shapes import checkpoint_shapes
 from lib_dpo.families.synthetic import small_pair
@@ -306,6 +307,49 @@ def test_a_part_that_is_not_understood_is_refused_by_name(tmp_path: Path, suffix
     if name == TO_Q:
         with open_checkpoint(path) as checkpoint, pytest.raises(MismatchError, match=key.replace(".", r"\.")):
             resize(checkpoint, tmp_path / "r.safetensors", RankPolicy(rank=2))
+
+
+def test_the_alpha_of_a_processors_pair_is_read_as_hosts_read_it(tmp_path: Path) -> None:
+    """ComfyUI and Forge Neo ask for `X.alpha` of X_lora.up.weight (load_lora in comfy/lora.py)."""
+    up, down = pair()
+    name = "unet." + TO_Q_DOTTED.replace("attn1.", "attn1.processor.")
+    tensors = {f"{name}_lora.up.weight": up, f"{name}_lora.down.weight": down, f"{name}.alpha": torch.tensor(1.0)}
+    found = read(saved(tmp_path / "old.safetensors", tensors), TO_Q_KEY)
+    torch.testing.assert_close(found, product(up, down, 1 / 4))
+
+
+@pytest.mark.parametrize("end", ["_lora.alpha", "_lora.network_alpha", ".lora_alpha"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_an_alpha_under_a_name_that_nobody_reads_is_refused(tmp_path: Path, end: str, dtype: torch.dtype) -> None:
+    up, down = pair()
+    name = "unet." + TO_Q_DOTTED
+    tensors = {f"{name}_lora.up.weight": up, f"{name}_lora.down.weight": down, f"{name}{end}": torch.tensor(1, dtype=dtype)}
+    with pytest.raises(MismatchError, match="is not understood"):
+        read(saved(tmp_path / "strange.safetensors", tensors), TO_Q_KEY)
+
+
+def test_a_core_that_is_not_square_has_the_rank_of_down(tmp_path: Path) -> None:
+    """As `dim` of A1111 (network_lora.py) and mat2.shape[0] of ComfyUI; LyCORIS writes square cores."""
+    generator = torch.Generator().manual_seed(0)
+    up, core, down = (torch.randn(shape, generator=generator) for shape in ((32, 6, 1, 1), (6, 4, 3, 3), (4, 32, 1, 1)))
+    name = "lora_unet_down_blocks_0_resnets_0_conv1"
+    tensors = {f"{name}.lora_up.weight": up, f"{name}.lora_mid.weight": core, f"{name}.lora_down.weight": down}
+    path = saved(tmp_path / "tucker.safetensors", tensors | {f"{name}.alpha": torch.tensor(2.0)})
+    found = read(path, UNET + "input_blocks.1.0.in_layers.2.weight")
+    by_hand = torch.einsum(
+        "or,rshw,si->oihw", *(x.double().squeeze() if x is not core else x.double() for x in (up, core, down))
+    )
+    torch.testing.assert_close(found, by_hand * 2 / 4, rtol=1e-6, atol=1e-6)
+
+
+def test_factors_of_exponents_alone_keep_their_range(tmp_path: Path) -> None:
+    """float8_e8m0fnu: powers of two of which float16 holds few."""
+    kind = getattr(torch, "float8_e8m0fnu", None)
+    if kind is None:
+        pytest.skip("this torch has no such numbers")
+    up, down = torch.full((32, 4), 2.0**-26), pair()[1]
+    path = saved(tmp_path / "e8m0.safetensors", kohya(TO_Q, up.to(kind), down))
+    torch.testing.assert_close(read(path, TO_Q_KEY), product(up, down))
 
 
 def test_a_reshaped_weight_is_refused_though_it_is_whole_numbers(tmp_path: Path) -> None:

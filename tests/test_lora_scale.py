@@ -271,3 +271,19 @@ def test_a_pattern_for_each_layer_takes_no_time() -> None:
     began = time.thread_time()
     assert [settings.scale(name, ranks[name]).value for name in names] == [8 / rank for rank in ranks.values()]
     assert time.thread_time() - began < 20
+
+
+def test_a_lokr_whose_scale_is_in_metadata_is_not_copied_without_it(tmp_path: Path) -> None:
+    """diffusers may keep a LoRA of the UNet and a LoKr of the text encoder in one file."""
+    up, down = pair()
+    name = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    lokr = {f"{name}.lokr_w1": (2, 2), f"{name}.lokr_w2_a": (24, 3), f"{name}.lokr_w2_b": (3, 24)}
+    settings = {
+        "unet.r": 4, "unet.lora_alpha": 8, "unet.peft_type": "LORA",
+        "text_encoder.r": 3, "text_encoder.alpha": 6, "text_encoder.peft_type": "LOKR",
+    }  # fmt: skip
+    tensors = {**peft("unet." + TO_Q_DOTTED, up, down), **{key: torch.ones(shape) for key, shape in lokr.items()}}
+    path = saved(tmp_path / "both.safetensors", tensors, {"lora_adapter_metadata": json.dumps(settings)})
+    with open_checkpoint(path) as lora, pytest.raises(MismatchError, match="whose scale is in its PEFT settings"):
+        resize(lora, tmp_path / "smaller.safetensors", RankPolicy(rank=2))
+    assert not (tmp_path / "smaller.safetensors").exists()

@@ -6,7 +6,7 @@ with the structure of SD 1.5 is an SD 1.5.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -140,6 +140,8 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (".comfy_quant", "a quantised checkpoint"),
     (".quant_state.", "a 4-bit quantised checkpoint"),
 )
+# Ends of the names beside a layer's weight of what its numbers are multiplied by, in the spellings of all quantisers known.
+_SCALES = ("scale", "scales", "scale_inv", "weight_scale", "weight_scalar", "input_scale", "absmax", "scalar")
 _MODEL = "a model"
 SUPPORTED = ", ".join(row.title for row in ARCHITECTURES.values() if row.resnets == 2)
 
@@ -163,6 +165,12 @@ class Recognised:
     notes: tuple[str, ...] = ()
 
 
+def _is_scale(key: str, keys: Collection[str]) -> bool:
+    """Whether a tensor scales the weight that lies beside it: `X.scale` or `X.weight.scale` with `X.weight`."""
+    head, _, end = key.rpartition(".")
+    return end in _SCALES and (f"{head}.weight" in keys or (head.endswith(".weight") and head in keys))
+
+
 def recognise(shapes: Mapping[str, Shape], *, name: str, expected: str = _MODEL) -> Recognised:
     """Recognise a checkpoint, UNet file or dense offset file from its tensors' names and dimensions.
 
@@ -179,6 +187,11 @@ def recognise(shapes: Mapping[str, Shape], *, name: str, expected: str = _MODEL)
     for mark, family in _REFUSED:
         if any(mark in key for key in shapes):
             raise MismatchError(f"{name}: this is {family}, which is not supported yet; expected one of {SUPPORTED}")
+    if scaled := next((key for key in shapes if _is_scale(key, shapes)), None):
+        raise MismatchError(
+            f"{name}: this is a quantised checkpoint, whose numbers are multiplied by others such as {scaled}, which is not "
+            f"supported yet; expected one of {SUPPORTED} in plain numbers"
+        )
     layout, prefix = _find_unet(shapes, name, expected)
     conv_in = shapes[prefix + ("input_blocks.0.0.weight" if layout == "ldm" else "conv_in.weight")]
     architecture = _as_pruned(_architecture(shapes, layout, prefix, name), shapes, layout, prefix)

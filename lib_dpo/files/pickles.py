@@ -44,8 +44,8 @@ class PickledFile:
             raise BadFileError(f"{path}: holds a {type(content).__name__}, expected a state_dict; choose another file")
         self._tensors = {
             key: _plain(path, key, tensor)
-            for key, tensor in content.items()
-            if isinstance(key, str) and isinstance(tensor, torch.Tensor)
+            for key, value in content.items()
+            if isinstance(key, str) and isinstance(tensor := _number(key, value), torch.Tensor)
         }
         if found := pickled_kind(content):
             raise BadFileError(f"{path}: is {found.title}, expected the tensors of a model; {found.advice}")
@@ -93,6 +93,12 @@ def _unpickle(path: Path) -> Any:
         raise
     except Exception as error:  # a damaged pickle makes torch.load raise anything: KeyError, IndexError, RuntimeError
         raise damaged(path, f"it cannot be read as a torch checkpoint ({type(error).__name__})") from error
+
+
+def _number(key: str, value: Any) -> Any:
+    """A LoRA's alpha as a tensor where it is a plain number, as kohya's scripts take it too; everything else as it is."""
+    is_alpha = key.endswith(".alpha") and isinstance(value, (int, float)) and not isinstance(value, bool)
+    return torch.tensor(float(value), dtype=torch.float64) if is_alpha else value
 
 
 def _plain(path: Path, key: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from lib_dpo.offsets.lora.card import CardFate, fate_text, write_card
 from lib_dpo.offsets.lora.file import FileModules, read_modules
 from lib_dpo.offsets.lora.metadata import ENTRY_BYTES
 from lib_dpo.offsets.lora.offset import read_decomposed, read_factors
-from lib_dpo.offsets.lora.scale import PeftSettings
+from lib_dpo.offsets.lora.scale import ADAPTER_CONFIG, PeftSettings, form_scale
 from lib_dpo.operations.rank_plan import size_weight
 from lib_dpo.operations.resize_metadata import NewPair, energy_claimed, resized_metadata
 from lib_dpo.progress import Progress, Steps
@@ -175,10 +175,15 @@ def _others(found: FileModules) -> dict[str, str]:
 
 
 def _other_energy(lora: Checkpoint, found: FileModules) -> float:
-    """The energy of the LoHa and LoKr that are copied."""
+    """The energy of the LoHa and LoKr that are copied. Raises MismatchError: their scale lies outside of their tensors."""
     energy = 0.0
     for row in found.modules:
         if row.form and row.form.name in ("LoHa", "LoKr"):
+            if form_scale(lora, found.settings, row.parts, row.form.rank).source in ("metadata", ADAPTER_CONFIG):
+                raise MismatchError(
+                    f"{lora.path.name}: {row.name} is a {row.form.name} whose scale is in its PEFT settings, which a resized "
+                    "file does not carry; bake it, and extract a LoRA from base and result"
+                )
             change = read_decomposed(lora, row.parts, row.form, found.settings)
             energy += float(change.values.double().square().sum()) * change.scale**2
     return energy
@@ -197,28 +202,10 @@ def _alpha_key(name: str, parts: Mapping[str, str]) -> str | None:
 def _ranks(
     lora: Checkpoint, cores: Mapping[str, _Core], others: Mapping[str, str], policy: RankPolicy, *, precision: str, title: str
 ) -> dict[str, int]:
+    """The new rank of each module, 0 where it is left out."""
     if policy.fixed:
-        largest = max(core.rank for core in cores.values())
-        if policy.fixed > largest:
-            raise SettingError(
-                f"rank {policy.fixed} is above the LoRA's own {largest}; resizing only makes smaller: expected 1 to {largest}"
-            )
-        convolutions = [core.rank for core in cores.values() if _is_convolution(lora, core)]
-        if policy.conv_rank and policy.conv_rank > max(convolutions, default=largest):
-            raise SettingError(
-                f"conv_rank {policy.conv_rank} is above the convolutions' own {max(convolutions, default=largest)}; resizing "
-                "only makes smaller"
-            )
-        return {name: min(_own(policy, lora, core), len(core.values)) for name, core in cores.items()}
-    spectra = {}
-    for name, core in cores.items():
-        numel = math.prod(lora.infos[core.parts["up"]].shape) + math.prod(lora.infos[core.parts["down"]].shape)
-        if "mid" in core.parts:  # its kernel goes into the new down factor
-            numel *= math.prod(lora.infos[core.parts["mid"]].shape[2:])
-        per_rank = _dtype(lora, core, precision).itemsize * numel // core.rank
-        energies = core.values.square().numpy()
-        weight = size_weight(name, float(energies.sum()))
-        spectra[name] = Spectrum(energies, per_rank, 3 * (ENTRY_BYTES + len(name)), len(core.values), weight)
+        return _fixed_ranks(lora, cores, policy)
+    spectra = _spectra(lora, cores, precision)
     whole = _whole_attention(cores)
     rest = {
         name: replace(row, energies=row.energies[1:], fixed_bytes=0, cap=row.cap - 1) if name in whole else row
@@ -244,6 +231,36 @@ def _ranks(
                 + size_meant(size, least / 1e6)
             )
     return {name: rank + (name in whole) for name, rank in ranks.items()}
+
+
+def _fixed_ranks(lora: Checkpoint, cores: Mapping[str, _Core], policy: RankPolicy) -> dict[str, int]:
+    """The rank that was asked for, or what carries something. Raises SettingError: no module has so many."""
+    largest = max(core.rank for core in cores.values())
+    if policy.fixed and policy.fixed > largest:
+        raise SettingError(
+            f"rank {policy.fixed} is above the LoRA's own {largest}; resizing only makes smaller: expected 1 to {largest}"
+        )
+    convolutions = [core.rank for core in cores.values() if _is_convolution(lora, core)]
+    if policy.conv_rank and policy.conv_rank > max(convolutions, default=largest):
+        raise SettingError(
+            f"conv_rank {policy.conv_rank} is above the convolutions' own {max(convolutions, default=largest)}; resizing "
+            "only makes smaller"
+        )
+    return {name: min(_own(policy, lora, core), len(core.values)) for name, core in cores.items()}
+
+
+def _spectra(lora: Checkpoint, cores: Mapping[str, _Core], precision: str) -> dict[str, Spectrum]:
+    """What each further component of a module keeps, and what it costs."""
+    spectra = {}
+    for name, core in cores.items():
+        numel = math.prod(lora.infos[core.parts["up"]].shape) + math.prod(lora.infos[core.parts["down"]].shape)
+        if "mid" in core.parts:  # its kernel goes into the new down factor
+            numel *= math.prod(lora.infos[core.parts["mid"]].shape[2:])
+        per_rank = _dtype(lora, core, precision).itemsize * numel // core.rank
+        energies = core.values.square().numpy()
+        weight = size_weight(name, float(energies.sum()))
+        spectra[name] = Spectrum(energies, per_rank, 3 * (ENTRY_BYTES + len(name)), len(core.values), weight)
+    return spectra
 
 
 def _whole_attention(names: Iterable[str]) -> set[str]:

@@ -132,9 +132,14 @@ def read_modules(checkpoint: Checkpoint, expected: Architecture | None = None) -
     def find(name: str) -> LoraModule | None:
         return find_module(architectures[0].name, name) if architectures else None
 
+    def is_known(name: str) -> bool:
+        own = name.removesuffix("_lora").replace(".processor.", ".")  # `attn1.processor.to_q_lora` is to_q's, in old files
+        return find(name) is not None or find(own) is not None
+
     names = {group.module for group in groups}
-    floating = [key for key in unknown if is_float(checkpoint.infos[key].dtype)]
-    check_unknown_parts(floating, lambda name: name in names or find(name) is not None, file)
+    telling = [key for key in unknown if is_float(checkpoint.infos[key].dtype) or "alpha" in key.rpartition(".")[2]]
+    check_unknown_parts(telling, lambda name: name in names or is_known(name), file)
+    check_unknown_parts([key for group in groups if find(group.module) is None for key in group.parts.values()], is_known, file)
     same: dict[LoraModule | str, list[Group]] = {}
     for group in groups:
         same.setdefault(find(group.module) or group.module, []).append(group)

@@ -24,6 +24,7 @@ _FACTOR = re.compile(
 )
 # diffusers before 0.22; in a text encoder too, whose own names are q_proj and out_proj
 _PROCESSOR = re.compile(r"(?P<head>.+?)(?:\.processor)?\.to_(?P<letter>q|k|v|out)_lora\.(?P<side>up|down)\.weight")
+_PROCESSOR_ALPHA = re.compile(r"(?P<head>.+?)\.processor\.to_(?P<letter>q|k|v|out)\.alpha")  # as ComfyUI and Forge Neo read it
 # the parts of other decompositions, LyCORIS's names and PEFT's; PEFT has its adapter's name behind, where it is not taken off
 _DECOMPOSED = re.compile(
     r"(?P<module>.+)\.(?:"
@@ -79,6 +80,8 @@ def parse_key(key: str) -> tuple[str, str] | None:
         return match["module"], _SIDES[side]
     if match := _PROCESSOR.fullmatch(key):
         return f"{match['head']}.{_projection(match['head'], match['letter'])}", match["side"]
+    if match := _PROCESSOR_ALPHA.fullmatch(key):
+        return f"{match['head']}.{_projection(match['head'], match['letter'])}", "alpha"
     if match := _DECOMPOSED.fullmatch(key):
         return match["module"], match["part"] or match["glora"] or "magnitude"
     module, _, suffix = key.rpartition(".")

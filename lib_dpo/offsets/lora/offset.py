@@ -30,7 +30,7 @@ def read_factors(
 ) -> tuple[Tensor, Tensor, float]:
     """One module's up (out, rank), down (rank, in, kh, kw) or (rank, in), and its scale alpha / rank.
 
-    In the stored dtype, but float8 as float16, which holds all numbers of every kind of it: few operations take float8.
+    In the stored dtype, but float8 as float16, or as float32 where it is all exponent: few operations take float8.
     A `mid` factor (CP decomposition) is multiplied into `down`, in float32.
 
     Args:
@@ -43,15 +43,17 @@ def read_factors(
     for part in parts.keys() & {"up", "down", "mid", "alpha"}:
         _finite(checkpoint, parts[part])
     up, down = (_without_float8(checkpoint.read(parts[side])) for side in ("up", "down"))
-    up = up.flatten(1)
+    up, rank = up.flatten(1), down.shape[0]  # that of `down` counts, also where a core has more rows than columns
     if "mid" in parts:
         mid = checkpoint.read(parts["mid"]).float()  # (rank, rank, kh, kw)
         down = torch.einsum("abhw,bi->aihw", mid, down.float().flatten(1))
-    return up, down, form_scale(checkpoint, settings, parts, down.shape[0]).value
+    return up, down, form_scale(checkpoint, settings, parts, rank).value
 
 
 def _without_float8(factor: Tensor) -> Tensor:
-    return factor.half() if factor.element_size() == 1 else factor
+    if factor.element_size() > 1:
+        return factor
+    return factor.float() if "e8m0" in str(factor.dtype) else factor.half()  # which holds all numbers of the other kinds
 
 
 def truncated_factors(lora: LoraFile, layer: LoraLayer, rank: int | None) -> tuple[Tensor, Tensor, float]:
