@@ -47,6 +47,23 @@ def test_the_rounding_energy_is_what_rounding_really_does(dtype: torch.dtype) ->
     assert rounding_energy(true) < 1e-4 * real
 
 
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize("kept_as", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])
+def test_a_tensor_that_went_through_a_coarser_format_counts_as_that(name: str, kept_as: torch.dtype, small: bool) -> None:
+    """As a merge in bfloat16, or an fp8 file, that somebody saved as half precision; a norm of few values too."""
+    noise = torch.randn(640, 1 if small else 640, generator=torch.Generator().manual_seed(0))
+    true = 1 + 0.2 * noise if small else 0.02 * noise
+    stored = true.to(getattr(torch, name))
+    real = float((stored.double() - true.double()).square().sum())
+    assert rounding_energy(stored.to(kept_as)) == pytest.approx(real, rel=0.3)
+
+
+def test_constants_do_not_tell_a_format() -> None:
+    assert rounding_energy(torch.ones(640)) < 1e-10
+    assert rounding_energy(torch.zeros(640)) < 1e-10
+
+
 def test_the_noise_floor_is_the_share_of_noise_in_the_offset(sd1: Files) -> None:
     with open_model(sd1[0]) as base, open_model(sd1[1]) as tuned:
         report = diff(open_pair(base, tuned))

@@ -501,6 +501,7 @@ NOISE = np.random.default_rng(0).uniform(0, 255, (64, 64, 3))
         ({0.5: 8.0, 1.0: 9.0, 1.5: 17.0}, "The effect grows up to 1.5; start with 1."),
         ({-1.0: 20.0, -2.0: 30.0}, "largest with strength -2 (30.0 grey levels on average) and smallest with strength -1"),
         ({0.5: 0.2, 1.0: 0.5, 2.0: NOISE}, "No visible effect up to strength 1; the pictures fall apart from 2 on"),
+        ({-2.0: 30.0, 0.5: 0.2}, "up to strength 0.5. With strength -2, the opposite of DPO, the effect is strong."),
     ],
 )
 def test_verdicts(shifts: dict[float, Any], text: str):

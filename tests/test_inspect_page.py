@@ -23,6 +23,7 @@ from lib_dpo.families.model import open_model
 from lib_dpo.offsets import file_kinds
 from lib_dpo.offsets.breeds import breeds_of
 from lib_dpo.offsets.lora.offset import open_offset
+from lib_dpo.offsets.prediction import prediction_of
 from lib_dpo.pictures.bars import block_columns, rank_columns, strength_line
 from lib_dpo.webui.session import Session
 from lib_dpo.webui.tab import inspect, parts
@@ -152,6 +153,10 @@ def test_a_strength_lies_between_its_marks(value: float, error: float):
         ("dreamshaperXL_lightningDPMSDE", ["distilled"]),
         ("Hyper-SD15", ["distilled"]),
         ("hyperrealism_v3", []),
+        ("hyperRealism_v30", []),
+        ("Hyper-SDXL-8steps", ["distilled"]),
+        ("realvis_hyper_4step", ["distilled"]),
+        ("tdd_dmd2_sdxl", ["distilled"]),
         ("turbocharged", []),
         ("ponyDiffusionV6XL_v6StartWithThisOne", ["far from the base"]),
         ("Illustrious-XL-v0.1", ["far from the base"]),
@@ -163,6 +168,15 @@ def test_a_strength_lies_between_its_marks(value: float, error: float):
 def test_names_tell_distilled_and_far_models(name: str, kinds: list[str], tmp_path: Path):
     with open_model(tiny.save(tmp_path / f"{name}.safetensors", tiny.base())) as model:
         assert [breed.kind for breed in breeds_of(model)] == kinds
+
+
+def test_a_folder_tells_by_its_whole_name(tmp_path: Path):
+    folder = tiny.save_folder(tmp_path / "dreamshaper-7.0-lcm", "sd1", tiny.base())
+    (tmp_path / "dreamshaper-7.yaml").write_text('model: {params: {parameterization: "v"}}', encoding="utf-8")
+    for place in (folder, folder / "unet" / "diffusion_pytorch_model.safetensors"):
+        with open_model(place) as model:
+            assert [breed.kind for breed in breeds_of(model)] == ["distilled"]
+            assert prediction_of(model).effective in ("eps", ""), "of another file"
 
 
 def test_files_tell_the_rest(tmp_path: Path, session: Session):
@@ -237,6 +251,18 @@ def test_a_list_waits_no_longer_than_it_was_told_to(tmp_path: Path, monkeypatch:
             break
         time.sleep(0.05)
     assert file_kinds.labelled(files, seconds=0)[-1] == "19 · UNet"
+
+
+def test_an_offset_that_others_made_is_not_called_a_unet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It has the names and shapes of a UNet, and no metadata; its norms tell."""
+    monkeypatch.setattr(file_kinds, "_known", {})
+    base, tuned = tiny.only_unet(tiny.base()), tiny.only_unet(tiny.tuned(rms=1e-3))
+    change = {key: tuned[key] - base[key] for key in base}
+    for names in (change, tiny.in_diffusers("sd1", change)):
+        path = tiny.save(tmp_path / f"{len(file_kinds._known)}.safetensors", names, torch.float16)
+        assert file_kinds.labelled([("published", path)], seconds=9) == ["published · offset, SD 1.x"]
+    weights = tiny.save(tmp_path / "weights.safetensors", tiny.in_diffusers("sd1", tuned), torch.float16)
+    assert file_kinds.labelled([("weights", weights)], seconds=9) == ["weights · UNet, SD 1.x"]
 
 
 @pytest.mark.newest

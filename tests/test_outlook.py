@@ -79,6 +79,20 @@ def test_an_exact_lora_is_as_foreseen(pair: Pair, figures: Figures, tmp_path: Pa
     assert said.energy_kept == pytest.approx(found.tally.total.energy_kept, abs=0.005)
 
 
+def test_an_exact_lora_has_no_norms_of_text_encoders(tmp_path: Path) -> None:
+    base, tuned = tiny.base(), tiny.tuned(rms=1e-3)
+    for key in base:  # all of the encoder, its norms and embeddings too
+        if key.startswith("cond_stage_model.") and tuned[key].is_floating_point():
+            tuned[key] = base[key] + 0.05
+    paths = [tiny.save(tmp_path / f"{name}.safetensors", of) for name, of in (("base", base), ("tuned", tuned))]
+    with open_model(paths[0]) as one, open_model(paths[1]) as other:
+        pair = open_pair(one, other)
+        said = Sizes(measure_figures(pair, device="cpu")).exact()
+        found = extract(pair, tmp_path / "exact.safetensors", ExtractSettings(form="exact", device="cpu"))
+    assert said.energy_kept < 0.97
+    assert said.energy_kept == pytest.approx(found.tally.total.energy_kept, abs=0.005)
+
+
 def test_curves_rise_from_one_component_to_all_that_a_lora_holds(figures: Figures) -> None:
     sizes = Sizes(figures)
     ends = []

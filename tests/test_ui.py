@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lib_dpo.errors import Cancelled, HostError, NotFoundError
-from lib_dpo.hosts.base import Check, FileEntry, Request
+from lib_dpo.hosts.base import Check, FileEntry, Request, Silent
 from lib_dpo.offsets.file_kinds import plain_name
 from lib_dpo.webui.references.picker import Bases
 from lib_dpo.webui.session import Session
@@ -36,7 +36,7 @@ from lib_dpo.webui.tab.bake import before, blocks
 from lib_dpo.webui.tab.bake import page as bake
 from lib_dpo.webui.tab.extract import outlook
 from lib_dpo.webui.tab.extract import page as extract
-from lib_dpo.webui.tab.extract.cards import first_view
+from lib_dpo.webui.tab.extract.cards import analysis_html, first_view, offset_html
 
 EVIL = "<img src=x onerror=alert(1)>\"'&"
 SETTINGS = (extract.BY_RANK, 4, 0, 80, 50, "auto", "portable", "fp16")
@@ -463,6 +463,36 @@ def test_analyse_answers_the_four_questions(session: Session, host: FakeHost):
     assert "0.5; compare" in html
 
 
+def test_analyse_on_the_loaded_reference_does_not_say_that_it_fits(session: Session, host: FakeHost):
+    base, reference = host.checkpoint_dir / "base.safetensors", host.checkpoint_dir / "tuned.safetensors"
+    tiny.save(reference, tiny.tuned(rms=1e-3), torch.float16)
+    host.live.load(reference)
+    html = analysis_html(session, session.analyse(Silent(), base=base.name, reference=reference.name))
+    assert "tuned is the reference itself: all of it is in it already" in html
+    assert "0: the loaded model is the reference" in html
+
+
+def test_analyse_on_a_loaded_base_that_is_the_wrong_one_repeats_that(session: Session, host: FakeHost):
+    host.live.load(host.checkpoint_dir / "other.safetensors")
+    html = analysed(session, "other.safetensors")[0]
+    assert html.count("Wrong base: ") == 2
+    assert "is itself the base" not in html
+    assert "first look for the right base" in html
+
+
+def test_the_card_of_an_offset_file_says_what_it_holds(session: Session, host: FakeHost):
+    encoder = tiny.tuned(rms=1e-3)
+    for key in encoder:
+        if key.startswith("cond_stage_model.") and encoder[key].is_floating_point():
+            encoder[key] = encoder[key] + 0.01
+    reference = tiny.save(host.reference_dir / "both.safetensors", encoder)
+    found = session.write_offset(Silent(), base="base.safetensors", reference=reference.stem, name="part")
+    assert found.kept.total.energy_kept < 0.5
+    html = offset_html(session, found)
+    assert "It holds all" not in html
+    assert f"It holds {markup.percent(found.kept.total.energy_kept)} of what DPO changed." in html
+
+
 def test_analyse_draws_the_curve_and_ends_the_sliders(session: Session):
     _, curve, known, rank, conv_rank = analysed(session)
     assert "Rank 4 →" in curve
@@ -542,16 +572,19 @@ def test_presets_end_where_the_model_does(session: Session, name: str, words: st
 def test_lora_or_bake_follows_from_the_figures(session: Session):
     from lib_dpo.webui.tab.extract.cards import _lora_or_bake
 
-    def said(kept: float) -> str:
+    def said(kept: float, *, encoders: bool = False) -> str:
         from types import SimpleNamespace
 
-        return " ".join(_lora_or_bake(SimpleNamespace(ranks=[64], energy_at_rank=[kept])))  # type: ignore[arg-type]  # all that it reads
+        spectra: Any = SimpleNamespace(ranks=[64], energy_at_rank=[kept])
+        return " ".join(_lora_or_bake(spectra, encoders=encoders))
 
     answers = {said(kept).partition(":")[0] for kept in (0.98, 0.6, 0.3)}
     assert len(answers) == 3
     assert "98.0 %" in said(0.98)
     assert "bake would add nothing" in said(0.98)
     assert "30.0 %" in said(0.3)
+    assert "All of it is in an exact LoRA" in said(0.3)
+    assert "All of the UNet's part is in an exact LoRA" in said(0.3, encoders=True), "no file holds an encoder's norms"
 
 
 def test_the_first_view_says_which_file_to_put_where(session: Session):

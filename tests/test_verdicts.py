@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 
+from lib_dpo.families.keymap import UNET
 from lib_dpo.families.model import open_model
+from lib_dpo.families.synthetic import offset_tensor
 from lib_dpo.offsets.prediction import Prediction, prediction_of
 
 pytestmark = pytest.mark.newest  # depends on nothing that older sets have otherwise
@@ -162,3 +165,123 @@ def test_a_bake_of_our_own_is_no_reference(tmp_path: Path, capsys: pytest.Captur
     assert figures["verdict"]["text"].startswith("No new reference: baked has dpo_offset × 0.8 baked in by this tool")
     text, _ = printed(capsys, tmp_path, "compat", "--target", base, "--base", base, "--tuned", baked)
     assert text.startswith("No new reference: baked has dpo_offset × 0.8 baked in")
+
+
+# ---- sentences that would claim too much ----
+
+
+def moved(rms: float, seed: int = 7) -> dict[str, torch.Tensor]:
+    """Another finetune of the base: its UNet, moved by chance."""
+    base = tiny.base()
+    return {
+        key: tensor + offset_tensor(key, tensor.shape, seed=seed, rms=rms) if key.startswith(UNET) else tensor
+        for key, tensor in base.items()
+    }
+
+
+def test_a_wrong_base_does_not_put_dpo_into_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Offset and drift are both what the finetune changed, so the strength comes out as 1 in a model without DPO."""
+    clean, tuned = checkpoint(tmp_path / "clean.safetensors"), checkpoint(tmp_path / "tuned.safetensors", tuned=True)
+    for rms, verdict in ((0.06, "Wrong base: "), (0.006, "Doubtful base: ")):
+        finetune = tiny.save(tmp_path / "finetune.safetensors", moved(rms))
+        text, figures = printed(capsys, tmp_path, "compat", "--target", clean, "--base", finetune, "--tuned", tuned)
+        assert figures["strength_inside"] == pytest.approx(1, abs=0.05)
+        assert (figures["verdict"]["level"], figures["suggested_strength"]) == ("other", 0.5)
+        assert text.startswith(verdict)
+    near = tiny.save(tmp_path / "near.safetensors", moved(0.003))
+    text, _ = printed(capsys, tmp_path, "compat", "--target", clean, "--base", near, "--tuned", tuned)
+    assert "That holds if DPO started from near, and not from a model before it." in text
+
+
+def test_a_doubt_about_the_pair_is_in_the_figures_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base, tuned = checkpoint(tmp_path / "base.safetensors"), checkpoint(tmp_path / "sd-dpo.safetensors", tuned=True)
+    other = checkpoint(tmp_path / "other.safetensors")
+    text, figures = printed(capsys, tmp_path, "compat", "--target", other, "--base", tuned, "--tuned", base)
+    assert text.startswith("The order looks swapped")
+    assert (figures["verdict"]["level"], figures["suggested_strength"]) == ("other", 0.5)
+
+
+def test_dpo_is_a_word_of_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base, tuned = checkpoint(tmp_path / "endpoint_mix.safetensors"), checkpoint(tmp_path / "tuned.safetensors", tuned=True)
+    _, figures = printed(capsys, tmp_path, "diff", "--base", base, "--tuned", tuned)
+    assert figures["verdict"]["text"].startswith("Right base")
+
+
+def test_files_too_coarse_to_tell_whether_dpo_is_inside_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    exact, change = tiny.exact_base(), tiny.tuned(rms=1e-4)
+    base = tiny.save(tmp_path / "base.safetensors", exact, torch.bfloat16)
+    paths = [tiny.save(tmp_path / f"{name}.safetensors", change) for name in ("tuned", "copy")]
+    text, figures = printed(capsys, tmp_path, "compat", "--target", paths[1], "--base", base, "--tuned", paths[0])
+    assert figures["strength_inside"] + 3 * figures["strength_inside_error"] > 1
+    assert "its weights cannot tell whether DPO is in it" in text
+    assert figures["suggested_strength"] == 0.5
+
+
+def test_a_distilled_target_of_a_plain_pair(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base, tuned = checkpoint(tmp_path / "base.safetensors"), unet(tmp_path / "dpo.safetensors")
+    turbo = tiny.save(tmp_path / "sd_turbo.safetensors", moved(0.003))
+    text, figures = printed(capsys, tmp_path, "compat", "--target", turbo, "--base", base, "--tuned", tuned)
+    assert text.startswith("sd_turbo is of another kind than the pair: distilled for few steps")
+    assert (figures["verdict"]["level"], figures["suggested_strength"]) == ("other", 0.5)
+    own = tiny.save(tmp_path / "turbo-dpo.safetensors", tiny.only_unet(tiny.tuned()))
+    text, _ = printed(capsys, tmp_path, "compat", "--target", turbo, "--base", base, "--tuned", own)
+    assert not text.startswith("sd_turbo is of another kind")
+
+
+def test_equal_unets_are_no_right_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Though the text encoders differ by their rounding: the figures are not all zero."""
+    exact = tiny.exact_base()
+    one = tiny.save(tmp_path / "one.safetensors", exact | tiny.only_unet(tiny.base()))
+    other = tiny.save(tmp_path / "other.safetensors", tiny.base())
+    _, figures = printed(capsys, tmp_path, "diff", "--base", one, "--tuned", other)
+    assert figures["verdict"]["level"] == "doubtful"
+    assert figures["verdict"]["text"] == "No offset: the UNets of one and other are equal, so there is nothing to extract."
+
+
+def test_which_text_encoders_agree(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base = checkpoint(tmp_path / "base.safetensors", "sdxl")
+    tuned = tiny.tuned("sdxl")
+
+    def verdict(without: str) -> str:
+        rest = {key: tensor for key, tensor in tuned.items() if not key.startswith(without)}
+        path = tiny.save(tmp_path / "tuned.safetensors", rest)
+        found: str = printed(capsys, tmp_path, "diff", "--base", base, "--tuned", path)[1]["verdict"]["text"]
+        return found
+
+    assert verdict("-").endswith(", and the text encoders agree.")
+    assert verdict("conditioner.embedders.1").endswith(", and te1 of the text encoders agrees; te2 is in one file only.")
+    half = "conditioner.embedders.0.transformer.text_model.encoder.layers.1"
+    assert verdict(half).endswith(", and the text encoders agree as far as both files hold them.")
+    assert verdict("conditioner.").endswith(", and only UNets were compared.")
+
+
+def test_a_file_that_keeps_less_than_nothing_says_what_is_known_of_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    base, tuned = checkpoint(tmp_path / "base.safetensors"), tiny.save(tmp_path / "tuned.safetensors", tiny.tuned(rms=1e-3))
+    lora = tmp_path / "lora.safetensors"
+    assert tiny.run("extract", "--base", base, "--tuned", tuned, "-o", lora, "--rank", 8, "--no-card") == 0
+
+    def below_zero(path: Path, *, swapped: bool = False, other: Path = tuned) -> str:
+        pair = (other, base) if swapped else (base, other)
+        out, figures = printed(capsys, tmp_path, "verify", "--lora", path, "--base", pair[0], "--tuned", pair[1])
+        assert figures["energy_kept"] < 0
+        return next(line for line in out.splitlines() if line.startswith("below zero"))
+
+    four = {key: 4 * tensor if key.endswith(".alpha") else tensor for key, tensor in load_file(lora).items()}
+    strong = tiny.save(tmp_path / "strong.safetensors", four)
+    assert "at strength 0.25 it would keep" in below_zero(strong)
+    assert below_zero(strong).endswith("so its scale (alpha) is 4 times what this change needs")
+    assert "so base and tuned are swapped, or the file holds the opposite" in below_zero(lora, swapped=True)
+    strange = tiny.save(tmp_path / "strange.safetensors", moved(1e-3))
+    assert below_zero(lora, other=strange).endswith("so it belongs to another pair")
+
+
+def test_a_resized_fp8_lora_agrees_with_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its figure is a product of two shares, each with the rounding of its own step."""
+    base, tuned = checkpoint(tmp_path / "base.safetensors"), tiny.save(tmp_path / "tuned.safetensors", tiny.tuned(rms=1e-3))
+    eight, four = tmp_path / "eight.safetensors", tmp_path / "four.safetensors"
+    pair = ("--base", base, "--tuned", tuned)
+    assert tiny.run("extract", *pair, "-o", eight, "--rank", 8, "--precision", "fp8") == 0
+    assert tiny.run("resize", "--lora", eight, "-o", four, "--rank", 4, "--precision", "fp8") == 0
+    out, figures = printed(capsys, tmp_path, "verify", "--lora", four, *pair)
+    assert ": agrees" in out
+    assert figures["energy_kept"] == pytest.approx(figures["energy_kept_claimed"], abs=2e-3)

@@ -186,6 +186,9 @@ def test_votes_are_counted_whichever_picture_is_a():
     assert found.win_rate == 5 / 8
     assert tally(votes(5, 3), strength=0.5) == Tally()
     assert tally([replace(VOTE, a=1.0, b=0.5)]) == Tally(), "no picture without the offset"
+    below = [replace(VOTE, a=-1.0, b=0.0, answer="a")]
+    assert tally(below) == Tally(), "of the opposite of DPO"
+    assert tally(below, strength=-1.0) == Tally(wins=1, opposite=True)
 
 
 @pytest.mark.parametrize(
@@ -235,6 +238,8 @@ def test_the_e_value_of_thousands_of_votes_is_a_number():
         (Tally(34, 11, 5), "better", "DPO wins 34 of 45 on your model: real. Win rate 76 % (95 % interval 61 to 86 %). In 5"),
         (Tally(11, 34), "worse", "DPO loses 34 of 45 on your model: real."),
         (Tally(7, 3), "open", "Not decided yet: DPO wins 7 of 10."),
+        (Tally(20, 0, opposite=True), "better", "The opposite of DPO wins 20 of 20 on your model: real."),
+        (Tally(7, 3, opposite=True), "open", "Not decided yet: the opposite of DPO wins 7 of 10."),
         (Tally(48, 48), "no difference", "No difference after 96 votes that matters: at most 10 points from one half."),
     ],
 )
@@ -318,6 +323,27 @@ def test_the_best_strength_of_simulated_voters_is_found():
     assert len(held) == 24
     assert np.median(errors) < 0.15
     assert np.mean(held) > 0.8
+
+
+def test_votes_that_tell_nothing_find_no_best_strength():
+    same = [replace(VOTE, a=a, b=0.0, prompt=f"{n}", answer="none") for a in (-1.0, 1.0) for n in range(20)]
+    found = best_strength(same)
+    assert found is not None
+    assert (found.best, found.interval) == (0.0, None)
+    assert found.text == "No strength is preferred to another so far, in 40 votes."
+
+
+def test_few_votes_that_all_agree_leave_much_open():
+    found = best_strength([replace(VOTE, a=2.0, b=0.0, prompt=f"{n}", answer="a") for n in range(8)])
+    assert found is not None
+    assert found.interval is not None
+    low, high = found.interval
+    assert low < 1.5
+    assert high == found.best == 2.0
+    assert "It is the largest that was tried: one beyond it may be better." in found.text
+    opposite = best_strength([replace(VOTE, a=-2.0, b=0.0, prompt=f"{n}", answer="a") for n in range(8)])
+    assert opposite is not None
+    assert "It is the smallest that was tried" in opposite.text
 
 
 def test_pairs_that_tell_most_tell_more_than_any_pairs():

@@ -39,6 +39,7 @@ ONLY_ON_THE_COMMAND_LINE = {
     "pipeline.py": "pictures without a WebUI, whose user has a terminal",
     "detect.py": "where no WebUI is running",
     "header.py": "`git lfs pull` is what a git-lfs pointer needs",
+    "processes.py": "several processes are what `accelerate launch` starts in a terminal",
     "jobs.py": "`jobs` is a route of the API, which alone asks for jobs by id",
 }
 

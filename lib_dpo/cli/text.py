@@ -18,11 +18,13 @@ from lib_dpo.operations.inspect import Inspection
 from lib_dpo.operations.measure import Row, Tally
 from lib_dpo.operations.resize import ResizeReport
 from lib_dpo.operations.verdict import Verdict, changed_text_encoders
-from lib_dpo.operations.verify import VerifyReport
+from lib_dpo.operations.verify import Fit, VerifyReport
 from lib_dpo.operations.write_offset import OffsetReport
 
 if TYPE_CHECKING:
     from lib_dpo.pictures.function import FunctionReport
+
+_RELATED = 0.01  # of the change: what a file keeps of it at its best strength, below which it has nothing to do with it
 
 
 def diff_text(report: DiffReport) -> str:
@@ -98,18 +100,27 @@ def verify_text(report: VerifyReport) -> str:
     """Energy kept, in all and per block."""
     kept = report.tally.total.energy_kept
     lines = [f"energy kept {_percent(kept)} of the change"]
-    if kept < 0:
-        lines.append("below zero: this file belongs to another pair, or base and tuned are swapped")
+    if report.best_fit:
+        lines.append(f"below zero: {_fit_text(report.best_fit)}")
     if report.claimed is not None:
-        agrees = abs(report.claimed - kept) < 1e-4
         lines.append(
-            f"its metadata says {_percent(report.claimed)}: {'agrees' if agrees else 'does NOT agree with these files'}"
+            f"its metadata says {_percent(report.claimed)}: {'agrees' if report.agrees else 'does NOT agree with these files'}"
         )
     lines += _kept_by_component(report.tally)
     lines += [f"  {name:<6} {_percent(row.energy_kept):>8}  {_bar(row.energy_kept)}" for name, row in _ordered(report.tally)]
     lines += twin_lines(report.twins) + unplaced_lines(report.unmatched)
     lines += _left_out(report.left_out)
     return "\n".join(lines)
+
+
+def _fit_text(fit: Fit) -> str:
+    """Why a file keeps less than nothing of a change, as far as its best strength tells."""
+    if fit.energy_kept < _RELATED:
+        return "at no strength does it come near this change, so it belongs to another pair"
+    at = f"at strength {fit.strength:.2g} it would keep {_percent(fit.energy_kept)}"
+    if fit.strength < 0:
+        return f"{at}, so base and tuned are swapped, or the file holds the opposite"
+    return f"{at}, so its scale (alpha) is {1 / fit.strength:.2g} times what this change needs"
 
 
 def function_text(report: FunctionReport) -> str:

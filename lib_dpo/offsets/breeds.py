@@ -15,7 +15,8 @@ from lib_dpo.offsets.prediction import prediction_of
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of ponyDiffusionV6XL: pony, Diffusion, V, XL
 _NAMES = ("modelspec.title", "ss_output_name", "ss_sd_model_name")  # metadata that hold names of models
 _GUIDED = re.compile(r"(^|\.)time_embed(ding)?\.cond_proj\.")  # the guidance embedding of an LCM
-_DISTILLED = ("turbo", "lightning", "hyper", "lcm", "dmd", "dmd2")
+_DISTILLED = ("turbo", "lightning", "lcm", "dmd")
+_HYPER = re.compile(r"hyper[-_ ]?sd|hyper.*\d+[-_ ]?steps?", re.IGNORECASE)  # alone, a word of many other names
 _FAR = {"pony": "Pony", "illustrious": "Illustrious", "noobai": "NoobAI", "noob": "NoobAI"}
 
 
@@ -38,9 +39,10 @@ def breeds_of(model: Model) -> tuple[Breed, ...]:
 
 
 def _found(model: Model) -> Iterator[Breed]:
-    words = _words(model)
+    names = [model.name, *(model.checkpoint.metadata.get(name, "") for name in _NAMES)]
+    words = {word.casefold() for name in names for word in _WORD.findall(name)}
     guided = any(_GUIDED.search(key) for key in model.checkpoint.infos)
-    named = next((word for word in _DISTILLED if word in words), "")
+    named = next((word for word in _DISTILLED if word in words), "hyper" if any(map(_HYPER.search, names)) else "")
     if guided or named:
         yield Breed(
             "distilled",
@@ -65,8 +67,3 @@ def _found(model: Model) -> Iterator[Breed]:
             "trained so far from its base that an offset does less there and may do something else; try strengths 0.3 to 1 and "
             "compare",
         )
-
-
-def _words(model: Model) -> set[str]:
-    names = [model.path.stem, *(model.checkpoint.metadata.get(name, "") for name in _NAMES)]
-    return {word.casefold() for name in names for word in _WORD.findall(name)}

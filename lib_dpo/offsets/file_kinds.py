@@ -1,4 +1,7 @@
-"""What a file is, in two or three words for a list, from its header alone; remembered until the file changes."""
+"""What a file is, in two or three words for a list; remembered until the file changes.
+
+The header tells it, but for UNet and offset, which have the same names and shapes: there its norms do.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,20 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from safetensors import safe_open
+
 from lib_dpo.errors import DpoError
 from lib_dpo.families.arch import ARCHITECTURES, recognise
 from lib_dpo.files.checkpoint import PICKLES
 from lib_dpo.files.header import Header, read_header
 from lib_dpo.offsets.lora.keys import is_lora
+from lib_dpo.offsets.offset import NORM_WEIGHT_OF_A_MODEL
 
 _SIGN = " · "  # between the name of a file and its kind
 _LABELLED = re.compile(rf"(?s)(.+){_SIGN}(LoRA|exact LoRA|offset|UNet|checkpoint|folder|not a model)(, [^{_SIGN.strip()}]+)?")
 _WHOLE = ("first_stage_model.", "cond_stage_model.", "conditioner.", "text_model.")  # what a UNet alone does not have
+_NORMS = (".norm.weight", ".in_layers.0.weight", ".norm1.weight")  # of UNets, in ldm's names and in diffusers'
+_FEW = 8
 _known: dict[tuple[str, int, int], str] = {}
 _reading = threading.Lock()  # held while the rest of a list is read
 
@@ -78,7 +86,7 @@ def _read(path: Path) -> str:
             what, name = _lora(header)
         else:
             found = recognise({key: info.shape for key, info in header.infos.items()}, name=path.name)
-            what, name = _model(header), found.architecture.name
+            what, name = _model(header, path), found.architecture.name
     except DpoError:
         return "not a model"
     return f"{what}, {ARCHITECTURES[name].title}" if name in ARCHITECTURES else what
@@ -92,7 +100,17 @@ def _lora(header: Header) -> tuple[str, str]:
     return what, said.get("dpo.architecture") or (next(told, "") if version else "")
 
 
-def _model(header: Header) -> str:
-    if header.metadata.get("dpo.kind") == "offset":
+def _model(header: Header, path: Path) -> str:
+    if any(key.startswith(_WHOLE) for key in header.infos):
+        return "checkpoint"
+    if header.metadata.get("dpo.kind") == "offset" or _norms_are_near_zero(header, path):
         return "offset"
-    return "checkpoint" if any(key.startswith(_WHOLE) for key in header.infos) else "UNet"
+    return "UNet"
+
+
+def _norms_are_near_zero(header: Header, path: Path) -> bool:
+    """As `is_offset_file`, of a few norms that are read by themselves: what others publish says nothing in its header."""
+    norms = [key for key in header.infos if key.endswith(_NORMS)]
+    with safe_open(path, framework="pt") as file:
+        few = [file.get_tensor(key).float().abs().mean() for key in norms[:: max(1, len(norms) // _FEW)]]
+    return bool(few) and float(sum(few)) / len(few) < NORM_WEIGHT_OF_A_MODEL

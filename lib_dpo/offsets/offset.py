@@ -23,7 +23,7 @@ from lib_dpo.maths.delta import Term, Whole, total
 
 Kind = Literal["dense", "lora"]
 # A GroupNorm's weight lies near 1 in a model and near 0 in an offset; the smallest mean of SD's own norms is about 0.2.
-_NORM_WEIGHT_OF_A_MODEL = 0.05
+NORM_WEIGHT_OF_A_MODEL = 0.05
 POSITIONS = r"(^|\.)position_ids$"  # 0, 1, 2, …: no weights, though some files hold them as floating-point numbers
 
 
@@ -295,7 +295,7 @@ def is_offset_file(model: Model) -> bool:
     norms = [key for key in model.keys("unet") if key.endswith((".norm.weight", ".in_layers.0.weight"))]
     weights = [model.read(key).float().abs() for key in norms]
     means = [float(weight[weight.isfinite()].double().mean()) for weight in weights if bool(weight.isfinite().any())]
-    return bool(means) and sum(means) / len(means) < _NORM_WEIGHT_OF_A_MODEL
+    return bool(means) and sum(means) / len(means) < NORM_WEIGHT_OF_A_MODEL
 
 
 def dense_offset(model: Model) -> Offset:

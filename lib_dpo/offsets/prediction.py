@@ -116,7 +116,7 @@ def target_doubt(target: Model, pair: Pair) -> str:
 
 def _kinds(model: Model) -> Iterator[tuple[str, str]]:
     """Kind and mark, those first that hosts look at first."""
-    file, yaml = _beside(model.path.with_suffix(".yaml"))
+    file, yaml = _yaml(model.path)
     found = _YAML_KIND.search(yaml)
     if found and found[1].lower() in _SPELLINGS:
         yield _SPELLINGS[found[1].lower()], file
@@ -146,7 +146,7 @@ def _metadata_kinds(metadata: Mapping[str, str]) -> Iterator[tuple[str, str]]:
 
 
 def _zero_snr(model: Model) -> Iterator[str]:
-    file, yaml = _beside(model.path.with_suffix(".yaml"))
+    file, yaml = _yaml(model.path)
     if _YAML_ZERO.search(yaml):
         yield file
     if "ztsnr" in model.checkpoint.infos:
@@ -155,6 +155,11 @@ def _zero_snr(model: Model) -> Iterator[str]:
         yield "its scheduler_config.json"
     if model.checkpoint.metadata.get("ss_zero_terminal_snr", "").lower() == "true":
         yield "ss_zero_terminal_snr"
+
+
+def _yaml(path: Path) -> tuple[str, str]:
+    """As `_beside`, of the .yaml of a checkpoint; hosts read none beside a folder."""
+    return ("", "") if path.is_dir() else _beside(path.with_suffix(".yaml"))
 
 
 def _beside(file: Path) -> tuple[str, str]:

@@ -17,12 +17,13 @@ from lib_dpo.families.model import Model
 from lib_dpo.maths.lowrank import energy
 from lib_dpo.maths.precision import full_precision
 from lib_dpo.maths.threads import Scratch, side_by_side
+from lib_dpo.offsets.breeds import breeds_of
 from lib_dpo.offsets.coverage import LeftOut, left_out_of_unets, nothing_changed
 from lib_dpo.offsets.offset import Pair, blocks_in, check_finite, check_is_model, check_left_out
 from lib_dpo.offsets.prediction import Prediction, prediction_doubt, prediction_of, predictions, target_doubt
 from lib_dpo.offsets.recipe import baked_in
 from lib_dpo.operations.measure import rounding_energy
-from lib_dpo.operations.verdict import baked_doubt, order_doubt
+from lib_dpo.operations.verdict import baked_doubt, order_doubt, size_doubt
 from lib_dpo.progress import Progress, Steps
 from lib_dpo.settings import in_digits
 
@@ -31,8 +32,8 @@ from lib_dpo.settings import in_digits
 _NEAR, _FAR = 0.02, 0.35
 _COULD_BE = 0.5  # a model in which so much of DPO may be, within three errors, is not called one without it
 _ALL = 0.97  # of the strength that was baked in: beyond it a LoRA kept the whole change, as an exact one does
+_CAREFUL = 0.5  # the strength to begin with where nobody can tell
 _CONTAINED, _ERRORS = 0.15, 3.0  # DPO counts as contained from this strength on, if it is beyond three errors
-
 
 _PIECE = 1 << 16  # values of an inner product in float32
 _SAME_FILE = (
@@ -209,44 +210,8 @@ def _judge(
     total = _Sums()
     for sums in tensors:
         total.add(sums)
-    strength = total.strength
     error = math.hypot(_jackknife(tensors, total), total.rounding / total.offset if total.offset else 0.0)
-    drift = f"{100 * total.relative_drift:.3g} %"
-    inside = f"{in_digits(strength)} ± {error:.2f}"
-    contained = strength > _CONTAINED and strength > _ERRORS * error
-    rest = round(max(0.0, 1.0 - strength) / 0.05) * 0.05 if contained else 1.0
-    level: Level
-    if target.path.resolve() == pair.base.path.resolve():
-        level, text = "base", _SAME_FILE.format(target.name)
-    elif total.relative_drift == 0:
-        level, text = "base", f"{target.name} holds the same UNet as the base: the offset fits exactly. Start at strength 1."
-    elif contained:
-        level, text = "contained", _contained(target, strength, inside, rest)
-    elif strength < -_CONTAINED and strength < -_ERRORS * error:
-        level, rest = "fits", round((1.0 - strength) / 0.05) * 0.05
-        text = f"{target.name} holds the opposite of DPO, at strength {inside}: add {rest:.2f} for the full change."
-    elif total.relative_drift > _FAR:
-        level = "weaker"
-        text = (
-            f"{target.name} is far from the base ({drift} of its size away, as Pony is), so the offset will do less and may "
-            "do something else. Try strengths 0.3 to 1 and compare; a LoRA is easier to turn down than a bake."
-        )
-    elif total.relative_drift > _NEAR:
-        told = strength + _ERRORS * error <= _COULD_BE
-        without = f" without DPO in it ({inside})" if told else f"; its weights cannot tell whether DPO is in it ({inside})"
-        level, text = (
-            "fits",
-            (
-                f"{target.name} is a finetune of the base ({drift} of its size away){without}: the offset fits. Start at "
-                "strength 1 and compare 0.5 to 1.5."
-            ),
-        )
-    else:
-        level, text = "fits", f"{target.name} is close to the base ({drift}): the offset fits. Start at strength 1."
-    if other_kind := target_doubt(target, pair):
-        level, text = "other", f"{other_kind} By the weights: {text}"
-    if doubt := _pair_doubt(pair):
-        text = f"{doubt} As they are: {text}"
+    level, text, suggested = _verdict(target, pair, total, error)
     return CompatReport(
         itself=target.path.resolve() == pair.base.path.resolve(),
         architecture=pair.architecture.name,
@@ -254,16 +219,73 @@ def _judge(
         text=text,
         drift=total.relative_drift,
         cosine=total.cosine,
-        strength_inside=strength,
+        strength_inside=total.strength,
         strength_error=error,
-        suggested_strength=0.5 if level == "weaker" or (level == "other" and not contained) else rest,
+        suggested_strength=suggested,
         blocks=blocks,
         left_out=rows,
         predictions=predictions(pair) | {"target": prediction_of(target)},
     )
 
 
-def _contained(target: Model, strength: float, inside: str, rest: float) -> str:
+def _verdict(target: Model, pair: Pair, total: _Sums, error: float) -> tuple[Level, str, float]:
+    """How the offset fits, in words too, and the strength to begin with."""
+    level, text, suggested = _by_the_weights(target, pair, total, error)
+    if other_kind := target_doubt(target, pair) or _distilled_alone(target, pair):
+        suggested = suggested if level == "contained" else _CAREFUL
+        level, text = "other", f"{other_kind} By the weights: {text}"
+    if doubt := _pair_doubt(pair, total):
+        level, text, suggested = "other", f"{doubt} As they are: {text}", _CAREFUL
+    return level, text, suggested
+
+
+def _by_the_weights(target: Model, pair: Pair, total: _Sums, error: float) -> tuple[Level, str, float]:
+    """The same by drift and offset alone."""
+    strength = total.strength
+    drift = f"{100 * total.relative_drift:.3g} %"
+    inside = f"{in_digits(strength)} ± {error:.2f}"
+    if target.path.resolve() == pair.base.path.resolve():
+        return "base", _SAME_FILE.format(target.name), 1.0
+    if total.relative_drift == 0:
+        text = f"{target.name} holds the same UNet as the base: the offset fits exactly. Start at strength 1."
+        return "base", text, 1.0
+    if _is_real(strength, error):
+        rest = _rest(strength)
+        return "contained", _contained(target, pair, strength, inside, rest), rest
+    if _is_real(-strength, error):
+        rest = _rest(strength)
+        text = f"{target.name} holds the opposite of DPO, at strength {inside}: add {rest:.2f} for the full change."
+        return "fits", text, rest
+    if total.relative_drift > _FAR:
+        text = (
+            f"{target.name} is far from the base ({drift} of its size away, as Pony is), so the offset will do less and may "
+            "do something else. Try strengths 0.3 to 1 and compare; a LoRA is easier to turn down than a bake."
+        )
+        return "weaker", text, _CAREFUL
+    told = strength + _ERRORS * error <= _COULD_BE
+    start = 1.0 if told or strength < _COULD_BE else _CAREFUL
+    untold = "" if told else f"; its weights cannot tell whether DPO is in it ({inside})"
+    if total.relative_drift > _NEAR:
+        without = untold or f" without DPO in it ({inside})"
+        text = (
+            f"{target.name} is a finetune of the base ({drift} of its size away){without}: the offset fits. Start at "
+            f"strength {start:g} and compare {start / 2:g} to {1.5 * start:g}."
+        )
+        return "fits", text, start
+    return "fits", f"{target.name} is close to the base ({drift}){untold}: the offset fits. Start at strength {start:g}.", start
+
+
+def _is_real(strength: float, error: float) -> bool:
+    """Whether so much of DPO is in the target, and no chance."""
+    return strength > _CONTAINED and strength > _ERRORS * error
+
+
+def _rest(strength: float) -> float:
+    """What is left to add for the full change, in steps of 0.05."""
+    return round(max(0.0, 1.0 - strength) / 0.05) * 0.05
+
+
+def _contained(target: Model, pair: Pair, strength: float, inside: str, rest: float) -> str:
     """That DPO is in the target already, what its metadata says was baked in, and what to do about the rest."""
     record = baked_in(target.checkpoint.metadata)
     recorded = f" ({' and '.join(map(str, record))}, as its metadata says)" if record else ""
@@ -271,7 +293,9 @@ def _contained(target: Model, strength: float, inside: str, rest: float) -> str:
     if any(each.kind == "lora" for each in record) and strength < _ALL * sum(each.strength for each in record):
         # more of anything would overdo what the LoRA kept, and not make up for what it did not
         advice = "that is the part which the LoRA keeps; for all of it bake an offset file into the model as it was before"
-    return f"DPO is already in {target.name}, {inside} times the whole change{recorded}: {advice}."
+    found = f"DPO is already in {target.name}, {inside} times the whole change{recorded}: {advice}."
+    # a base that is itself a finetune is further from every other model, and so seems to lack what these hold
+    return found if record else f"{found} That holds if DPO started from {pair.names[0]}, and not from a model before it."
 
 
 def _with_no_place(report: CompatReport, target: Model, no_place: list[str], count: int) -> CompatReport:
@@ -283,9 +307,18 @@ def _with_no_place(report: CompatReport, target: Model, no_place: list[str], cou
     return replace(report, level="other", text=text, no_place=tuple(no_place))
 
 
-def _pair_doubt(pair: Pair) -> str:
+def _pair_doubt(pair: Pair, total: _Sums) -> str:
     """A sentence where the two files are no pair of a base and its reference, else nothing."""
-    return prediction_doubt(pair)[0] or baked_doubt(pair) or order_doubt(pair)
+    too_large = size_doubt(pair, total.relative_offset)
+    return prediction_doubt(pair)[0] or baked_doubt(pair) or order_doubt(pair) or (too_large.text if too_large else "")
+
+
+def _distilled_alone(target: Model, pair: Pair) -> str:
+    """A sentence where the target is distilled for few steps, and the pair is not; else nothing."""
+    if any(breed.kind == "distilled" for model in (pair.base, pair.tuned) for breed in breeds_of(model)):
+        return ""
+    found = next((breed for breed in breeds_of(target) if breed.kind == "distilled"), None)
+    return f"{target.name} is of another kind than the pair: {found.text}." if found else ""
 
 
 def _jackknife(tensors: list[_Sums], total: _Sums) -> float:

@@ -34,30 +34,42 @@ _GRID: Mapping[torch.dtype, tuple[int, int]] = {
     }.items()
     if hasattr(torch, name)
 }
+# Formats whose values others hold too, the coarsest first: a file may have gone through one of them.
+_COARSER = [
+    dtype
+    for dtype in (getattr(torch, "float8_e5m2", None), getattr(torch, "float8_e4m3fn", None), torch.bfloat16, torch.float16)
+    if dtype is not None
+]
+_TELLING = 4  # different sizes of values: so many do not fall on the coarser grid by chance, as a constant does
+_FIRST = 64  # values of a sample that show most formats to be none it went through
 _SAMPLE = 1 << 14  # values looked at per tensor: one tensor's mean step^2 is then known to about 1 %
 
 
 def rounding_energy(stored: Tensor) -> float:
     """Expected ||rounding error||^2 of a tensor as stored: the sum of step^2 / 12, estimated on an even sample.
 
-    A float32 tensor that holds only float16 (or bfloat16) values counts as what it really is.
+    A tensor that holds only values of a coarser format, such as float32 of an fp8 or bfloat16 file, counts as what it was.
     """
     if not stored.numel():
         return 0.0
     flat = stored.reshape(-1)
     sample = flat[:: max(1, flat.numel() // _SAMPLE)]
-    dtype = stored.dtype
     values = sample.float()
-    if dtype == torch.float32:
-        for narrow in (torch.float16, torch.bfloat16):
-            if bool((values.to(narrow).float() == values).all()) and bool(values.any()):
-                dtype = narrow
-                break
-    bits, smallest = _GRID[dtype]
+    bits, smallest = _GRID[_rounded_to(values, stored.dtype)]
     exponent = torch.frexp(values).exponent.double() - 1 - bits
     exponent = torch.where(values == 0, torch.full_like(exponent, smallest), exponent)
     step = torch.exp2(exponent.clamp_min(smallest))
     return float(step.square().mean() / 12) * flat.numel()
+
+
+def _rounded_to(values: Tensor, stored: torch.dtype) -> torch.dtype:
+    """The coarsest format that holds all of these float32 values; that in which they are stored where none does."""
+    coarser = [dtype for dtype in _COARSER if _GRID[dtype][0] < _GRID[stored][0]]
+    for dtype in coarser:
+        if all(bool((part.to(dtype).float() == part).all()) for part in (values[:_FIRST], values)):
+            steps = values[values != 0].abs().sort().values.diff()
+            return dtype if int(steps.count_nonzero()) + 1 >= _TELLING else stored
+    return stored
 
 
 @dataclass

@@ -220,8 +220,9 @@ def _no_effect(found: list[Effect]) -> str:
     where = "at any strength" if strengths else "in any column"
     if not any(effect.most for effect in found):
         return (
-            f"No effect {where}: the pictures are equal to the last bit, so nothing was applied. Look for a model of another "
-            "architecture than the offset, or for keys that the WebUI reported as not matched."
+            f"No effect {where}: the pictures are equal to the last bit, so nothing was applied, or less than the model's "
+            "numbers can hold. Look for a model of another architecture than the offset, or for keys that the WebUI reported "
+            "as not matched."
         )
     return f"No visible effect {where}. {NO_EFFECT}"
 
@@ -256,14 +257,26 @@ def _strengths(found: list[Effect]) -> tuple[str, Variant | None]:
     if broken:
         text += f"; the pictures fall apart from {broken[0]:g} on"
     visible = [effect for effect in steady if effect.level != "none"]
-    if not visible:  # nothing is to be seen before the jump
+    if not visible and (broken or len(steady) < len(sound)):  # nothing is to be seen before the jump
         return f"{text}; compare strengths between the two.", None
+    if not visible:
+        return f"{text}.{_opposite(found)}", None
     if len(rising) == 1:
         times = 0.5 if rising[0].level == "strong" else 2  # of a subtle effect more may be wanted
         return f"{text}; compare it with others, such as {rising[0].variant.value * times:g}.", None
     start = min(visible, key=lambda effect: (abs(effect.variant.value - 1), effect.variant.value))
     though = ", where it is subtle" if start.level == "subtle" and any(effect.level == "strong" for effect in sound) else ""
     return f"{text}; start with {start.variant.value:g}{though}.", start.variant
+
+
+def _opposite(found: list[Effect]) -> str:
+    """What the largest strength below 0 does, after a sentence that tells of no effect above it."""
+    below = [effect for effect in found if effect.variant.value < 0 and effect.level != "none"]
+    if not below:
+        return ""
+    most = min(below, key=lambda effect: effect.variant.value)
+    does = "the pictures fall apart" if most.level == "broken" else f"the effect is {most.level}"
+    return f" With strength {most.variant.value:g}, the opposite of DPO, {does}."
 
 
 def _growth(sound: list[Effect]) -> tuple[str, list[Effect]]:

@@ -80,7 +80,8 @@ def _hear(host: Host, request: Request, patch: Patch | None, given: _Heard, job:
     with _listening(host, given.noisy, heard):
         host.generate(request, patch, 1.0 if patch else 0.0)
     job.check()
-    if not heard.noisy or (given.noisy and len(heard.noisy) != len(given.noisy)):
+    shapes, wanted = ([noisy.shape for noisy in each.noisy] for each in (heard, given))
+    if not shapes or (wanted and shapes != wanted):
         raise HostError(
             "this WebUI does not ask its UNet for one prediction a step, so function kept cannot be measured in it; use the "
             "command line"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lib_dpo.families.arch import Architecture
 from lib_dpo.hosts.base import Baked, LoadedModel
@@ -60,12 +60,13 @@ class Status:
 
 @dataclass(frozen=True)
 class Analysis:
-    """The verdicts before anything is written: on the pair, and on the loaded model where it is not the base."""
+    """The verdicts before anything is written: on the pair, and on the loaded model where it is none of the two."""
 
     diff: DiffReport
     compat: CompatReport | None
     key: tuple[str, str] | None = None  # by which the figures of the pair are known
     not_kept: str = ""  # why they are not there the next time
+    loaded: Literal["", "base", "reference"] = ""  # which of the two the loaded model is
 
     def as_json(self) -> dict[str, Any]:
         return {"diff": self.diff.as_json(), "compat": self.compat and self.compat.as_json()}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lib_dpo.errors import DpoError, MismatchError, NoModelError, SettingError
 from lib_dpo.families.arch import ARCHITECTURES, Architecture
@@ -145,9 +145,16 @@ class Session:
         with self._pair(base, reference) as pair:
             if not spectra:
                 report = diff(pair, on_progress=job.progress)
-                return Analysis(report, self._compat_of_loaded(job, pair, None))
+                return Analysis(report, self._compat_of_loaded(job, pair, None), loaded=self._loaded_of(pair))
             key, figures, not_kept = self.figures.measure(pair, job.progress)
-            return Analysis(report_on(pair, figures), self._compat_of_loaded(job, pair, key), key, not_kept)
+            compat = self._compat_of_loaded(job, pair, key)
+            return Analysis(report_on(pair, figures), compat, key, not_kept, self._loaded_of(pair))
+
+    def _loaded_of(self, pair: Pair) -> Literal["", "base", "reference"]:
+        """Which of a pair is loaded."""
+        model = self.host.live.loaded()
+        path = model.path.resolve() if model else None
+        return "base" if path == pair.base.path.resolve() else "reference" if path == pair.tuned.path.resolve() else ""
 
     def _compat_of_loaded(self, job: Job, pair: Pair, key: Key | None) -> CompatReport | None:
         """Whether a pair fits the loaded model; None where that is one of the two, or of another architecture.

@@ -103,4 +103,6 @@ def _compare_vae(pair: Pair) -> str:
     if not shared:
         return "not in both files"
     same = all(torch.equal(pair.base.read(key).flatten().float(), pair.tuned.read(key).flatten().float()) for key in shared)
+    if same and len(shared) < max(len(theirs), len(pair.base.keys("vae"))):
+        return f"the same as far as both files hold it ({len(shared)} tensors)"
     return "the same" if same else "different (for information: a VAE is never part of an offset)"

@@ -52,6 +52,11 @@ class Sizes:
         self._curves: dict[Way, list[Foreseen]] = {}
 
     @property
+    def components(self) -> tuple[str, ...]:
+        """What changed: `unet`, and text encoders."""
+        return self._spectra.components
+
+    @property
     def largest_rank(self) -> int:
         """From which on no layer takes more: the end of every way to choose a rank."""
         return max(spectrum.cap for spectrum in self._rows.values())
@@ -61,17 +66,24 @@ class Sizes:
         return self._of(self._ranks(policy))
 
     def exact(self) -> Foreseen:
-        """The file that holds the whole change, as int8; a layer that int8 does not do for takes more."""
+        """The file that holds the whole change, as int8; a layer that int8 does not do for takes more.
+
+        Norms and embeddings of text encoders have no place in a LoRA: their change is missing in it.
+        """
         tensors: list[_Tensor] = []
+        kept = 0.0
         for layer in self._spectra.plans["exact"]:
             name, bias = layer.module.name, self._change(layer.module.bias)
             if layer.kind == "norm":
                 tensors += self._whole_tensors(layer, "fp16")
-            elif self._spectra.changes.get(name) or bias or layer.required:
+                kept += sum(self._change(key) for key in layer.keys)
+                continue
+            kept += self._spectra.changes.get(name, 0.0) + (bias if layer.kind == "exact" else 0.0)
+            if self._spectra.changes.get(name) or bias or layer.required:
                 tensors += [(f"{name}.lokr_w1", "F32", 4, (1, 1)), (f"{name}.lokr_w2", "I8", 1, layer.shape)]
                 if layer.kind == "exact" and bias:
                     tensors.append((f"{name}.diff_b", "F16", 2, layer.shape[:1]))
-        return Foreseen(_file_bytes(tensors), 1.0, {})
+        return Foreseen(_file_bytes(tensors), min(1.0, kept / self._spectra.total), {})
 
     def curve(self, way: Way) -> list[Foreseen]:
         """Files from the smallest to the largest, as one way of choosing sizes gives them."""

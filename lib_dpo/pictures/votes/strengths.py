@@ -6,7 +6,9 @@ untouched model. "No difference" counts as half a vote for each. The prior β ~ 
 votes agree.
 
 The interval is a bootstrap over prompts: votes on one prompt are of one kind, so prompts are drawn, not votes. It holds the
-best strength of simulated voters in 9 of 10 tests; where their liking is no parabola in strength, in 3 of 4.
+best strength of simulated voters in 9 of 10 tests; where their liking is no parabola in strength, in 3 of 4. A few votes that
+all agree come out of every bootstrap alike, and leave much open all the same: there it is drawn from Laplace's approximation of
+the posterior of β.
 
 What is asked for next is the pair which tells most by the D-optimal rule: the largest p (1 - p) xᵀ C x, where x is what the
 pair sees of β, C the covariance of β so far, and p the probability of the answer that is foreseen.
@@ -34,6 +36,7 @@ _ROUNDS = 25  # of Newton's method: the problem is convex, 5 to 8 do
 _DRAWS = 400
 _GRID = 201  # strengths at which f is looked at
 _DIGITS = 2  # of a strength that people are told
+_FLAT = 1e-6  # log-odds between the best and the worst strength, below which no vote told them apart
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Curve:
     strengths: tuple[float, ...]
     liking: tuple[float, ...]
     best: float
-    interval: Pair | None  # of the best strength, 95 %; None with votes on fewer than MIN_PROMPTS prompts
+    interval: Pair | None  # of the best strength, 95 %; None with votes on fewer than MIN_PROMPTS prompts, or on a flat curve
     gain: float  # f(best), log-odds
     votes: int
     prompts: int
@@ -55,13 +58,24 @@ class Curve:
 
     @property
     def text(self) -> str:
-        """The figures in a sentence."""
+        """The figures in a sentence or two."""
+        if self.is_flat:
+            return f"No strength is preferred to another so far, in {self.votes} votes."
         if self.interval is None:
             needed = f"an interval needs votes on {MIN_PROMPTS} prompts"
             return f"Best strength so far {self.best:g}, from {self.votes} votes; {needed}."
         low, high = self.interval
         where = f"Best strength {self.best:g} (95 % interval {low:g} to {high:g})"
-        return f"{where}, from {self.votes} votes on {self.prompts} prompts."
+        beyond = ""
+        if self.best and self.best in (self.tried[0], self.tried[-1]):
+            end = "largest" if self.best > 0 else "smallest"
+            beyond = f" It is the {end} that was tried: one beyond it may be better."
+        return f"{where}, from {self.votes} votes on {self.prompts} prompts.{beyond}"
+
+    @property
+    def is_flat(self) -> bool:
+        """Whether the votes tell no strength from another."""
+        return max(self.liking) - min(self.liking) < _FLAT
 
     def as_json(self) -> dict[str, Any]:
         """What the API shows."""
@@ -98,11 +112,17 @@ def best_strength(votes: Sequence[Vote], *, seed: int = 0) -> Curve | None:
     basis = _basis(grid, span)
     beta = _fit(x, asked.sum(0)[None], liked.sum(0)[None])[0]
     curve = basis @ beta
-    best = round(float(grid[curve.argmax()]), _DIGITS)
+    flat = curve.max() - curve.min() < _FLAT
+    best = 0.0 if flat else round(float(grid[curve.argmax()]), _DIGITS)
     interval = None
-    if len(prompts) >= MIN_PROMPTS:
-        drawn = np.random.default_rng(seed).multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), _DRAWS)
+    if len(prompts) >= MIN_PROMPTS and not flat:
+        rng = np.random.default_rng(seed)
+        drawn = rng.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), _DRAWS)
         peaks = grid[(_fit(x, drawn @ asked, drawn @ liked) @ basis.T).argmax(1)]
+        if not np.ptp(peaks):
+            precision = _PRECISION * np.eye(len(beta)) + _information(x, asked.sum(0), beta)
+            betas = rng.multivariate_normal(beta, np.linalg.inv(precision), _DRAWS)
+            peaks = grid[(betas @ basis.T).argmax(1)]
         low, high = (round(float(value), _DIGITS) for value in np.quantile(peaks, (0.025, 0.975)))
         interval = min(low, best), max(high, best)
     return Curve(

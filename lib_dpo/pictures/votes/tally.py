@@ -41,6 +41,7 @@ class Tally:
     losses: int = 0
     ties: int = 0
     skipped: int = 0
+    opposite: bool = False  # of a negative strength: a win is one of the opposite of DPO
 
     @property
     def decided(self) -> int:
@@ -106,18 +107,18 @@ def tally(votes: Iterable[Vote], strength: float | None = None) -> Tally:
     """Count the votes against the untouched model; pairs of two strengths are no part of it.
 
     Args:
-        strength: of the pictures with the offset; None for all strengths.
+        strength: of the pictures with the offset; None for all above 0, for those below are of the opposite.
     """
     counts = {"wins": 0, "losses": 0, "ties": 0, "skipped": 0}
     for vote in votes:
         if (vote.a == 0) == (vote.b == 0):
             continue
         with_it = vote.a or vote.b
-        if strength is not None and with_it != strength:
+        if with_it != strength if strength is not None else with_it < 0:
             continue
         liked = {"a": vote.a, "b": vote.b}.get(vote.answer)
         counts["ties" if vote.answer == "none" else "skipped" if liked is None else "wins" if liked else "losses"] += 1
-    return Tally(**counts)
+    return Tally(**counts, opposite=strength is not None and strength < 0)
 
 
 def wilson(wins: int, n: int) -> tuple[float, float]:
@@ -138,11 +139,11 @@ def log_e_value(wins: int, losses: int) -> float:
 
 
 def _better(found: Tally) -> str:
-    return f"DPO wins {found.wins} of {found.decided} on your model: real. {_rate(found)}"
+    return _begun(f"{_who(found)} wins {found.wins} of {found.decided} on your model: real. {_rate(found)}")
 
 
 def _worse(found: Tally) -> str:
-    return f"DPO loses {found.losses} of {found.decided} on your model: real. {_rate(found)}"
+    return _begun(f"{_who(found)} loses {found.losses} of {found.decided} on your model: real. {_rate(found)}")
 
 
 def _alike(found: Tally) -> str:
@@ -154,7 +155,15 @@ def _alike(found: Tally) -> str:
 def _open(found: Tally) -> str:
     if not found.decided:
         return "Not decided yet: no vote prefers a picture."
-    return f"Not decided yet: DPO wins {found.wins} of {found.decided}. {_rate(found)} Go on voting."
+    return f"Not decided yet: {_who(found)} wins {found.wins} of {found.decided}. {_rate(found)} Go on voting."
+
+
+def _who(found: Tally) -> str:
+    return "the opposite of DPO" if found.opposite else "DPO"
+
+
+def _begun(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def _rate(found: Tally) -> str:

@@ -75,8 +75,8 @@ def _change(reference: Path, base: Path) -> float | None:
         with full_precision():
             for key in _sample(pair):
                 tally.add(key, measure(pair, key)[1])
-        if not tally.total.offset:
-            raise NothingToDoError(f"{base.name}: holds the same weights as {reference.name}; choose another file")
+        if not tally.components["unet"].offset:
+            raise NothingToDoError(f"{base.name}: holds the same UNet as {reference.name}; choose another file")
         return tally.components["unet"].relative_change if right_base(pair, tally).level == "fits" else None
 
 

@@ -220,6 +220,8 @@ def pair_html(asked: Asked) -> str:
 def figures_html(figures: Figures, last: Vote | None = None) -> str:
     """What was just voted on, and what all votes say."""
     title, mood = _TITLES[figures.tally.verdict]
+    if figures.tally.opposite:
+        title = title.replace("DPO", "The opposite of DPO")
     sentences, body = [figures.tally.text], ""
     if figures.curve:
         curve = figures.curve

@@ -17,6 +17,7 @@ LEVELS: Mapping[str, Mood] = {
     "fits": "good", "base": "good", "doubtful": "doubt", "weaker": "doubt", "contained": "doubt", "other": "doubt",
     "wrong": "bad",
 }  # fmt: skip
+ALL = 0.9995  # of the change: below it a figure stands instead of the word
 NEARLY_ALL = 0.9  # of the change: what a LoRA lacks then is not to be seen
 _SHARES: tuple[tuple[float, str], ...] = (
     (0.995, "all"),

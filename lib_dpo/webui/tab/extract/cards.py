@@ -16,6 +16,7 @@ from lib_dpo.webui.tab.markup import Mood
 if TYPE_CHECKING:
     from lib_dpo.operations.diff import DiffReport, Spectra
     from lib_dpo.operations.write_offset import OffsetReport
+
 _MUCH = 0.5  # of the change, from which on a LoRA of the default rank does for most uses
 
 
@@ -56,12 +57,14 @@ def _where_from(place: str) -> str:
 
 def analysis_html(session: Session, found: Analysis) -> str:
     """The answers about a pair, and where its change lies."""
+    from lib_dpo.operations.verdict import changed_text_encoders  # the maths, without which a WebUI starts
+
     report = found.diff
-    verdict = report.verdict
+    verdict, encoders = report.verdict, changed_text_encoders(report.tally)
     cards = [
         markup.card("Is it the right base?", verdict.text, mood=markup.LEVELS[verdict.level]),
         _fit_card(session, found),
-        markup.card("LoRA or bake?", *_lora_or_bake(report.spectra)),
+        markup.card("LoRA or bake?", *_lora_or_bake(report.spectra, encoders=bool(encoders))),
         markup.card("Which strength to start with?", _strength(found)),
     ]
     if found.not_kept:
@@ -80,33 +83,46 @@ def _fit_card(session: Session, found: Analysis) -> str:
         own = status.architecture.title if status.architecture else "not a model that DPO is known for"
         of_pair = found.diff.tally.architecture.title
         return markup.card(title, f"No: {status.model.name} is {own} and this pair is {of_pair}.", mood="bad")
-    return markup.card(title, f"Yes: {status.model.name} is itself the base or the reference.", mood="good")
+    verdict = found.diff.verdict
+    if found.loaded == "reference":
+        return markup.card(title, f"{status.model.name} is the reference itself: all of it is in it already.", mood="doubt")
+    if verdict.level != "fits":
+        return markup.card(
+            title, f"{status.model.name} is the base of this pair. {verdict.text}", mood=markup.LEVELS[verdict.level]
+        )
+    return markup.card(title, f"Yes: {status.model.name} is itself the base.", mood="good")
 
 
-def _lora_or_bake(spectra: Spectra | None) -> list[str]:
-    """What the figures of this pair speak for."""
+def _lora_or_bake(spectra: Spectra | None, *, encoders: bool) -> list[str]:
+    """What the figures of this pair speak for; `encoders`: whether text encoders changed, which no offset file holds."""
     if not spectra:
         return ["A LoRA for trying, an exact LoRA or a bake for all of the change."]
     kept_at = dict(zip(spectra.ranks, spectra.energy_at_rank, strict=True))
     rank = min(DEFAULT_RANK, max(kept_at))
     kept, most = kept_at[rank], max(kept_at.values())
+    unet = " of the UNet's part" if encoders else ""
     found = f"at rank {rank} it keeps {markup.percent(kept)} of this change ({markup.in_words(kept)})"
     if kept >= markup.NEARLY_ALL:
         return [f"A LoRA: {found}. Then a bake would add nothing that you can see."]
     if kept >= _MUCH:
         return [
             f"Start with a LoRA: {found}, and at its largest {markup.percent(most)}.",
-            "For the rest, write an exact LoRA, or bake from an offset file: both hold all of it.",
+            f"For the rest, write an exact LoRA, or bake from an offset file: both hold all{unet or ' of it'}.",
         ]
     return [
         f"A LoRA to try it, more to have it: {found}, for the change is spread over very many directions; at its largest "
         f"{markup.percent(most)}.",
-        "All of it is in an exact LoRA, for prompts, or in an offset file, to bake: that costs nothing when you generate.",
+        f"All{unet or ' of it'} is in an exact LoRA, for prompts, or in an offset file, to bake: that costs nothing when you "
+        "generate.",
     ]
 
 
 def _strength(found: Analysis) -> str:
     if not found.compat:
+        if found.loaded == "reference":
+            return "0: the loaded model is the reference, which has all of it already."
+        if found.diff.verdict.level != "fits":
+            return "0.5 or less, if at all: first look for the right base."
         return "1, the full change; 0.5 to 1.5 is worth comparing (page Compare)."
     start = found.compat.suggested_strength
     if not start:
@@ -174,13 +190,15 @@ def extracted_html(session: Session, found: Extracted) -> str:
 
 def offset_html(session: Session, found: OffsetReport) -> str:
     """The card of a new offset file."""
+    kept = found.kept.total.energy_kept
     left_out = "The text encoders differ too; an offset file holds the UNet only." if found.text_encoder_left_out else ""
     body = markup.facts(
         [("File", session.library.place(found.path)), ("Size", markup.size(found.file_bytes)), ("Tensors", found.tensors)]
     )
     cards = markup.card(
         f"{found.path.stem} is written",
-        "It holds all of what DPO changed.", left_out, mood="good", body=body + _doors(),
+        f"It holds {'all' if kept >= markup.ALL else markup.percent(kept)} of what DPO changed.", left_out,
+        mood="good" if kept >= markup.NEARLY_ALL else "doubt", body=body + _doors(),
     )  # fmt: skip
     if found.verdict.level != "fits":
         cards = markup.card("Look at the base first", found.verdict.text, mood=markup.LEVELS[found.verdict.level]) + cards

@@ -65,7 +65,7 @@ def drawn(
     marked, words = None, ""
     try:
         marked = sizes.exact() if by == EXACT else sizes.foresee(policy_of(by, rank, conv_rank, size, energy))
-        words = f'<p class="dpo-marked-words">{markup.text(_sentence(by, marked, rank) + _rest(by, marked))}</p>'
+        words = f'<p class="dpo-marked-words">{markup.text(_sentence(by, marked, rank) + _rest(by, marked, sizes))}</p>'
     except SettingError as error:
         words = parts.error_html(session, error)
     way = _WAYS.get(by, "rank")
@@ -122,17 +122,21 @@ def _ended(last: int | None, value: Any) -> Any:
 def _sentence(by: str, found: Foreseen, rank: Any) -> str:
     size, kept = markup.size(found.file_bytes), markup.percent(found.energy_kept)
     if by == EXACT:
-        return f"Exact → {size}, keeps all of the change"
+        return f"Exact → {size}, keeps {'all of the change' if found.energy_kept >= markup.ALL else kept}"
     if by == BY_RANK:
         return f"Rank {int(rank)} → {size}, keeps {kept}"
     return f"{size} → keeps {kept}, ranks up to {found.largest_rank}"
 
 
-def _rest(by: str, found: Foreseen) -> str:
+def _rest(by: str, found: Foreseen, sizes: Sizes) -> str:
     """What holds the part of the change that this LoRA would lack; nothing where it lacks none to speak of."""
     if by == EXACT or found.energy_kept >= markup.NEARLY_ALL:
         return ""
-    return ". All of it: an exact LoRA, or an offset file to bake"
+    exact = sizes.exact().energy_kept
+    if exact < markup.ALL:
+        return f". The most that a file can keep: an exact LoRA, {markup.percent(exact)}"
+    beside = ", or an offset file to bake" if sizes.components == ("unet",) else ""  # which holds the UNet alone
+    return f". All of it: an exact LoRA{beside}"
 
 
 def _dots(way: Way, curve: Sequence[Foreseen]) -> list[Foreseen]:
