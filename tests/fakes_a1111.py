@@ -11,7 +11,7 @@ import contextlib
 import re
 import sys
 from collections import namedtuple
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -232,9 +232,17 @@ class A1111:
     merges_in_float32 = True
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, folder: Path, *, lora: bool = True, fp8: bool = False, cached: bool = True
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        folder: Path,
+        *,
+        lora: bool = True,
+        fp8: bool = False,
+        cached: bool = True,
+        manual_cast: bool = False,
     ) -> None:
         self.monkeypatch, self.folder, self.fp8, self.cached = monkeypatch, folder, fp8, cached
+        self.manual_cast = manual_cast  # Apple, Intel XPU, GTX 16xx
         self.dtype = torch.float8_e4m3fn if fp8 else torch.float16
         self.files: dict[str, dict[str, torch.Tensor]] = {}
         self.modules = self._install(lora)
@@ -482,7 +490,18 @@ class A1111:
                 inside_attention = name.endswith("attn.out_proj")  # its forward is never called
                 wanted = unet if name.startswith("model.") else text_encoder
                 if isinstance(module, PATCHED) and wanted and not name.startswith(VAE) and not inside_attention:
-                    apply_weights(self.modules.networks, module)
+                    with self._cast(module):
+                        apply_weights(self.modules.networks, module)
+
+    @contextlib.contextmanager
+    def _cast(self, module: nn.Module) -> Iterator[None]:
+        """Attention layers run in float32 under manual_cast (modules/devices.py:139-165): backups of then stay so."""
+        if not (self.manual_cast and isinstance(module, nn.MultiheadAttention)):
+            yield
+            return
+        module.float()
+        yield
+        module.to(self.dtype)
 
     def weights(self) -> Tensors:
         found = {}

@@ -337,6 +337,34 @@ def test_weights_in_channels_last_and_made_in_inference_mode(host: A1111, tmp_pa
     assert all(torch.equal(tensor, before[k]) for k, tensor in host.weights().items())
 
 
+@pytest.mark.parametrize("attention_alone", [False, True])
+def test_a_bake_into_attention_is_known_and_undone_after_a_lora_whose_backup_is_float32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, attention_alone: bool
+):
+    host = started(A1111(monkeypatch, tmp_path, manual_cast=True), "sdxl")
+    base = tiny.base("sdxl")
+    attention = {key for key in base if key.endswith("attn.in_proj_weight")}
+    linear = set() if attention_alone else {key for key in base if key.endswith("middle_block.1.proj_in.weight")}
+    tensors = {
+        key: torch.full_like(t, 0.01 * (key in attention | linear))
+        for key, t in base.items()
+        if t.is_floating_point() and (key.startswith("model.") or "embedders.1." in key)
+    }
+    patch = open_patch(tiny.save(tmp_path / "dense.safetensors", tensors))
+    lora = tiny.save(tmp_path / "lora.safetensors", {
+        "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight": torch.ones(16, 1) * 0.05,
+        "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_down.weight": torch.ones(1, 16) * 0.05,
+    })  # fmt: skip
+    before = host.weights()
+    baked = host.live.bake(patch, 1.0)
+    assert host.live.baked() == baked
+    host.generate(loras=[(lora, 1.0)])
+    assert {tensor.dtype for key, tensor in host.weights().items() if key in attention} == {torch.float32}
+    assert host.live.baked() == baked
+    assert host.live.unbake()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in host.weights().items())
+
+
 # ---- 8-bit storage ----
 
 

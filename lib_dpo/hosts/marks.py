@@ -22,6 +22,7 @@ class Marks:
     """The values that edits changed most, as bits."""
 
     keys: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
     index: Tensor  # (n, k), positions in row-major order
     before: Tensor  # (n, k)
     after: Tensor  # (n, k)
@@ -41,17 +42,22 @@ class Marks:
         return "mixed" if bool((same & telling).any()) else "gone"
 
     def _sample(self, read: Callable[[str], Iterable[Tensor]]) -> Tensor:
-        """(n, k) bits; one transfer for each device and dtype that holds weights."""
+        """(n, k) bits of the marks' own dtypes; one transfer for each device and dtype.
+
+        A1111 casts some layers to float32 while they run, and a copy that was put aside meanwhile stays float32.
+        """
         indexes: dict[torch.device, Sequence[Tensor]] = {}
         rows: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         numbers: dict[tuple[torch.device, torch.dtype], list[int]] = {}
         with torch.no_grad():
             for n, key in enumerate(self.keys):
                 for tensor in read(key):
-                    place = tensor.device, tensor.dtype
+                    place = tensor.device, self.dtypes[n]
                     if tensor.device not in indexes:
                         indexes[tensor.device] = self.index.to(tensor.device).unbind()
                     row = _bits_at(tensor, indexes[tensor.device][n])
+                    if tensor.dtype is not self.dtypes[n]:
+                        row = _bits_of(row.view(tensor.dtype).to(self.dtypes[n]))
                 rows.setdefault(place, []).append(row)
                 numbers.setdefault(place, []).append(n)
             found = torch.empty_like(self.after)
@@ -65,6 +71,7 @@ class Marker:
     """Takes marks while tensors are edited: `before` a tensor is written to, `after` it was."""
 
     _keys: list[str] = field(default_factory=list)
+    _dtypes: list[torch.dtype] = field(default_factory=list)
     _rows: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
     def before(self, tensor: Tensor) -> Tensor:
@@ -83,12 +90,13 @@ class Marker:
         most = change.abs().topk(min(_SAMPLES, change.numel())).indices.cpu()
         most = most.repeat(math.ceil(_SAMPLES / most.numel()))[:_SAMPLES]
         self._keys.append(key)
+        self._dtypes.append(tensor.dtype)
         self._rows.append((candidates[most], before.cpu()[most].long(), after.cpu()[most].long()))
 
     def marks(self) -> Marks:
         """All marks taken so far."""
         index, before, after = (torch.stack(column) for column in zip(*self._rows, strict=True))
-        return Marks(tuple(self._keys), index, before, after)
+        return Marks(tuple(self._keys), tuple(self._dtypes), index, before, after)
 
 
 @lru_cache(maxsize=256)
@@ -100,4 +108,8 @@ def _candidates(numel: int) -> Tensor:
 
 def _bits_at(tensor: Tensor, positions: Tensor) -> Tensor:
     """Bits of single values, as integers of the same size; `take` counts in row-major order whatever the memory format."""
-    return tensor.view(_BITS[tensor.element_size()]).take(positions)
+    return _bits_of(tensor).take(positions)
+
+
+def _bits_of(tensor: Tensor) -> Tensor:
+    return tensor.view(_BITS[tensor.element_size()])
