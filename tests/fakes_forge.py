@@ -97,9 +97,10 @@ class LoraLoader:
         self.loaded_hash = "[]"
         self.merges = 0
 
-    def refresh(self, lora_patches: dict[Any, Any]) -> None:
+    def refresh(self, lora_patches: dict[Any, Any], offload_device: torch.device, force_refresh: bool = False) -> None:
+        """What is merged is noted at the end alone: an exception leaves half (backend/patcher/lora.py:355 and 446)."""
         wanted = str(list(lora_patches))
-        if wanted == self.loaded_hash:
+        if wanted == self.loaded_hash and not force_refresh:
             return
         for name, tensor in self.backup.items():
             set_parameter(self.model, name, tensor)
@@ -127,6 +128,7 @@ class ForgePatcher:
         if not hasattr(model, "lora_loader"):
             model.lora_loader = LoraLoader(model)  # type: ignore[assignment]
         self.lora_loader: LoraLoader = model.lora_loader  # type: ignore[assignment]
+        self.offload_device = torch.device("cpu")
 
     def clone(self) -> ForgePatcher:
         other = type(self)(self.model)
@@ -149,10 +151,13 @@ class ForgePatcher:
         return names & patches.keys()
 
     def merge(self) -> None:
-        self.lora_loader.refresh(self.lora_patches)
+        self.lora_loader.refresh(self.lora_patches, self.offload_device)
 
     def unmerge(self) -> None:
         """Forge leaves weights as they are."""
+
+    def break_off(self) -> None:
+        """After an exception too."""
 
     @property
     def merges(self) -> int:
@@ -186,14 +191,24 @@ class ComfyPatcher:
         self.model.merges += bool(self.patches)  # type: ignore[operator]
         for name, entries in self.patches.items():
             weight = self.model.get_parameter(name)
-            self.backup.setdefault(name, weight.detach())
+            self.backup.setdefault(name, self._kept(weight.detach()))
+            self.model.pristine.setdefault(name, weight.detach())  # type: ignore[operator,union-attr]
             set_parameter(self.model, name, merged(weight, [entry[:2] for entry in entries], adapters=self.adapters))
-        self.model.pristine = dict(self.backup)  # type: ignore[assignment]
 
     def unmerge(self) -> None:
         self._put_back()
         self.backup.clear()
         self.model.pristine = {}  # type: ignore[assignment]
+
+    def break_off(self) -> None:
+        """The originals are put back after an exception.
+
+        Classic: LoadedModel.model_load calls unpatch_model. reForge and Neo (backend/patcher/base.py:828-832): detach.
+        """
+        ComfyPatcher.unmerge(self)
+
+    def _kept(self, weight: torch.Tensor) -> Any:
+        return weight
 
     def _put_back(self) -> None:
         for name, tensor in self.backup.items():
@@ -236,6 +251,10 @@ class UuidPatcher(ComfyPatcher):
     def unmerge(self) -> None:
         """Weights stay merged until another uuid is loaded."""
 
+    def break_off(self) -> None:
+        super().break_off()
+        self.model.merged_uuid = None  # type: ignore[assignment]
+
 
 class NeoComfyPatcher(UuidPatcher):
     """Neo since its patcher is ComfyUI's: patches of five parts; a copy in `backup` is a named tuple."""
@@ -250,10 +269,8 @@ class NeoComfyPatcher(UuidPatcher):
             self.patches.setdefault(name, []).append((*before, patches[name], *after))
         return list(names)
 
-    def merge(self) -> None:
-        if self.model.merged_uuid != self.patches_uuid:
-            super().merge()
-            self.backup.update({name: Kept(tensor, False) for name, tensor in self.backup.items()})  # type: ignore[misc]
+    def _kept(self, weight: torch.Tensor) -> Any:
+        return Kept(weight, False)
 
     def _put_back(self) -> None:
         for name, kept in self.backup.items():
@@ -513,7 +530,11 @@ class FakeForge:
             for other in [other for other in self.loaded if other.model is patcher.model]:
                 other.unmerge()
                 self.loaded.remove(other)
-            patcher.merge()
+            try:
+                patcher.merge()
+            except BaseException:
+                patcher.break_off()
+                raise
             self.loaded.append(patcher)
 
     def merges(self) -> int:

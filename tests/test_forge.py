@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import weakref
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -362,6 +363,63 @@ def test_patches_of_others_on_top_of_a_bake_are_left_alone(host: FakeForge, live
     live.bake(patch_of(files), 0.5)
     original.unet = host.patcher(original.unet.model)  # theirs alone
     assert live.baked() is None
+
+
+def test_a_bake_that_breaks_off_while_the_host_merges_leaves_nothing(
+    host: FakeForge, live: ForgeLive, files: Path, monkeypatch: pytest.MonkeyPatch
+):
+    patch, earlier = patch_of(files, "dense"), patch_of(files, "te")
+    before, picture = weights(host), host.picture(live)
+    break_off(host, live, patch, monkeypatch)
+    assert live.baked() is None
+    assert all(map(torch.equal, weights(host).values(), before.values()))
+    assert torch.equal(host.picture(live), picture)
+    baked = live.bake(earlier, 0.5)
+    with_bake, picture = weights(host), host.picture(live)
+    break_off(host, live, patch, monkeypatch)
+    assert live.baked() == baked
+    assert torch.equal(host.picture(live), picture)
+    assert all(map(torch.equal, weights(host).values(), with_bake.values()))
+    assert live.unbake()
+    host.picture(live)
+    assert all(map(torch.equal, weights(host).values(), before.values()))
+
+
+def test_a_bake_starts_from_the_originals_after_somebodys_merge_broke_off(
+    host: FakeForge, live: ForgeLive, files: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Forge says then that nothing is merged, and draws the next picture with half of it; a bake must not keep that."""
+    prints, before, patch = live.fingerprint(), weights(host), patch_of(files, "dense")
+    with monkeypatch.context() as patched:
+        patched.setattr(fakes_forge, "merged", merged_but_one())
+        with pytest.raises(RuntimeError, match="out of memory"):
+            host.picture(live, patch, 1.0)
+    live.bake(patch, 0.5)
+    assert off_by(host, expected(host, patch, 0.5)) <= 1e-3
+    assert live.unbake()
+    assert all(map(torch.equal, weights(host).values(), before.values()))
+    assert live.fingerprint() == prints
+
+
+def break_off(host: FakeForge, live: ForgeLive, patch: Patch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bake a patch, for which the memory is too small after a few tensors."""
+    with monkeypatch.context() as patched:
+        patched.setattr(fakes_forge, "merged", merged_but_one())
+        with pytest.raises(RuntimeError, match="out of memory"):
+            live.bake(patch, 1.0)
+
+
+def merged_but_one() -> Callable[..., torch.Tensor]:
+    """`merged`, which fails at the fourth tensor."""
+    real, calls = fakes_forge.merged, list[int]()
+
+    def merged(*args: Any, **options: Any) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("CUDA out of memory")
+        return real(*args, **options)
+
+    return merged
 
 
 # ---- quantised models ----

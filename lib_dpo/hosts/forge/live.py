@@ -40,7 +40,9 @@ from lib_dpo.hosts.forge.patchers import (
     check_finite,
     fingerprint_of,
     keep_uuid,
+    left_half_merged,
     load_now,
+    merge_anew,
     parameters_of,
     patched_clones,
     patcher_of,
@@ -142,6 +144,8 @@ class ForgeLive:
         steps = Steps(to_read + _numel(clean, unknown), on_progress)
         patches = read_patch(engine, patch, steps, on_demand=not is_online(engine))
         try:
+            if left_half_merged(clean):
+                merge_anew(clean)
             if unknown:
                 sums |= fingerprint_of(clean, steps, checksum, unknown)
             patched, refused = patched_clones(clean, patches, float(strength), _bake_name(patch.id))
@@ -152,6 +156,7 @@ class ForgeLive:
         except BaseException:
             _install(engine, before)
             state.bake = earlier  # whoever looked meanwhile found other patchers, and forgot it
+            merge_anew(before)
             load_now(before)
             raise
         baked = self._record(patch, float(strength), patches, refused, clean)

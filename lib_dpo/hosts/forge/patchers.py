@@ -125,6 +125,25 @@ def load_now(patchers: Patchers) -> None:
                 load([patcher], force_patch_weights=True)  # reForge and Neo leave swapped layers to the forward pass
 
 
+def merge_anew(patchers: Patchers) -> None:
+    """Let Forge put all originals back and merge these patchers' patches again, whatever it takes to be merged.
+
+    It looks at names of patches alone, and notes them when all are merged: one that is broken off leaves weights that it
+    takes for those from before (backend/patcher/lora.py, LoraLoader.refresh). Other forks put their originals back at once.
+    """
+    for patcher in (patchers.clip and patchers.clip.patcher, patchers.unet):
+        loader = getattr(patcher, "lora_loader", None)
+        if loader is not None:
+            loader.loaded_hash = ""  # that of no list; `force_refresh` is not in every version, and would not try again
+            loader.refresh(patcher.lora_patches, patcher.offload_device)
+
+
+def left_half_merged(patchers: Patchers) -> bool:
+    """Whether Forge says that nothing is merged and keeps originals all the same: somebody's merge was broken off."""
+    loaders = [getattr(patcher_of(holder), "lora_loader", None) for holder in (patchers.unet, patchers.clip)]
+    return any(loader is not None and loader.loaded_hash == "[]" and loader.backup for loader in loaders)
+
+
 def fingerprint_of(
     patchers: Patchers, steps: Steps, of: Callable[[Mapping[str, Tensor]], str] = digest, parts: Collection[str] = PARTS
 ) -> dict[str, str]:
