@@ -190,6 +190,8 @@ class ComfyPatcher:
     def merge(self) -> None:
         self.model.merges += bool(self.patches)  # type: ignore[operator]
         for name, entries in self.patches.items():
+            if name in self.online:
+                continue
             weight = self.model.get_parameter(name)
             self.backup.setdefault(name, self._kept(weight.detach()))
             self.model.pristine.setdefault(name, weight.detach())  # type: ignore[operator,union-attr]
@@ -206,6 +208,11 @@ class ComfyPatcher:
         Classic: LoadedModel.model_load calls unpatch_model. reForge and Neo (backend/patcher/base.py:828-832): detach.
         """
         ComfyPatcher.unmerge(self)
+
+    @property
+    def online(self) -> dict[str, list[Any]]:
+        """What is added in each forward pass."""
+        return {}
 
     def _kept(self, weight: torch.Tensor) -> Any:
         return weight
@@ -280,9 +287,10 @@ class NeoComfyPatcher(UuidPatcher):
 class NeoPatcher(NeoComfyPatcher):
     """Neo 2.26: the same with Forge's names and online patches in keywords; patches of six parts."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
-        super().__init__(model)
-        self.online: set[str] = set()
+    @property
+    def online(self) -> dict[str, list[Any]]:
+        """A weight with one such patch is merged with none (backend/patcher/base.py:204-207 and 630)."""
+        return {name: [entry[:2] for entry in entries] for name, entries in self.patches.items() if any(e[-1] for e in entries)}
 
     def add_patches(  # type: ignore[override]
         self,
@@ -294,7 +302,6 @@ class NeoPatcher(NeoComfyPatcher):
         online_mode: bool | None = None,
     ) -> list[str]:
         assert filename
-        self.online |= set(patches) if online_mode else set()
         return self._add(patches, (strength_patch,), (strength_model, None, None, online_mode))
 
 
@@ -636,8 +643,10 @@ class FakeForge:
         """The weights, and a number that online patches have a part in."""
         unet = self.data.sd_model.forge_objects.unet
         self.load_models_gpu([unet])
-        online = unet.lora_loader.online if isinstance(unet, ForgePatcher) else {}
-        return weights_of(unet), _sum({name: merged(torch.zeros(shape_of(unet, name)), online[name]) for name in online})
+        online = unet.lora_loader.online if isinstance(unet, ForgePatcher) else unet.online
+        return weights_of(unet), _sum(
+            {name: merged(torch.zeros(shape_of(unet, name)), online[name], adapters=unet.adapters) for name in online}
+        )
 
 
 def shape_of(patcher: Any, name: str) -> torch.Size:

@@ -439,17 +439,59 @@ def test_quantised_weights_are_patched_while_generating_or_refused(
                 call()
         assert torch.equal(host.picture(live), base)
         return
-    if fork == "forge":
-        assert not torch.equal(host.picture(live, patch, 0.01), base)
-        assert torch.equal(host.picture(live), base)
+    assert not torch.equal(host.picture(live, patch, 0.01), base)
+    assert torch.equal(host.picture(live), base)
     baked = live.bake(patch, 0.01)
     assert baked.online
     patcher = host.data.sd_model.forge_objects_original.unet
     if fork == "forge":
         assert {key[3] for key in patcher.lora_patches} == {True}
-        assert live.fingerprint() == before
     else:
-        assert patcher.online == patcher.patches.keys()
+        assert patcher.online.keys() == patcher.patches.keys()
+    assert live.fingerprint() == before
+    assert live.unbake()
+    assert torch.equal(host.picture(live), base)
+
+
+class Comfys(torch.Tensor):
+    """A weight in one of ComfyUI's formats: it says the dtype it is computed in (comfy_kitchen/tensor/base.py:163-183)."""
+
+    _is_param = True
+    _qdata: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, weight: torch.Tensor) -> Comfys:
+        self: Comfys = torch.Tensor._make_subclass(cls, weight)
+        self._qdata = weight.to(torch.float8_e4m3fn)
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("fork", [fork for fork in FORKS_HERE if fork.startswith("neo")])
+def test_weights_in_comfyuis_formats_are_never_merged_into(
+    fork: str, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Their own set_weight would round the sum to 8 bits, which costs more than the change is."""
+    host, live = FakeForge(fork, tmp_path).install(monkeypatch), ForgeLive()
+    model = host.load(host.checkpoint("a", 0)).forge_objects_original.unet.model
+    base = host.picture(live)
+    name = "diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_q.weight"
+    parent = model.get_submodule(name.rpartition(".")[0])
+    parent._parameters["weight"] = Comfys(parent.weight.detach())
+    patch = patch_of(files)
+    assert [key for key, parameter in model.named_parameters() if patches.quantised(parameter)] == [name]
+    if fork == "neo-comfy":
+        with pytest.raises(HostError, match="stored as float8_e4m3fn, into which changes this small vanish"):
+            live.bake(patch, 0.5)
+        return
+    stored = model.get_parameter(name)
+    assert live.bake(patch, 0.5).online
+    patcher = host.data.sd_model.forge_objects_original.unet
+    assert patcher.online.keys() == {name}
+    assert patcher.patches.keys() > {name}
+    assert model.get_parameter(name) is stored
+    assert not torch.equal(host.picture(live), base)
     assert live.unbake()
     assert torch.equal(host.picture(live), base)
 

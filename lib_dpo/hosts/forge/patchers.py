@@ -15,7 +15,7 @@ from torch import Tensor
 from lib_dpo.errors import BadTensorError, HostError
 from lib_dpo.hosts.checksums import all_finite, digest
 from lib_dpo.hosts.forge.modules import fork_name, memory_module
-from lib_dpo.hosts.forge.patches import HostPatches, quantised
+from lib_dpo.hosts.forge.patches import HostPatches, quantised, stored_dtype
 from lib_dpo.progress import Steps
 
 PARTS = ("unet", "te")  # of a model: what can be baked into
@@ -69,7 +69,7 @@ def add_patches(patcher: Any, patches: Mapping[str, Any], strength: float, filen
     parameters = parameters_of(patcher)
     online = {name for name in patches if quantised(parameters[name])}
     if online and "online_mode" not in accepts:
-        dtype = str(parameters[min(online)].dtype).removeprefix("torch.")
+        dtype = stored_dtype(parameters[min(online)])
         raise HostError(
             f"the model's weights are stored as {dtype}, into which changes this small vanish, and {fork_name()[0]} cannot add "
             "them while it generates; load the checkpoint as fp16, or save a baked checkpoint file instead"

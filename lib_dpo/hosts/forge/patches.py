@@ -59,9 +59,18 @@ class _Place:
 
 
 def quantised(parameter: Tensor) -> bool:
-    """Whether sums cannot be written back into it without loss: fp8, bitsandbytes' 4 bits, GGUF."""
-    marks = ("gguf_cls", "quant_state", "bnb_quantized")
+    """Whether sums cannot be written back into it without loss: fp8, bitsandbytes' 4 bits, GGUF, ComfyUI's formats.
+
+    A tensor of ComfyUI's formats (comfy_kitchen's QuantizedTensor) says the dtype that it is computed in: `_qdata` is stored.
+    """
+    marks = ("gguf_cls", "quant_state", "bnb_quantized", "_qdata")
     return parameter.dtype not in _PLAIN or any(getattr(parameter, mark, None) is not None for mark in marks)
+
+
+def stored_dtype(parameter: Tensor) -> str:
+    """The dtype that its numbers are stored in, without "torch."."""
+    stored: Tensor = getattr(parameter, "_qdata", parameter)
+    return str(stored.dtype).removeprefix("torch.")
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:
