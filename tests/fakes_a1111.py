@@ -273,6 +273,7 @@ class A1111:
             ),
             "shared": module("modules.shared", opts=SimpleNamespace(sd_model_checkpoint=None)),
             "sd_unet": module("modules.sd_unet", current_unet=None),
+            "shared": module("modules.shared", opts=SimpleNamespace(lora_functional=False)),
             "devices": module("modules.devices", autocast=contextlib.nullcontext),
             "extra_networks": module("modules.extra_networks", ExtraNetworkParams=SimpleNamespace),
             "processing": module(

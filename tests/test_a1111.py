@@ -410,10 +410,29 @@ def test_fp8_weights_and_their_exact_copies_are_baked_and_restored(
 def test_a_change_that_fp8_rounds_away_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     host = started(A1111(monkeypatch, tmp_path, fp8=True, cached=False))
     before = host.weights()
-    with pytest.raises(HostError, match=r"round \d+% of the change .* away; switch FP8 weights off"):
+    with pytest.raises(HostError, match=r"round \d+% of the change .* away; switch FP8 storage off") as caught:
         host.live.bake(lora_patch(tmp_path, TO_Q, 32, 32, size=0.01), 1.0)
+    assert "generating" not in str(caught.value)  # rounds it away as well
     assert same(host.weights(), before)
     assert host.live.baked() is None
     assert host.live.bake(lora_patch(tmp_path, TO_Q, 32, 32, size=0.5), 1.0)
     assert host.live.unbake()
     assert same(host.weights(), before)
+
+
+def test_a_change_that_fp8_rounds_away_is_refused_while_generating_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    host = started(A1111(monkeypatch, tmp_path, fp8=True, cached=False))
+    before = host.generate()
+    small = lora_patch(tmp_path, TO_Q, 32, 32, size=0.01)
+    for _ in range(2):
+        with pytest.raises(HostError, match=r"round 100% of the change .* let it keep FP16 copies"):
+            host.generate(small, 1.0)
+    assert same(host.generate(), before)
+    assert not same(host.generate(small, 300.0), before)  # large enough
+    large = lora_patch(tmp_path, TO_Q, 32, 32, size=0.5)
+    for _ in range(2):
+        assert not same(host.generate(large, 1.0), before)
+    with pytest.raises(HostError, match=r"round \d+% of the change"):  # of the backup, not of what is merged
+        host.generate(large, 1e-3)
+    host.modules.shared.opts.lora_functional = True  # adds to what layers make, and not to their weights
+    host.live.on_networks(host.p, lora_patch(tmp_path, TO_Q, 32, 32, size=0.01), 1.0, {})

@@ -357,13 +357,7 @@ class _Adder:
         Raises:
             HostError: with the share that is lost.
         """
-        if self.kept < _SMALLEST_SHARE * self.wanted:
-            lost = f"{1 - self.kept / self.wanted:.0%}"
-            raise HostError(
-                f"this model is stored in 8 bits, which round {lost} of the change by {self.name} away; "
-                "switch FP8 weights off in the settings, or let it keep FP16 copies for LoRAs there, or apply the offset while "
-                "generating"
-            )
+        check_share(self.kept, self.wanted, self.name)
 
     def _check_finite(self, key: str, tensor: Tensor) -> None:
         if not all_finite(tensor):
@@ -371,6 +365,23 @@ class _Adder:
                 f"{key} would hold NaN or Inf as {tensor.dtype} after adding {self.strength:g} x {self.name}; "
                 "use a smaller strength"
             )
+
+
+def check_share(kept: float, wanted: float, name: str) -> None:
+    """Refuse a change of which 8-bit weights keep too little.
+
+    Args:
+        kept: sum of change x movement of the values; wanted: sum of change².
+
+    Raises:
+        HostError: with the share that is lost.
+    """
+    if kept < _SMALLEST_SHARE * wanted:
+        lost = f"{1 - kept / wanted:.0%}"
+        raise HostError(
+            f"this model is stored in 8 bits, which round {lost} of the change by {name} away; switch FP8 storage off in the "
+            "settings, or let it keep FP16 copies for LoRAs there, and load the model again"
+        )
 
 
 # ---- what is there ----

@@ -27,12 +27,13 @@ from lib_dpo.hosts.a1111.builtin_lora import LiveTensor, live_tensors
 from lib_dpo.hosts.base import Baked, Check, LoadedModel
 from lib_dpo.hosts.chosen import chosen_in_settings, kept_model
 from lib_dpo.offsets.lora.unplaced import unplaced_lines
-from lib_dpo.offsets.patch import Patch
+from lib_dpo.offsets.patch import Patch, fitted
 from lib_dpo.progress import Progress
 
 _log = logging.getLogger(__name__)
 
 _RECORD, _PLACES, _BUILT = "_dpo_bake", "_dpo_places", "_dpo_network"  # attributes of the model
+_HELD = "_dpo_held"  # another: what its 8 bits were found to hold
 _TEXT_ENCODERS = ("cond_stage_model.", "conditioner.")
 _RELOAD = (
     "choose another checkpoint and then this one again (where the settings keep several checkpoints in memory: restart the "
@@ -187,7 +188,10 @@ class A1111Live:
         model = _model()
         if model is None:
             return
-        built = self._built(model, patch) if patch is not None and strength else None
+        built = None
+        if patch is not None and strength:
+            built = self._built(model, patch)
+            _check_8_bits(model, patch, strength)
         marks = [built.patch_id, repr(strength)] if built and built.text_encoder else []
         baked, record = self.baked(), _record(model)
         if baked is not None and record is not None and record.text_encoder:
@@ -308,6 +312,33 @@ def _slots(live: Mapping[str, LiveTensor]) -> dict[str, inplace.Slot]:
         copy = getattr(place.module, "fp16_" + place.name, None)
         slots[key] = inplace.Slot(key, place.tensor, () if copy is None else (copy,))
     return slots
+
+
+def _check_8_bits(model: Any, patch: Patch, strength: float) -> None:
+    """Refuse what 8 bits round away where the host keeps no exact copies to add to (networks.py:475 of 1.10.1).
+
+    Raises:
+        HostError: what to do instead.
+    """
+    from modules import shared
+
+    if next(model.model.parameters()).element_size() > 1 or shared.opts.lora_functional:  # the latter leaves weights alone
+        return
+    live = live_tensors(model)
+    slots = _slots(live)
+    changed = [key for key in patch.changed_keys() if key in slots and slots[key].tensor.element_size() == 1]
+    held = (patch.id, strength, model.sd_checkpoint_info.filename)
+    if getattr(model, _HELD, None) == held:
+        return
+    kept = wanted = 0.0
+    for key in (key for key in changed if not slots[key].copies):
+        clean = live[key].clean().detach()
+        change = strength * fitted(patch.delta(key), tuple(clean.shape), key, patch.name, "the live model").to(clean.device)
+        moved = (clean.float() + change).to(clean.dtype).float() - clean.float()
+        wanted += float(change.square().sum(dtype=torch.float64))
+        kept += float(moved.mul_(change).sum(dtype=torch.float64))
+    inplace.check_share(kept, wanted, patch.name)
+    setattr(model, _HELD, held)
 
 
 def _to_keep(plan: inplace.Plan, earlier: inplace.Record | None) -> int:
