@@ -436,3 +436,21 @@ def test_a_change_that_fp8_rounds_away_is_refused_while_generating_too(monkeypat
         host.generate(large, 1e-3)
     host.modules.shared.opts.lora_functional = True  # adds to what layers make, and not to their weights
     host.live.on_networks(host.p, lora_patch(tmp_path, TO_Q, 32, 32, size=0.01), 1.0, {})
+
+
+def test_an_offset_never_takes_the_place_of_the_prompts_loras_in_fp8(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    host = started(A1111(monkeypatch, tmp_path, fp8=True, cached=True))
+    (tmp_path / "prompt").mkdir()
+    other = lora_patch(tmp_path / "prompt", TO_Q, 32, 32, size=0.4).checkpoint.path
+    elsewhere = lora_patch(tmp_path / "prompt", TO_Q.replace("to_q", "to_k"), 32, 32, size=0.4).checkpoint.path
+    patch = lora_patch(tmp_path, TO_Q, 32, 32, size=0.5)
+    before, alone = host.generate(), host.generate(loras=[(other, 1.0)])
+    with pytest.raises(HostError, match=f"would take the place of {other.stem}. Bake {patch.name} instead"):
+        host.generate(patch, 1.0, loras=[(other, 1.0)])
+    assert same(host.generate(loras=[(other, 1.0)]), alone)
+    assert not same(host.generate(patch, 1.0, loras=[(elsewhere, 1.0)]), before)
+    assert host.live.bake(patch, 1.0)  # as it says: a bake edits the exact copies
+    both = host.generate(loras=[(other, 1.0)])
+    change = both[TO_Q_KEY].float() - before[TO_Q_KEY].float()
+    wanted = patch.delta(TO_Q_KEY) + (alone[TO_Q_KEY].float() - before[TO_Q_KEY].float())
+    assert torch.nn.functional.cosine_similarity(change.flatten(), wanted.flatten(), dim=0) > 0.99

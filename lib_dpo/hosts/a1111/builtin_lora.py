@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,13 @@ def append(networks: Any, built: Built, strength: float) -> None:
 def remove(networks: Any) -> None:
     """Take ours out of the list of networks that are applied."""
     networks.loaded_networks[:] = [network for network in networks.loaded_networks if not network.name.startswith(_NAME)]
+
+
+def others_in(networks: Any, modules: Collection[nn.Module]) -> list[str]:
+    """Names of the networks of others that change any of these modules."""
+    layers = {getattr(module, "network_layer_name", None) for module in modules}
+    names = [network.name for network in networks.loaded_networks if layers & network.modules.keys()]
+    return [name for name in names if not name.startswith(_NAME)]
 
 
 def _modules(networks: Any, network: Any, patch: Patch, row: Row, live: Mapping[str, LiveTensor]) -> dict[str, Any]:

@@ -315,7 +315,10 @@ def _slots(live: Mapping[str, LiveTensor]) -> dict[str, inplace.Slot]:
 
 
 def _check_8_bits(model: Any, patch: Patch, strength: float) -> None:
-    """Refuse what 8 bits round away where the host keeps no exact copies to add to (networks.py:475 of 1.10.1).
+    """Refuse what the extension would lose in a model that is stored in 8 bits (networks.py:465-475 of 1.10.1).
+
+    It adds each network to the exact copies of the weights anew, where the host keeps some, so that the last one alone is
+    left; else to the weights themselves. It rounds to 8 bits either way.
 
     Raises:
         HostError: what to do instead.
@@ -327,6 +330,13 @@ def _check_8_bits(model: Any, patch: Patch, strength: float) -> None:
     live = live_tensors(model)
     slots = _slots(live)
     changed = [key for key in patch.changed_keys() if key in slots and slots[key].tensor.element_size() == 1]
+    others = builtin_lora.others_in(_networks(), [live[key].module for key in changed if slots[key].copies])
+    if others:
+        raise HostError(
+            "this model is stored in 8 bits with FP16 copies for LoRAs, and of several LoRAs the WebUI adds the last one alone "
+            f"there: {patch.name} would take the place of {', '.join(others)}. Bake {patch.name} instead, or take the LoRA out "
+            "of the prompt"
+        )
     held = (patch.id, strength, model.sd_checkpoint_info.filename)
     if getattr(model, _HELD, None) == held:
         return
