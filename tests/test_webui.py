@@ -5,13 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 from test_scripts import Script, Strict
 
-from lib_dpo.errors import Cancelled
+from lib_dpo.errors import Cancelled, HostError
+from lib_dpo.hosts.base import Request
 
 
 class Total:
@@ -84,3 +87,60 @@ def test_a_finished_grid_leaves_no_total_either(shared: Any):
         job.cells(1)
         shared.total_tqdm.update()
     assert shared.total_tqdm.done == 0
+
+
+class Runner:
+    """The host's: it prints an exception in a hook and goes on (modules/scripts.py:852-858)."""
+
+    def call(self, name: str, p: Any, **options: Any) -> None:
+        for script in self.scripts:
+            with suppress(Exception):
+                getattr(script, name)(p, **options)
+
+
+class Live:
+    """A live model of which one hook fails."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.called = fails, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        def hook(*args: Any) -> None:
+            self.called.append(name)
+            if name == self.fails:
+                raise HostError("8 bits")
+
+        return hook
+
+
+def picture(shared: Any, live: Any) -> Any:
+    """One picture of a comparison, as the host draws it."""
+    modules = sys.modules
+    modules["modules.scripts"].ScriptRunner = Runner
+    modules["modules.sd_samplers"].samplers = [SimpleNamespace(name="Euler a")]
+    shared.sd_model = object()
+
+    def process_images(p: Any) -> Any:
+        p.scripts.call("after_extra_networks_activate", p, extra_network_data={})
+        for name in ("process_batch", "process_before_every_sampling"):
+            if not shared.state.interrupted:
+                p.scripts.call(name, p)
+        return SimpleNamespace(images=[Image.new("RGB", (8, 8))], infotexts=["text"], comments="")
+
+    processing = modules["modules.processing"]
+    processing.process_images = process_images
+    processing.StableDiffusionProcessingTxt2Img = lambda **names: SimpleNamespace(close=lambda: None, **names)
+    from lib_dpo.hosts.a1111_family import WebUI
+
+    return WebUI("AUTOMATIC1111", "v1.10.1", live).generate(Request("a cat"), SimpleNamespace(name="dpo"), 1.0)  # type: ignore[arg-type]
+
+
+def test_a_picture_that_a_hook_refuses_is_no_picture_without_the_offset(shared: Any):
+    for name in ("on_networks", "on_batch", "on_sampling"):
+        shared.state.interrupted = False
+        live = Live(fails=name)
+        with pytest.raises(HostError, match="8 bits"):
+            picture(shared, live)
+        assert live.called[-1] == name
+    shared.state.interrupted = False
+    assert picture(shared, Live()).infotext == "text"

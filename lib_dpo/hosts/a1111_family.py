@@ -130,9 +130,12 @@ class WebUI:
             do_not_save_grid=True,
         )
         with closing(p):
-            p.scripts = _only(_Apply(self.live, patch, strength))
+            apply = _Apply(self.live, patch, strength)
+            p.scripts = _only(apply)
             p.script_args = ()
             processed = processing.process_images(p)
+        if apply.error:
+            raise apply.error
         state = shared.state  # a skipped sampler returns what it has, and only the next picture clears the flag
         if state.interrupted or state.skipped or state.stopping_generation:
             raise Cancelled("stopped by Interrupt; nothing was left behind")
@@ -191,18 +194,31 @@ class _Apply(scripts.Script):  # type: ignore[misc]  # the host has no types
 
     def __init__(self, live: LiveModel, patch: Patch | None, strength: float) -> None:
         self._live, self._patch, self._strength = live, patch, strength
+        self.error: Exception | None = None
 
     def title(self) -> str:
         return "DPO offset, compare"
 
     def after_extra_networks_activate(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        self._live.on_networks(p, self._patch, self._strength, kwargs["extra_network_data"])
+        with self._stopping():
+            self._live.on_networks(p, self._patch, self._strength, kwargs["extra_network_data"])
 
     def process_batch(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        self._live.on_batch(p, self._patch, self._strength)
+        with self._stopping():
+            self._live.on_batch(p, self._patch, self._strength)
 
     def process_before_every_sampling(self, p: Any, *args: Any, **kwargs: Any) -> None:
-        self._live.on_sampling(p, self._patch, self._strength)
+        with self._stopping():
+            self._live.on_sampling(p, self._patch, self._strength)
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """No picture instead of one without the offset: the host would print an exception and go on without us."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  raised when the host is done
+            self.error = self.error or error
+            shared.state.interrupted = True
 
 
 def _only(script: scripts.Script) -> scripts.ScriptRunner:
