@@ -42,6 +42,9 @@ class DpoOffset(scripts.Script):
     def process_before_every_sampling(self, p, *args, **kwargs):
         hooks.on_sampling(p)
 
+    def postprocess_batch(self, p, *args, **kwargs):
+        hooks.after_batch(p)
+
 
 def script_args(p):
     """The arguments of our script in a `p`: an X/Y/Z axis overrides some of them."""

@@ -35,6 +35,7 @@ class FakeLive:
     """Weights by canonical key, float32."""
 
     refiner = "the refiner draws without it"
+    lost = ""
 
     def __init__(self) -> None:
         self.path: Path | None = None
@@ -128,6 +129,9 @@ class FakeLive:
 
     def on_sampling(self, p: Any, patch: Patch | None, strength: float) -> None:
         p.calls.append(("sampling", patch and patch.name, strength))
+
+    def left_out(self) -> str:
+        return self.lost
 
     def checks(self) -> Sequence[Check]:
         return (Check("weights", True, "the live weights were found"),)

@@ -196,19 +196,27 @@ def apply_weights(networks: Any, module: nn.Module) -> None:
         return
     restore(module)
     for network in networks.loaded_networks:
-        if isinstance(module, nn.MultiheadAttention):
-            parts = [network.modules.get(f"{layer}_{name}_proj") for name in ("q", "k", "v", "out")]
-            if all(part is not None for part in parts):
-                q, k, v, out = parts
-                square = module.out_proj.weight
-                module.in_proj_weight += torch.vstack([part.calc_updown(square)[0] for part in (q, k, v)])
-                change, bias = out.calc_updown(square)
-                module.out_proj.weight += change
-                if bias is not None:
-                    module.out_proj.bias += bias
-        elif layer in network.modules:
-            add_to_layer(module, network.modules[layer])
+        try:
+            add_network(module, layer, network)
+        except RuntimeError:  # logged for debugging; the layer counts as done (networks.py:481-483, 512-514 and 542)
+            errors = networks.extra_network_lora.errors
+            errors[network.name] = errors.get(network.name, 0) + 1
     module.network_current_names = wanted
+
+
+def add_network(module: nn.Module, layer: str, network: Network) -> None:
+    if isinstance(module, nn.MultiheadAttention):
+        parts = [network.modules.get(f"{layer}_{name}_proj") for name in ("q", "k", "v", "out")]
+        if all(part is not None for part in parts):
+            q, k, v, out = parts
+            square = module.out_proj.weight
+            module.in_proj_weight += torch.vstack([part.calc_updown(square)[0] for part in (q, k, v)])
+            change, bias = out.calc_updown(square)
+            module.out_proj.weight += change
+            if bias is not None:
+                module.out_proj.bias += bias
+    elif layer in network.modules:
+        add_to_layer(module, network.modules[layer])
 
 
 def add_to_layer(module: Any, part: NetworkModule) -> None:
@@ -291,6 +299,7 @@ class A1111:
                 network_lora=module("network_lora", NetworkModuleLora=NetworkModuleLora),
                 network_full=module("network_full", NetworkModuleFull=NetworkModuleFull),
                 loaded_networks=[],
+                extra_network_lora=SimpleNamespace(errors={}),
                 network_restore_weights_from_backup=restore,
                 network_reset_cached_weight=reset,
                 load_network=self._load_network,
@@ -466,7 +475,8 @@ class A1111:
             p.hr_extra_network_data = {}
         self.p = p
         passes = [p.extra_network_data] + ([p.hr_extra_network_data] if hires else [])
-        for data in passes:
+        for number, data in enumerate(passes):
+            p.is_hr_pass = number > 0
             if not disable_extra_networks:  # processing.py:959 and 1435: the list stays as the last picture left it
                 self._activate(p, data, loras, patch, strength)
             self.live.on_batch(p, patch, strength)
@@ -477,6 +487,7 @@ class A1111:
     def _activate(self, p: Any, data: Any, loras: Sequence[tuple[Path, float]], patch: Patch | None, strength: float) -> None:
         if hasattr(self.modules, "networks"):
             self.modules.networks.loaded_networks.clear()
+            self.modules.networks.extra_network_lora.errors.clear()  # extra_networks_lora.py:17, before the hires pass too
         for path, weight in loras:
             network = self._load_network(path.stem, SimpleNamespace(filename=str(path)))
             network.te_multiplier = network.unet_multiplier = weight

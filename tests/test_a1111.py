@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import fakes_a1111
 import pytest
 import tiny
 import torch
@@ -216,6 +217,39 @@ def test_without_the_lora_extension_a_bake_works_and_a_generation_says_why_not(
     missing = [check for check in host.live.checks() if not check.ok]
     assert {check.name.split(".")[0] for check in missing} == {"networks"}
     assert all("not found: " in check.text for check in missing)
+
+
+@pytest.mark.parametrize("hires", [False, True])
+def test_layers_that_the_extension_fails_to_change_are_told_and_tried_again(
+    host: A1111, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hires: bool
+):
+    """It says nothing of them without a LoRA in the prompt, and takes them for done."""
+    keys = [f"model.diffusion_model.middle_block.1.transformer_blocks.0.attn1.to_{letter}.weight" for letter in "qkv"]
+    patch = dense_patch(tmp_path, keys)
+    whole = host.generate(patch, 1.0)
+    assert host.live.left_out() == ""
+    before = host.generate()
+    real, failed = fakes_a1111.NetworkModuleFull.delta, list[str]()
+
+    def delta(module: fakes_a1111.NetworkModuleFull) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if module.sd_key.endswith("attn1_to_k") and "middle_block" in module.sd_key and not failed:
+            failed.append(module.sd_key)
+            raise RuntimeError("CUDA out of memory")
+        return real(module)
+
+    monkeypatch.setattr(fakes_a1111.NetworkModuleFull, "delta", delta)
+    part = host.generate(patch, 1.0, hires=hires)
+    assert [key for key in before if not torch.equal(part[key], before[key])] == [keys[0], keys[2]]
+    assert "could not be added to 1 of the model's layers" in host.live.left_out()
+    assert host.live.left_out() == ""
+    assert same(host.generate(patch, 1.0, hires=hires), whole)
+    assert host.live.left_out() == ""
+    failed.clear()
+    host.generate()
+    assert not same(host.generate(patch, 1.0), whole)  # broken off: nobody asked
+    assert same(host.generate(patch, 1.0), whole)
+    assert host.live.left_out() == ""
+    assert same(host.generate(), before)
 
 
 def test_a_file_that_the_loader_rejects_matches_nothing(host: A1111, tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -83,6 +83,29 @@ def test_a_refiner_is_told_of_only_where_there_is_one(session: Session):
         assert comments == (["DPO offset: the refiner draws without it"] if told else [])
 
 
+def test_what_was_left_out_of_a_picture_is_told(session: Session):
+    comments: list[str] = []
+    p = new_p(comment=comments.append)
+    hooks = Generation(session)
+    hooks.process(p, True, "dpo", 0.5)
+    fake(session).live.lost = "a part is missing"
+    hooks.after_batch(p)
+    assert comments == ["DPO offset: a part is missing"]
+    assert p.extra_generation_params["DPO error"] == "a part is missing"
+    fake(session).live.lost = ""
+    hooks.after_batch(p)  # the next batch has all of it
+    assert "DPO error" not in p.extra_generation_params
+    assert p.extra_generation_params["DPO strength"] == 0.5
+    fake(session).live.lost = "of another picture"
+    for args in ((False, "dpo"), (True, "gone")):
+        p = new_p(comment=comments.append)
+        hooks.process(p, *args)
+        error = p.extra_generation_params.get("DPO error")
+        hooks.after_batch(p)
+        assert p.extra_generation_params.get("DPO error") == error
+    assert len(comments) == 1
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

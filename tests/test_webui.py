@@ -99,10 +99,10 @@ class Runner:
 
 
 class Live:
-    """A live model of which one hook fails."""
+    """A live model of which one hook fails, or which leaves something out."""
 
-    def __init__(self, fails: str = "") -> None:
-        self.fails, self.called = fails, list[str]()
+    def __init__(self, fails: str = "", lost: str = "") -> None:
+        self.fails, self.lost, self.called = fails, lost, list[str]()
 
     def __getattr__(self, name: str) -> Any:
         def hook(*args: Any) -> None:
@@ -111,6 +111,9 @@ class Live:
                 raise HostError("8 bits")
 
         return hook
+
+    def left_out(self) -> str:
+        return self.lost
 
 
 def picture(shared: Any, live: Any) -> Any:
@@ -144,3 +147,8 @@ def test_a_picture_that_a_hook_refuses_is_no_picture_without_the_offset(shared: 
         assert live.called[-1] == name
     shared.state.interrupted = False
     assert picture(shared, Live()).infotext == "text"
+
+
+def test_a_picture_that_lacks_a_part_of_the_offset_is_not_compared(shared: Any):
+    with pytest.raises(HostError, match="dpo: a part is missing"):
+        picture(shared, Live(lost="a part is missing"))

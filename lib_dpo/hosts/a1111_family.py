@@ -141,6 +141,8 @@ class WebUI:
             raise Cancelled("stopped by Interrupt; nothing was left behind")
         if not processed.images:
             raise HostError(f"{self.name} made no picture: {processed.comments or 'see its console'}")
+        if patch is not None and strength and (left_out := self.live.left_out()):
+            raise HostError(f"{patch.name}: {left_out}")
         return Picture(processed.images[0], processed.infotexts[0] if processed.infotexts else "")
 
     def check_pictures(self) -> None:

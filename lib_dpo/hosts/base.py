@@ -114,8 +114,8 @@ class Job(Protocol):
 class LiveModel(Protocol):
     """The model in a host's memory: what is baked into it, and what one generation adds to it.
 
-    All but the three `on_…` methods are called with the host's lock held, inside `Host.job`; those three are called by the
-    host itself during a generation, which holds the lock then.
+    All but the three `on_…` methods and `left_out` are called with the host's lock held, inside `Host.job`; those are called
+    by the host itself during a generation, which holds the lock then.
     """
 
     refiner: str  # what becomes of an offset when a refiner takes over, for people; empty where it stays
@@ -186,6 +186,9 @@ class LiveModel(Protocol):
 
     def on_sampling(self, p: Any, patch: Patch | None, strength: float) -> None:
         """In `process_before_every_sampling`; may be called several times before one sampling."""
+
+    def left_out(self) -> str:
+        """After a picture: that a part of the patch was not in it after all, for people; empty where all was."""
 
     def checks(self) -> Sequence[Check]:
         """Which of the host's hooks that this class needs were found."""

@@ -160,6 +160,9 @@ class StandaloneLive:
     def on_sampling(self, p: Any, patch: Patch | None, strength: float) -> None:
         self.apply(patch, strength)
 
+    def left_out(self) -> str:
+        return ""
+
     def checks(self) -> Sequence[Check]:
         return (
             Check("diffusers", self._weights is not None, "a pipeline is open" if self._weights else "no checkpoint is open"),

@@ -168,6 +168,16 @@ class Generation:
         with self._refusing(p):
             self._session.host.live.on_sampling(p, patch, strength)
 
+    def after_batch(self, p: Any) -> None:
+        """The pictures of a batch are drawn, and their infotexts not yet written."""
+        if getattr(p, _ACTIVE, (None, 0.0))[0] is None:
+            return
+        p.extra_generation_params.pop(INFOTEXT["error"], None)  # of another batch
+        left_out = self._session.host.live.left_out()
+        if left_out:
+            p.comment(f"{TITLE}: {left_out}")
+            p.extra_generation_params[INFOTEXT["error"]] = left_out
+
     def _write_baked(self, p: Any) -> Baked | None:
         """Let the infotext say what is in the weights now; that is given back."""
         baked = self._session.host.live.baked()

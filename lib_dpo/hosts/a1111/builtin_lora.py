@@ -145,6 +145,8 @@ def build(networks: Any, patch: Patch, live: Mapping[str, LiveTensor]) -> Built:
 def append(networks: Any, built: Built, strength: float) -> None:
     """Put the network into the list of those that are applied, in the place of any other of ours."""
     remove(networks)
+    if not isinstance(networks.extra_network_lora.errors, _Errors):
+        networks.extra_network_lora.errors = _Errors(networks.extra_network_lora.errors)
     built.network.te_multiplier = built.network.unet_multiplier = strength
     networks.loaded_networks.append(built.network)
 
@@ -152,6 +154,23 @@ def append(networks: Any, built: Built, strength: float) -> None:
 def remove(networks: Any) -> None:
     """Take ours out of the list of networks that are applied."""
     networks.loaded_networks[:] = [network for network in networks.loaded_networks if not network.name.startswith(_NAME)]
+
+
+class _Errors(dict[str, int]):
+    """The extension's count of layers that it could not change, by network. It clears it before the hires pass: not ours.
+
+    It takes such a layer for done, and tells of them where the prompt has LoRAs alone (networks.py:481-483 and 542).
+    """
+
+    def clear(self) -> None:
+        for name in [name for name in self if not name.startswith(_NAME)]:
+            del self[name]
+
+
+def take_errors(networks: Any) -> int:
+    """How many layers our network could not change since this was asked the last time."""
+    errors = networks.extra_network_lora.errors
+    return sum(errors.pop(name) for name in list(errors) if name.startswith(_NAME))
 
 
 def others_in(networks: Any, modules: Collection[nn.Module]) -> list[str]:

@@ -53,6 +53,7 @@ _CHECKS = (
     ("networks", "network.Network", "no offsets while generating"),
     ("networks", "network_lora.NetworkModuleLora", "no offsets while generating"),
     ("networks", "network_full.NetworkModuleFull", "no offsets while generating"),
+    ("networks", "extra_network_lora.errors", "no offsets while generating"),
     ("networks", "load_network", "what the host makes of an extracted LoRA cannot be said"),
 )
 
@@ -188,6 +189,8 @@ class A1111Live:
         model = _model()
         if model is None:
             return
+        if not getattr(p, "is_hr_pass", False):
+            self.left_out()  # of a picture that was broken off: nobody asked
         built = None
         if patch is not None and strength:
             built = self._built(model, patch)
@@ -220,6 +223,18 @@ class A1111Live:
 
     def on_sampling(self, p: Any, patch: Patch | None, strength: float) -> None:
         """Nothing: `on_networks` did it all."""
+
+    def left_out(self) -> str:
+        model, networks = _model(), builtin_lora.extension()
+        failed = builtin_lora.take_errors(networks) if networks is not None else 0
+        if not failed or model is None:
+            return ""
+        with torch.inference_mode():
+            builtin_lora.rebase(model)  # the extension takes these layers for done: the next picture would have them so too
+        return (
+            f"it could not be added to {failed} of the model's layers, and this picture holds only a part of it. Most often "
+            "the graphics card has run out of memory: make the picture smaller, close other programs, or bake the offset"
+        )
 
     def checks(self) -> Sequence[Check]:
         checks = []

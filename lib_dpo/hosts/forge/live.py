@@ -313,6 +313,9 @@ class ForgeLive:
                 _forget(other)
         self._seen = [seen for seen in self._seen if any(seen() is one for one in loaded)]
 
+    def left_out(self) -> str:
+        return ""  # what cannot be merged ends the generation
+
     def checks(self) -> Sequence[Check]:
         return checks()
 
