@@ -279,9 +279,8 @@ class A1111:
                 checkpoint_aliases={},
                 reload_model_weights=self._reload_model_weights,
             ),
-            "shared": module("modules.shared", opts=SimpleNamespace(sd_model_checkpoint=None)),
             "sd_unet": module("modules.sd_unet", current_unet=None),
-            "shared": module("modules.shared", opts=SimpleNamespace(lora_functional=False)),
+            "shared": module("modules.shared", opts=SimpleNamespace(sd_model_checkpoint=None, lora_functional=False)),
             "devices": module("modules.devices", autocast=contextlib.nullcontext),
             "extra_networks": module("modules.extra_networks", ExtraNetworkParams=SimpleNamespace),
             "processing": module(
