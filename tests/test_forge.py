@@ -432,7 +432,7 @@ def test_quantised_weights_are_patched_while_generating_or_refused(
     host, live = FakeForge(fork, tmp_path, dtype=torch.float8_e4m3fn).install(monkeypatch), ForgeLive()
     host.load(host.checkpoint("a", 0))
     patch, before, base = patch_of(files), live.fingerprint(), host.picture(live)
-    assert live.loaded().storage == "float8_e4m3fn"
+    assert (live.loaded().storage, live.loaded().online) == ("float8_e4m3fn", True)
     if fork not in ("forge", "neo"):
         for call in (lambda: live.bake(patch, 1.0), lambda: host.picture(live, patch, 1.0)):
             with pytest.raises(HostError, match="stored as float8_e4m3fn, into which changes this small vanish"):

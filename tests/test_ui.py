@@ -690,12 +690,13 @@ def test_without_offsets_the_page_says_where_to_get_one(session: Session, with_l
         ("float32", 0.5, "100.0 % of the change survives rounding to the model&#x27;s numbers (float32) at strength 0.5."),
         ("bfloat16", 0.05, "load the model in float16 if it is to take up more"),
         ("nf4", 0.5, "nothing is rounded away, the change is added in every step"),
+        ("float8_e4m3fn online", 0.5, "nothing is rounded away, the change is added in every step"),
     ],
 )
 def test_what_survives_the_models_numbers_is_said_before_the_click(
     with_lora: Session, host: FakeHost, monkeypatch: pytest.MonkeyPatch, storage: str, strength: float, words: str
 ):
-    loaded = replace(with_lora.loaded(), storage=storage)
+    loaded = replace(with_lora.loaded(), storage=storage.split()[0], online="online" in storage)
     monkeypatch.setattr(host.live, "loaded", lambda: loaded)
     assert words in before.foresee(with_lora, "mine", "", strength)
     assert "survives" not in before.foresee(with_lora, "mine", "", 0.0)

@@ -35,6 +35,7 @@ class LoadedModel:
     path: Path
     storage: str  # dtype of the UNet's weights: "float16", "float8_e4m3fn", "nf4", "gguf", ...
     token: str
+    online: bool = False  # offsets are added in every step, for the stored numbers are too coarse to take them up
 
 
 @dataclass(frozen=True)

@@ -278,7 +278,7 @@ class Session:
 
         model = self.loaded()
         dtype = getattr(torch, model.storage, None)
-        if not isinstance(dtype, torch.dtype) or model.path.suffix.lower() in PICKLES:
+        if model.online or not isinstance(dtype, torch.dtype) or model.path.suffix.lower() in PICKLES:
             return None, model.storage
         with open_model(model.path) as target:
             return survival(target, patch, strength, dtype), model.storage

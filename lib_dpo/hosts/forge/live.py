@@ -96,6 +96,7 @@ class _State:
 
     unet: weakref.ref[torch.nn.Module]
     storage: str
+    online: bool
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     bake: _Bake | None = None
     patches: dict[str, tuple[HostPatches, int]] = field(default_factory=dict)
@@ -116,7 +117,8 @@ class ForgeLive:
         if engine is None:
             return None
         state = _state(engine)
-        return LoadedModel(name_of(engine), Path(engine.sd_checkpoint_info.filename), state.storage, state.token)
+        path = Path(engine.sd_checkpoint_info.filename)
+        return LoadedModel(name_of(engine), path, state.storage, state.token, state.online)
 
     def chosen(self) -> Path | None:
         return chosen_file()
@@ -328,7 +330,7 @@ def _state(engine: Any) -> _State:
     patcher = engine.forge_objects_original.unet
     state: _State | None = getattr(engine, _STATE, None)
     if state is None or state.unet() is not patcher.model:
-        state = _State(weakref.ref(patcher.model), storage_of(patcher))
+        state = _State(weakref.ref(patcher.model), storage_of(patcher), is_online(engine))
         setattr(engine, _STATE, state)
     return state
 

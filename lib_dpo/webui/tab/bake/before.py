@@ -83,7 +83,7 @@ def _survives(session: Session, patch: Patch, strength: float | None) -> tuple[f
         return 1.0, ""
     share, storage = session.survives(patch, asked)
     dtype = getattr(torch, storage, None)
-    if not isinstance(dtype, torch.dtype):
+    if session.loaded().online or not isinstance(dtype, torch.dtype):
         return 1.0, f"The model is stored as {storage}: nothing is rounded away, the change is added in every step."
     if share is None:
         return 1.0, ""
