@@ -42,6 +42,23 @@ def _switch_and_back(server: Server) -> None:
     assert same(draw(server), plain)
 
 
+def test_a_request_with_another_checkpoint_leaves_the_work_on_the_chosen_one(server: Server, exact: dict) -> None:
+    """A1111, reForge and Classic take the setting back, but keep its checkpoint in memory until the next picture."""
+    before, plain = known_fingerprint(server), known(server)
+    other = draw(server, override_settings={"sd_model_checkpoint": OTHER}, override_settings_restore_afterwards=True)
+    assert not same(other, plain)
+    server.do("bake", offset=EXACT, strength=1)
+    status = server.get("status")
+    assert status["baked"] is not None
+    assert status["model"]["name"] == BASE.removesuffix(".safetensors")
+    baked = draw(server)
+    assert not same(baked, plain)
+    assert server.get("status")["baked"] is not None, "the next picture is drawn with the bake in it"
+    assert server.do("unbake") == {"undone": True}
+    assert fingerprint(server) == before
+    assert same(draw(server), plain)
+
+
 def test_another_vae_while_baked(server: Server, exact: dict) -> None:
     if server.flavour.vae_of_checkpoint:
         pytest.skip("on this host a VAE is part of the choice of checkpoint: choosing one loads the model anew")
