@@ -116,7 +116,7 @@ def verify_text(report: VerifyReport) -> str:
 def _fit_text(fit: Fit) -> str:
     """Why a file keeps less than nothing of a change, as far as its best strength tells."""
     if fit.energy_kept < _RELATED:
-        return "at no strength does it come near this change, so it belongs to another pair"
+        return f"at no strength would it keep {_percent(_RELATED)} of this change; most likely it belongs to another pair"
     at = f"at strength {fit.strength:.2g} it would keep {_percent(fit.energy_kept)}"
     if fit.strength < 0:
         return f"{at}, so base and tuned are swapped, or the file holds the opposite"

@@ -140,7 +140,7 @@ _REFUSED: tuple[tuple[str, str], ...] = (
     (".comfy_quant", "a quantised checkpoint"),
     (".quant_state.", "a 4-bit quantised checkpoint"),
 )
-# Ends of the names beside a layer's weight of what its numbers are multiplied by, in the spellings of all quantisers known.
+# Ends of the names beside a layer's weight of what its numbers are multiplied by, in the spellings that were seen.
 _SCALES = ("scale", "scales", "scale_inv", "weight_scale", "weight_scalar", "input_scale", "absmax", "scalar")
 _MODEL = "a model"
 SUPPORTED = ", ".join(row.title for row in ARCHITECTURES.values() if row.resnets == 2)
